@@ -1,0 +1,37 @@
+"Shared by the tests: small local text, prepared once"
+import random
+from pathlib import Path
+
+import pytest
+
+from cramlit.config import get_recipe
+from cramlit.packing import prepare
+
+WORDS = 'the a of river stone house walks sees old green slowly near under people make time light cold music road'.split()
+
+
+def make_text(folder: Path, documents: int = 80, seed: int = 0) -> Path:
+    "A folder of text files with random sentences of a small vocabulary"
+    folder.mkdir(parents=True)
+    rng = random.Random(seed)
+    for i in range(documents):
+        sentences = [' '.join(rng.choices(WORDS, k=rng.randint(4, 14))).capitalize() + '.' for _ in range(rng.randint(4, 12))]
+        (folder/f'{i:03}.txt').write_text(' '.join(sentences))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory):
+    return make_text(tmp_path_factory.mktemp('corpus')/'text')
+
+
+@pytest.fixture(scope='session')
+def recipe(text):
+    return get_recipe('24hbert', 'tiny', [f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=64'])
+
+
+@pytest.fixture(scope='session')
+def data(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('prepared')/'data'
+    prepare(recipe, folder)
+    return folder

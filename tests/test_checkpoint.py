@@ -1,0 +1,51 @@
+"Checkpoints: full disks, damage, and other people's folders"
+import json
+
+import pytest
+import torch
+
+import cramlit.checkpoint as checkpoint
+from cramlit.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from cramlit.config import CramlitError, get_recipe
+from cramlit.model import MaskedLM
+from cramlit.optim import make_optimizer
+
+
+@pytest.fixture
+def parts():
+    recipe = get_recipe('24hbert', 'tiny')
+    torch.manual_seed(0)
+    model = MaskedLM(recipe.model, 64)
+    return model, make_optimizer(model, recipe.optim)
+
+
+def test_full_disk_keeps_the_old_checkpoint(parts, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, *parts, {'step': 1})
+
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(checkpoint, 'save_file', full)
+    with pytest.raises(CramlitError, match='MB needed.*No space left'): save_checkpoint(tmp_path, *parts, {'step': 2})
+    assert [p.name for p in tmp_path.iterdir()] == ['step-00000001']
+    assert load_checkpoint(tmp_path, parts[0]) == {'step': 1}
+
+
+@pytest.mark.parametrize('harm', ['truncate', 'remove', 'state'])
+def test_damage_is_named_and_the_one_before_is_used(parts, tmp_path, capsys, harm):
+    for n in (1, 2): save_checkpoint(tmp_path, *parts, {'step': n})
+    newest = checkpoints(tmp_path)[-1]
+    if harm == 'truncate': (newest/'optimizer.safetensors').write_bytes((newest/'optimizer.safetensors').read_bytes()[:-9] or b'')
+    if harm == 'remove': (newest/'model.safetensors').unlink()
+    if harm == 'state': (newest/'state.json').write_text('{')
+    assert load_checkpoint(tmp_path, *parts) == {'step': 1}
+    assert str(newest) in capsys.readouterr().err
+
+
+def test_a_half_written_checkpoint_is_not_seen(parts, tmp_path):
+    (tmp_path/'.step-00000009.tmp').mkdir()
+    assert load_checkpoint(tmp_path, *parts) is None
+
+
+def test_nothing_is_pickled(parts, tmp_path):
+    path = save_checkpoint(tmp_path, *parts, {'step': 1})
+    assert {p.suffix for p in path.iterdir()} == {'.safetensors', '.json'}
+    assert json.loads((path/'state.json').read_text())['state'] == {'step': 1}

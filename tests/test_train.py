@@ -1,0 +1,107 @@
+"Training: budgets, interruption, continuation, misfits"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cramlit.checkpoint import checkpoints
+from cramlit.config import CramlitError, UsageError, override
+from cramlit.train import hopeless, pretrain
+
+
+def weights(run):
+    return load_file(checkpoints(run/'checkpoints')[-1]/'model.safetensors')
+
+
+def value(rows, metric):
+    return next(r['value'] for r in rows if r['metric'] == metric)
+
+
+def test_same_seed_same_weights_other_seed_others(recipe, data, tmp_path):
+    a, b = (pretrain(recipe, data, tmp_path/n, steps=5) for n in 'ab')
+    c = pretrain(replace(recipe, seed=1), data, tmp_path/'c', steps=5)
+    assert value(a, 'validation_loss') == value(b, 'validation_loss') != value(c, 'validation_loss')
+    wa, wb = weights(tmp_path/'a'), weights(tmp_path/'b')
+    assert all(torch.equal(wa[k], wb[k]) for k in wa)
+
+
+def test_budget_is_kept_with_validation_and_saving(recipe, data, tmp_path):
+    began = time.monotonic()
+    rows = pretrain(recipe, data, tmp_path/'run', budget=4)
+    assert value(rows, 'steps') > 1
+    assert value(rows, 'seconds') < 4.5 and time.monotonic() - began < 8
+    lines = [json.loads(line) for line in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]
+    rates = [line['lr'] for line in lines if 'lr' in line]
+    assert rates and rates[-1] < max(rates)
+    assert lines[-1]['validation_loss'] == value(rows, 'validation_loss')
+
+
+def test_interrupted_run_ends_like_an_unbroken_one(recipe, data, tmp_path, monkeypatch):
+    import cramlit.train as train
+    recipe = replace(recipe, validation=replace(recipe.validation, every=0.25))
+    pretrain(recipe, data, tmp_path/'whole', steps=12)
+    real, calls = train.accumulate, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 8: raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, 'accumulate', interrupted)
+    with pytest.raises(CramlitError, match='interrupted at step 7'): pretrain(recipe, data, tmp_path/'broken', steps=12)
+    pretrain(recipe, data, tmp_path/'broken', steps=12)
+    assert len(calls) == 8 + 6, 'it should go on from the checkpoint at step 6'
+    a, b = weights(tmp_path/'whole'), weights(tmp_path/'broken')
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    steps = [json.loads(line)['step'] for line in (tmp_path/'broken'/'metrics.jsonl').read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(recipe, data, text, tmp_path):
+    command = [sys.executable, '-m', 'cramlit.command', 'pretrain', '--scale', 'tiny', '--data', str(data), '--out', str(tmp_path/'run'), '--steps', '2000',
+               *(x for s in (f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=64') for x in ('-o', s))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log = tmp_path/'run'/'metrics.jsonl'
+    for _ in range(600):
+        if process.poll() is not None or log.exists() and log.read_text().count('\n') > 2: break
+        time.sleep(.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and 'interrupted at step' in err and 'Traceback' not in err
+
+
+def test_stops_a_hopeless_run(recipe, data, tmp_path):
+    recipe = override(recipe, ['validation.stop_loss=1', 'validation.every=0.1'])
+    rows = pretrain(recipe, data, tmp_path/'run', steps=20)
+    assert value(rows, 'steps') < 20 and 'above 1.0' in rows[0]['stopped']
+    assert hopeless(float('inf'), 0, recipe)
+
+
+def test_a_loss_that_is_no_number_is_an_error(recipe, data, tmp_path):
+    with pytest.raises(CramlitError, match='training loss is nan'):
+        pretrain(override(recipe, ['optim.lr=1e30']), data, tmp_path/'run', steps=40)
+
+
+@pytest.mark.parametrize('settings, match', [
+    (['packing.seq_len=16'], 'prepared with packing.seq_len'),
+    (['tokenizer.vocab_size=256'], 'prepared with tokenizer.vocab_size'),
+])
+def test_data_of_another_recipe_is_refused(recipe, data, tmp_path, settings, match):
+    with pytest.raises(UsageError, match=match): pretrain(override(recipe, settings), data, tmp_path/'run', steps=1)
+    assert not (tmp_path/'run').exists()
+
+
+def test_folder_of_another_run_is_refused(recipe, data, tmp_path):
+    pretrain(recipe, data, tmp_path/'run', steps=1)
+    with pytest.raises(UsageError, match='another recipe'): pretrain(override(recipe, ['optim.lr=1e-4']), data, tmp_path/'run', steps=1)
+
+
+@pytest.mark.parametrize('kw', [dict(), dict(budget=.001), dict(steps=-3)])
+def test_no_time_for_a_step(recipe, data, tmp_path, kw):
+    with pytest.raises(UsageError, match='budget'): pretrain(recipe, data, tmp_path/'run', **kw)
