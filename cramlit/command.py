@@ -7,7 +7,6 @@ __all__ = ['Needed', 'Settings', 'COMMANDS', 'prepare', 'pretrain', 'glue', 'rep
 
 # %% ../nbs/19_command.ipynb #bd97f5d3
 import json, os, sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 

@@ -9,8 +9,7 @@ __all__ = ['load_parts', 'classifier', 'Encoded', 'encode', 'buckets', 'collate'
 
 # %% ../nbs/13b_finetune.ipynb #7f773a1c
 import json, sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .config import CramlitError, Finetune, Scale, UsageError, atomic, digest, read_rows, result_row, sha256, unknown, write_rows
+from .config import CramlitError, Finetune, Scale, UsageError, atomic, digest, result_row, sha256, unknown, write_rows
 from .glue import GLUE, NOT_AVERAGED, Examples, Task, headline, load_glue, score
 from .optim import parameter_groups
 from .schedule import lr_factor

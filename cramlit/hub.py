@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import load_checkpoint
-from .config import CramlitError, Recipe, UsageError, recipe_from_dict
+from .config import CramlitError, UsageError, recipe_from_dict
 from .config import Model as ModelConfig
 from .model import MaskedLM
 from .tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ __all__ = ['SHARD_ROWS', 'sentences', 'document_rows', 'stream_rows', 'write_sha
 # %% ../nbs/03_packing.ipynb #56ca6cf9
 import gzip, json, os, re, shutil, sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path

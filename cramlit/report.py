@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import CramlitError, atomic, get_recipe, read_rows
+from .config import CramlitError, atomic, read_rows
 from .schedule import lr_factor
 
 # %% ../nbs/17_report.ipynb #c3e58378
@@ -49,8 +49,8 @@ def origin(
 # %% ../nbs/17_report.ipynb #f08357cf
 def _escape(text: str) -> str:
     "Text for LaTeX"
-    for a, b in (('\\', r'\textbackslash{}'), ('_', r'\_'), ('%', r'\%'), ('&', r'\&'), ('#', r'\#'), ('†', r'$\dagger$'), ('–', '--'), ('×', r'$\times$')): text = text.replace(a, b)
-    return text
+    named = {'\\': r'\textbackslash{}', '†': r'$\dagger$', '–': '--', '×': r'$\times$'} | {c: f'\\{c}' for c in '_%&#'}
+    return ''.join(named.get(c, c) for c in text)
 
 def write_table(
     table: pd.DataFrame,  # of texts, as they shall be read; empty where nothing was measured
@@ -66,8 +66,9 @@ def write_table(
     with atomic(path.with_suffix('.csv')) as f: body.to_csv(f, index=False)
     with atomic(path.with_suffix('.tex')) as f:
         f.write(''.join(f'% {l}\n' for l in origin(rows).splitlines()))
-        lines = [' & '.join(map(_escape, map(str, r))) + r' \\' for r in [body.columns, *body.itertuples(index=False)]]
-        f.write('\n'.join([rf'\begin{{tabular}}{{l{"r"*(len(body.columns) - 1)}}}', r'\hline', lines[0], r'\hline', *lines[1:], r'\hline', r'\end{tabular}', f'% {_escape(caption)}']) + '\n')
+        head, *lines = [' & '.join(map(_escape, map(str, r))) + r' \\' for r in [body.columns, *body.itertuples(index=False)]]
+        begin = rf'\begin{{tabular}}{{l{"r"*(len(body.columns) - 1)}}}'
+        f.write('\n'.join([f'% {caption}', begin, r'\hline', head, r'\hline', *lines, r'\hline', r'\end{tabular}']) + '\n')
     return [path.with_suffix(s) for s in ('.md', '.csv', '.tex')]
 
 # %% ../nbs/17_report.ipynb #f31a3e2b
@@ -116,9 +117,12 @@ def verdict(
     return f'{recipe}: on average the pretrained network is {how} the same network from scratch; it is ' + '; '.join(parts) + '.'
 
 # %% ../nbs/17_report.ipynb #b126d05e
-PROTOCOL = ('Median over seeds of the best configuration, lowest and highest seed in parentheses, percent; a task with several metrics or validation sets counts as their mean.')
-STANDIN_NOTE = ('These tasks are a stand-in suite and not GLUE. † Labels derived by a rule from real text; the others are human. '
-                'Sources: rated sentences from vaderSentiment (MIT; Hutto and Gilbert, 2014), verses from pythonbible (MIT; public-domain text), Wikipedia from enwik8 (GFDL, CC BY-SA).')
+PROTOCOL = ('Median over seeds of the best configuration, lowest and highest seed in parentheses, percent; '
+            'a task with several metrics or validation sets counts as their mean.')
+STANDIN_NOTE = ('These tasks are a stand-in suite and not GLUE. † Labels derived by a rule from real text; '
+                'the others are human. '
+                'Sources: rated sentences from vaderSentiment (MIT; Hutto and Gilbert, 2014), verses from pythonbible (MIT; public-domain text), '
+                'Wikipedia from enwik8 (GFDL, CC BY-SA).')
 
 def write_table4(
     rows: list[dict],  # of fine-tuning
@@ -127,7 +131,8 @@ def write_table4(
     "Table 4 of measured rows, with the published one beside it as another file"
     suite = next(r['suite'] for r in rows if r.get('suite'))
     recipes = list(dict.fromkeys(r['recipe'] for r in rows if r.get('metric') == 'headline'))
-    notes = [*(verdict(rows, r) for r in recipes), PROTOCOL, *([STANDIN_NOTE] if suite == 'stand-in' else ['The average leaves WNLI out. Validation sets, not the test server.'])]
+    about = STANDIN_NOTE if suite == 'stand-in' else 'The average leaves WNLI out. Validation sets, not the test server.'
+    notes = [*(verdict(rows, r) for r in recipes), PROTOCOL, about]
     caption = f'Table 4. {"Stand-in suite" if suite == "stand-in" else "GLUE"}, measured at scale {rows[0]["scale"]}.'
     files = write_table(table4(rows), folder/'table4_glue', caption, notes, [r for r in rows if r.get('aggregate')])
     p = published('table4')

@@ -10,12 +10,11 @@ __all__ = ['HOLDOUT', 'VALIDATION', 'Example', 'VERSION', 'STANDIN', 'split', 'r
 import ast, json, re, sys, tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
-from .config import CramlitError, atomic, cache_dir, unknown
-from .corpus import Document, documents, fetch_member, holdout_position, unique
+from .config import atomic, cache_dir, unknown
+from .corpus import documents, fetch_member, holdout_position, unique
 from .glue import Examples, Task
 from .packing import sentences
 

@@ -6,11 +6,10 @@
 __all__ = ['SPECIAL', 'MAX_CHARACTERS', 'train_tokenizer', 'load_tokenizer', 'special_ids', 'padded_vocab']
 
 # %% ../nbs/02_tokenizer.ipynb #819d9265
-import json, os, re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .config import CramlitError, UsageError
+from .config import CramlitError
 from .config import Tokenizer as TokenizerConfig
 
 # %% ../nbs/02_tokenizer.ipynb #cab8b0af

@@ -8,7 +8,7 @@ __all__ = ['Precision', 'choose_precision', 'pick_device', 'autocast', 'predicti
            'result_rows', 'pretrain']
 
 # %% ../nbs/11_train.ipynb #fbe7cbb4
-import json, math, os, sys
+import json, math, sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass

@@ -52,7 +52,8 @@ def test_prepare_and_pretrain_as_rows(text, tmp_path, capsys):
     rows = [json.loads(line) for line in out.splitlines()]
     assert {'metric', 'value', 'unit', 'recipe'} <= rows[0].keys()
     assert next(r['value'] for r in rows if r['metric'] == 'train_rows') > 50
-    code, out, err = run(capsys, 'pretrain', *small, '-o', f'corpus.source={text}', '--data', tmp_path/'data', '--out', tmp_path/'run', '--steps', 2, '--seed', 3, '--json')
+    code, out, err = run(capsys, 'pretrain', *small, '-o', f'corpus.source={text}', '--data', tmp_path/'data', '--out', tmp_path/'run',
+                         '--steps', 2, '--seed', 3, '--json')
     assert code == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
     assert {r['metric'] for r in rows} >= {'validation_loss', 'unigram_entropy', 'tokens_per_second', 'steps'}

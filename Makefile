@@ -1,0 +1,48 @@
+# make           lists the targets
+# make reproduce the book's results from nothing, on a laptop; make test checks everything
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= runs/laptop
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONWARNINGS := ignore::SyntaxWarning
+
+.PHONY: help env reproduce test export clean-notebooks lint readme execute
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+
+$(BIN)/.stamp: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cramlit needs Python 3.11 or newer: make PYTHON=python3.12 env"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.lock)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+env: $(BIN)/.stamp  ## create .venv with everything in it
+
+reproduce: env  ## raw text to table and figures at scale laptop, about a quarter of an hour on 2 cores
+	$(BIN)/cramlit reproduce --scale laptop --out $(OUT) --figures paper_figures/laptop
+
+test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pipeline, pytest
+	$(BIN)/python tests/check_fresh.py
+	$(MAKE) lint
+	$(BIN)/nbdev-test --n-workers 2
+	$(BIN)/python -m pytest -q
+
+export: env  ## notebooks to package
+	$(BIN)/nbdev-export
+
+clean-notebooks: env  ## strip what must not be committed from the notebooks
+	$(BIN)/nbdev-clean
+
+lint: env  ## ruff on notebooks, package and tests
+	$(BIN)/ruff check nbs cramlit tests
+
+readme: env  ## README.md from nbs/index.ipynb
+	$(BIN)/python -m nbconvert --to markdown --log-level ERROR --output ../README.md nbs/index.ipynb
+
+execute: env  ## run every chapter and keep its outputs
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb
+	$(BIN)/nbdev-clean
