@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# by content, not by date: nbdev-export touches pyproject.toml
+STAMP  := $(BIN)/.env-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 OUT    ?= runs/laptop
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
@@ -12,7 +14,7 @@ export PYTHONWARNINGS := ignore::SyntaxWarning
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-$(BIN)/.stamp: requirements.lock pyproject.toml
+$(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cramlit needs Python 3.11 or newer: make PYTHON=python3.12 env"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.lock)
@@ -20,7 +22,7 @@ $(BIN)/.stamp: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-env: $(BIN)/.stamp  ## create .venv with everything in it
+env: $(STAMP)  ## create .venv with everything in it
 
 reproduce: env  ## raw text to table and figures at scale laptop, about a quarter of an hour on 2 cores
 	$(BIN)/cramlit reproduce --scale laptop --out $(OUT) --figures paper_figures/laptop
@@ -28,7 +30,7 @@ reproduce: env  ## raw text to table and figures at scale laptop, about a quarte
 test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pipeline, pytest
 	$(BIN)/python tests/check_fresh.py
 	$(MAKE) lint
-	$(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -q
 
 export: env  ## notebooks to package

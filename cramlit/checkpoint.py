@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['optimizer_tensors', 'restore_optimizer', 'save_checkpoint', 'checkpoints', 'damage', 'load_checkpoint']
 
-# %% ../nbs/10_checkpoint.ipynb #78d230dd
+# %% ../nbs/10_checkpoint.ipynb #cbc7eb1a
 import json, os, shutil, sys
 from pathlib import Path
 
@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import CramlitError, atomic, sha256
+from .config import CramlitError
+
+from .results import atomic, sha256
 
 # %% ../nbs/10_checkpoint.ipynb #a545c8fc
 def optimizer_tensors(

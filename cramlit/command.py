@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['Needed', 'Settings', 'COMMANDS', 'prepare', 'pretrain', 'glue', 'reproduce', 'report', 'run_command', 'main']
 
-# %% ../nbs/19_command.ipynb #bd97f5d3
+# %% ../nbs/19_command.ipynb #9e0c00e4
 import json, os, sys
 from pathlib import Path
 from typing import Annotated
 
-from .config import CramlitError, UsageError, get_recipe, get_scale, result_row, unknown
+from .config import CramlitError, UsageError, get_recipe, get_scale, unknown
+
+from .results import result_row
 
 # %% ../nbs/19_command.ipynb #e7fb9843
 Needed = Annotated[str, {'opt': True, 'required': True}]
 Settings = Annotated[str, {'action': 'append', 'metavar': 'PATH=VALUE'}]
 
-# %% ../nbs/19_command.ipynb #3afcba02
+# %% ../nbs/19_command.ipynb #9402f789
 def prepare(
     source: Annotated[str, {'nargs': '+'}] = None,  # enwik8, hub:NAME[:CONFIG], or files and folders (.txt .jsonl .jsonl.gz .parquet); default: the recipe's
     recipe: str = '24hbert',  # 24hbert | bert-base | bert-large
@@ -68,7 +70,7 @@ def glue(
     json: bool = False,       # one JSON object a line on standard output
 ) -> list[dict]:
     "Fine-tune a model on every task, beside baselines and the same network from scratch"
-    from cramlit.finetune import evaluate
+    from cramlit.protocol import evaluate
     return evaluate(model, out, get_scale(scale), suite, glue_dir, [t.strip() for t in tasks.split(',') if t.strip()], seeds)
 
 # %% ../nbs/19_command.ipynb #72912ce2

@@ -5,18 +5,13 @@
 # %% auto #0
 __all__ = ['BERT_POST', 'BERT_OPTIM', 'RECIPES', 'SCALES', 'CramlitError', 'UsageError', 'unknown', 'Corpus', 'Tokenizer',
            'Packing', 'Masking', 'Model', 'Optim', 'Schedule', 'Batch', 'Validation', 'Recipe', 'validate', 'override',
-           'Finetune', 'Scale', 'get_scale', 'get_recipe', 'digest', 'recipe_hash', 'recipe_from_dict', 'atomic',
-           'cache_dir', 'sha256', 'provenance', 'result_row', 'write_rows', 'read_rows']
+           'Finetune', 'Scale', 'get_scale', 'get_recipe', 'digest', 'recipe_hash', 'recipe_from_dict']
 
-# %% ../nbs/00_config.ipynb #b7684ad0
-import hashlib, json, os, platform, subprocess, tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+# %% ../nbs/00_config.ipynb #f12e8a7a
+import hashlib, json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 # %% ../nbs/00_config.ipynb #7a83941a
 class CramlitError(Exception):
@@ -277,89 +272,3 @@ def recipe_from_dict(
     "The inverse of `asdict` for recipes"
     like = Recipe()
     return Recipe(**{k: type(getattr(like, k))(**v) if isinstance(v, dict) else v for k, v in d.items()})
-
-# %% ../nbs/00_config.ipynb #73ad99c5
-@contextmanager
-def atomic(
-    path: str|Path,   # where the file shall be
-    mode: str = 'w',  # 'w' text in UTF-8 | 'wb' bytes
-) -> Iterator:        # an open file
-    "Write a file that appears under its name complete or not at all; raises `CramlitError` when the folder cannot be written"
-    path, tmp = Path(path), None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
-        with os.fdopen(fd, mode, **({} if 'b' in mode else {'encoding': 'utf-8'})) as f:
-            yield f
-            f.flush(); os.fsync(f.fileno())
-        os.chmod(tmp, 0o644); os.replace(tmp, path)
-    except OSError as e:
-        raise CramlitError(f"cannot write {path}: {e.strerror or e}. Nothing was left behind; free space or choose another folder") from e
-    finally:
-        if tmp and os.path.exists(tmp): os.unlink(tmp)
-
-# %% ../nbs/00_config.ipynb #196310cc
-def cache_dir() -> Path:  # `CRAMLIT_CACHE`, or ~/.cache/cramlit
-    "Where fetched data is kept, once for all checkouts"
-    return Path(os.environ.get('CRAMLIT_CACHE') or Path.home()/'.cache'/'cramlit')
-
-def sha256(
-    path: str|Path,  # any file
-) -> str:            # 64 hexadecimal digits
-    "A file's checksum, read in pieces"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
-# %% ../nbs/00_config.ipynb #09114a41
-def _git(*args) -> str:
-    run = subprocess.run(['git', *args], cwd=Path(__file__).parent if '__file__' in globals() else '.', capture_output=True, text=True)
-    return run.stdout.strip() if run.returncode == 0 else ''
-
-def _cpu() -> str:
-    "The processor's name as the system tells it"
-    try: return next(l.split(':', 1)[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
-
-def _version(package: str) -> str:
-    try: return version(package)
-    except PackageNotFoundError: return ''
-
-# %% ../nbs/00_config.ipynb #7dbcec84
-@cache
-def provenance() -> dict:  # git, versions, hardware
-    "Where a number comes from: the commit (empty outside a checkout), whether it was changed since, versions and hardware"
-    import torch
-    gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return dict(commit=_git('rev-parse', 'HEAD')[:12], dirty=bool(_git('status', '--porcelain')),
-        versions={'python': platform.python_version(), **{p: _version(p) for p in ('cramlit', 'torch', 'transformers', 'tokenizers', 'datasets')}},
-        hardware=' + '.join(gpu) if gpu else f'{os.cpu_count()} × {_cpu()}')
-
-# %% ../nbs/00_config.ipynb #0bc81f3e
-def result_row(
-    metric: str,    # what was measured, such as `validation_loss`
-    value: float|None,  # the number; None when it could not be measured
-    unit: str,      # nats, tokens/s, %, …
-    **ids,          # what identifies the row: recipe, scale, task, seed, variant, …
-) -> dict:
-    "One measured number with what identifies it and where it comes from"
-    return dict(metric=metric, value=value, unit=unit, **ids, **provenance())
-
-def write_rows(
-    path: str|Path,        # a .jsonl file
-    rows: Iterable[dict],  # replaces what the file held
-):
-    "Write rows as JSON lines, whole or not at all"
-    with atomic(path) as f: f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
-
-def read_rows(
-    path: str|Path,  # a .jsonl file, or a folder to search for files named rows.jsonl
-) -> list[dict]:     # in order of path and line
-    "Read result rows; raises `CramlitError` when there are none or a line is broken"
-    path = Path(path)
-    files = sorted(path.rglob('rows.jsonl')) if path.is_dir() else [path] if path.exists() else []
-    if not files: raise CramlitError(f"no result rows at {path}: run `cramlit glue` or `cramlit reproduce` first")
-    rows = []
-    for f in files:
-        for n, line in enumerate(f.read_text().splitlines(), 1):
-            try: rows.append(json.loads(line))
-            except json.JSONDecodeError as e: raise CramlitError(f"{f}, line {n}: not JSON ({e.msg}). Remove the line or redo the stage") from None
-    return rows

@@ -6,7 +6,7 @@
 __all__ = ['ENWIK8', 'MIN_WORDS', 'Document', 'fetch_member', 'install_enwik8', 'enwik8', 'pages', 'is_prose', 'clean',
            'wikipedia', 'files', 'hub', 'documents', 'unique', 'holdout_position']
 
-# %% ../nbs/01_corpus.ipynb #ceb26e70
+# %% ../nbs/01_corpus.ipynb #773182c8
 import gzip, hashlib, html, io, json, os, re, shutil, subprocess, sys, tarfile, tempfile, zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .config import CramlitError, UsageError, atomic, cache_dir, sha256
+from .config import CramlitError, UsageError
+
+from .results import atomic, cache_dir, sha256
 
 # %% ../nbs/01_corpus.ipynb #35d121d9
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def wikipedia(
         if len(text.split()) < MIN_WORDS: counts[f'articles under {MIN_WORDS} words'] += 1
         else: yield Document(title, text)
 
-# %% ../nbs/01_corpus.ipynb #752dc5d3
+# %% ../nbs/01_corpus.ipynb #a5876428
 _SUFFIXES = ('.txt', '.jsonl', '.jsonl.gz', '.parquet')
 
 def _text_file(path: Path) -> Iterator[Document]:
@@ -181,14 +183,18 @@ def _text_file(path: Path) -> Iterator[Document]:
     try: yield Document(path.name, data.decode('utf-8-sig'))
     except UnicodeDecodeError as e: raise CramlitError(f'{path} is not UTF-8 at byte {e.start}: convert it, for instance with iconv') from None
 
+def _string(value) -> str:
+    if not isinstance(value, str): raise TypeError
+    return value
+
 def _json_lines(path: Path) -> Iterator[Document]:
     with (gzip.open(path) if path.suffix == '.gz' else open(path, 'rb')) as f:
         try:
             for n, line in enumerate(f, 1):
-                if line.strip(): yield Document(f'{path.name}:{n}', json.loads(line)['text'])
+                if line.strip(): yield Document(f'{path.name}:{n}', _string(json.loads(line)['text']))
         except UnicodeDecodeError as e: raise CramlitError(f'{path}, line {n}: not UTF-8 at byte {e.start} of the line: convert the file') from None
         except json.JSONDecodeError as e: raise CramlitError(f'{path}, line {n}: not JSON ({e.msg}): mend or remove the line') from None
-        except (KeyError, TypeError): raise CramlitError(f'{path}, line {n}: no field "text": name the field that holds the text so') from None
+        except (KeyError, TypeError): raise CramlitError(f'{path}, line {n}: no field "text" with a string: name the field that holds the text so') from None
         except (EOFError, gzip.BadGzipFile, OSError) as e: raise CramlitError(f'{path} is truncated or damaged ({e}): fetch it again') from None
 
 def _parquet(path: Path) -> Iterator[Document]:
@@ -196,7 +202,9 @@ def _parquet(path: Path) -> Iterator[Document]:
     import pyarrow.parquet as pq
     try: file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as e: raise CramlitError(f'{path} is not a whole parquet file: {e}') from None
-    if 'text' not in file.schema_arrow.names: raise CramlitError(f'{path} has no column "text", only {", ".join(file.schema_arrow.names)}')
+    schema = file.schema_arrow
+    if 'text' not in schema.names: raise CramlitError(f'{path} has no column "text", only {", ".join(schema.names)}')
+    if not (pa.types.is_string(kind := schema.field('text').type) or pa.types.is_large_string(kind)): raise CramlitError(f'{path}: the column "text" holds {kind}')
     rows = (t for b in file.iter_batches(1024, columns=['text']) for t in b.column(0).to_pylist())
     for n, t in enumerate(rows, 1): yield Document(f'{path.name}:{n}', t or '')
 

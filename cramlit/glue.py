@@ -145,9 +145,8 @@ def _hub_task(name: str, folder: str) -> Task:
     "A task from the hub, or from a folder of its parquet files"
     from datasets import load_dataset
     src = GLUE[name]
-    try:
-        if folder: splits = load_dataset('parquet', data_files={s: str(Path(folder)/name/f'{s}-*.parquet') for s in _splits(src, Path(folder)/name)})
-        else: splits = load_dataset('nyu-mll/glue', name)
+    files = {s: str(Path(folder)/name/f'{s}-*.parquet') for s in _splits(src, Path(folder)/name)} if folder else None
+    try: splits = load_dataset('parquet', data_files=files) if folder else load_dataset('nyu-mll/glue', name)
     except Exception as e:  # the library raises a dozen kinds, from huggingface_hub, fsspec and its own
         raise CramlitError(f"cannot read {name} from {folder or 'the hub (nyu-mll/glue)'}: {(str(e).splitlines() or [type(e).__name__])[0]}. "
                            'Check the network, or give a local copy with --glue-dir') from None

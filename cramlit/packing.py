@@ -6,7 +6,7 @@
 __all__ = ['SHARD_ROWS', 'sentences', 'document_rows', 'stream_rows', 'write_shards', 'Rows', 'Data', 'open_data', 'verify',
            'read_documents', 'tokenized_rows', 'unigram_cross_entropy', 'prepare']
 
-# %% ../nbs/03_packing.ipynb #56ca6cf9
+# %% ../nbs/03_packing.ipynb #694adf1d
 import gzip, json, os, re, shutil, sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from .config import CramlitError, Packing, Recipe, UsageError, atomic, sha256
+from .config import CramlitError, Packing, Recipe, UsageError
+
 from .corpus import Document, documents, holdout_position, unique
-from .masking import make_key, uniform
+from .keyed import make_key, uniform
+from .results import atomic, sha256
 from .tokenizer import load_tokenizer, padded_vocab, special_ids, train_tokenizer
 
 # %% ../nbs/03_packing.ipynb #35c48dd2

@@ -6,13 +6,15 @@
 __all__ = ['STAGES', 'parameters_of', 'run_notebook', 'Stage', 'paper_notebook', 'code_of', 'Workspace', 'clear', 'workspace',
            'tasks_of', 'reproduce']
 
-# %% ../nbs/18_pipeline.ipynb #de586495
+# %% ../nbs/18_pipeline.ipynb #24cb8400
 import ast, json, shutil, sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import CramlitError, UsageError, atomic, digest, get_recipe, get_scale, provenance, read_rows, recipe_hash, unknown
+from .config import CramlitError, UsageError, digest, get_recipe, get_scale, recipe_hash, unknown
+
+from .results import atomic, provenance, read_rows
 
 # %% ../nbs/18_pipeline.ipynb #cf1dc3fd
 def parameters_of(

@@ -7,14 +7,16 @@ __all__ = ['VARIANTS', 'PROTOCOL', 'STANDIN_NOTE', 'COLOURS', 'STYLE', 'publishe
            'table4', 'verdict', 'write_table4', 'write_figure', 'read_log', 'figure_loss', 'figure_lr', 'write_curves',
            'report']
 
-# %% ../nbs/17_report.ipynb #02f5b178
+# %% ../nbs/17_report.ipynb #6c04d207
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
-from .config import CramlitError, atomic, read_rows
+from .config import CramlitError
+
+from .results import atomic, read_rows
 from .schedule import lr_factor
 
 # %% ../nbs/17_report.ipynb #c3e58378
