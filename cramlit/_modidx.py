@@ -201,6 +201,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'cramlit.protocol.run_jobs': ('protocol.html#run_jobs', 'cramlit/protocol.py'),
                                   'cramlit.protocol.run_suite': ('protocol.html#run_suite', 'cramlit/protocol.py'),
                                   'cramlit.protocol.summary': ('protocol.html#summary', 'cramlit/protocol.py'),
+                                  'cramlit.protocol.task_names': ('protocol.html#task_names', 'cramlit/protocol.py'),
                                   'cramlit.protocol.task_rows': ('protocol.html#task_rows', 'cramlit/protocol.py')},
             'cramlit.report': { 'cramlit.report._axis': ('report.html#_axis', 'cramlit/report.py'),
                                 'cramlit.report._cell': ('report.html#_cell', 'cramlit/report.py'),
