@@ -254,7 +254,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cramlit.standin.verse_match': ('standin.html#verse_match', 'cramlit/standin.py'),
                                  'cramlit.standin.verses': ('standin.html#verses', 'cramlit/standin.py')},
             'cramlit.tokenizer': { 'cramlit.tokenizer._first': ('tokenizer.html#_first', 'cramlit/tokenizer.py'),
-                                   'cramlit.tokenizer._shrink': ('tokenizer.html#_shrink', 'cramlit/tokenizer.py'),
+                                   'cramlit.tokenizer._learn': ('tokenizer.html#_learn', 'cramlit/tokenizer.py'),
                                    'cramlit.tokenizer.load_tokenizer': ('tokenizer.html#load_tokenizer', 'cramlit/tokenizer.py'),
                                    'cramlit.tokenizer.padded_vocab': ('tokenizer.html#padded_vocab', 'cramlit/tokenizer.py'),
                                    'cramlit.tokenizer.special_ids': ('tokenizer.html#special_ids', 'cramlit/tokenizer.py'),

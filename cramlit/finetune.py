@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from .config import CramlitError
 from .glue import Examples, Task, score
@@ -32,6 +33,9 @@ def load_parts(
     if not list(folder.glob('*.safetensors')): raise CramlitError(f'{folder} has no weights (*.safetensors)')
     try: config, tok = (c.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True) for c in (AutoConfig, AutoTokenizer))
     except (OSError, ValueError) as e: raise CramlitError(f'{folder} cannot be loaded by transformers: {str(e).splitlines()[0]}') from None
+    for p in folder.glob('*.safetensors'):
+        try: safe_open(p, 'pt').keys()
+        except SafetensorError as e: raise CramlitError(f'{p}: the weights are damaged ({e}). Export or fetch them again') from None
     if max(tok.get_vocab().values()) >= config.vocab_size:
         raise CramlitError(f'{folder}: the tokenizer has ids up to {max(tok.get_vocab().values())}, the model {config.vocab_size} words: they do not belong together')
     return config, tok

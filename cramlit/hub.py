@@ -18,7 +18,7 @@ from .checkpoint import load_checkpoint
 from .config import CramlitError, UsageError, recipe_from_dict
 from .config import Model as ModelConfig
 from .model import MaskedLM
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, padded_vocab
 
 # %% ../nbs/12_hub.ipynb #746515bf
 def family(
@@ -156,6 +156,8 @@ def export_run(
     "Write a run's model as a stock transformers folder with its tokenizer"
     to, (model, info) = Path(to), load_run(run)
     recipe, tok = recipe_from_dict(info['recipe']), load_tokenizer(tokenizer)
+    if padded_vocab(len(tok)) != info['vocab_size']:
+        raise CramlitError(f"the tokenizer in {tokenizer} has {len(tok)} entries, the model of {run} {info['vocab_size']}: they do not belong together")
     tok.model_max_length = recipe.model.max_positions
     tmp = to.with_name(f'.{to.name}.tmp')
     shutil.rmtree(tmp, ignore_errors=True)

@@ -223,7 +223,7 @@ def _build(recipe: Recipe, tmp: Path) -> dict:
     if not counts['documents']: raise CramlitError(f'the source {recipe.corpus.source} has no text in it')
     for split in ('train', 'validation'):
         if not counts[split]: raise CramlitError(f'no document of {counts["documents"]} fell into the {split} split: give more documents or another corpus.holdout')
-    texts = (d.text for d in read_documents(tmp/'train.jsonl.gz'))
+    texts = lambda: (d.text for d in read_documents(tmp/'train.jsonl.gz'))
     tok = load_tokenizer(recipe.tokenizer.path) if recipe.tokenizer.path else train_tokenizer(texts, recipe.tokenizer)
     tok.save_pretrained(tmp/'tokenizer')
     ids, splits = special_ids(tok), {}

@@ -6,7 +6,7 @@
 __all__ = ['SPECIAL', 'MAX_CHARACTERS', 'train_tokenizer', 'load_tokenizer', 'special_ids', 'padded_vocab']
 
 # %% ../nbs/02_tokenizer.ipynb #819d9265
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .config import CramlitError
@@ -23,24 +23,25 @@ def _first(texts: Iterable[str], limit: int) -> Iterator[str]:
         limit -= len(t)
         yield t
 
-def train_tokenizer(
-    texts: Iterable[str],   # training texts, read once; the first `MAX_CHARACTERS` count
-    cfg: TokenizerConfig,   # size of the vocabulary, lower case or not
-):                          # a BertTokenizerFast
-    "Train WordPiece; raises `CramlitError` when the text is too small for the vocabulary"
+def _learn(texts: Iterable[str], size: int, lowercase: bool, first: list[str]) -> list[str]:
+    "The pieces that WordPiece learns, in the order of their ids, after those that come `first`"
     from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast
-    wordpiece = BertWordPieceTokenizer(lowercase=cfg.lowercase)
-    wordpiece.train_from_iterator(_first(texts, MAX_CHARACTERS), vocab_size=cfg.vocab_size, min_frequency=2,
-                                  special_tokens=list(SPECIAL), show_progress=False)
+    wordpiece = BertWordPieceTokenizer(lowercase=lowercase)
+    wordpiece.train_from_iterator(_first(texts, MAX_CHARACTERS), vocab_size=size, min_frequency=2, special_tokens=first, show_progress=False)
     vocab = wordpiece.get_vocab()
-    if len(vocab) <= len(SPECIAL): raise CramlitError('there is no text to train a tokenizer on: the source is empty')
-    if len(vocab) > cfg.vocab_size: vocab = _shrink(vocab, cfg.vocab_size)
-    return BertTokenizerFast(vocab=vocab, do_lower_case=cfg.lowercase)
+    return sorted(vocab, key=vocab.get)
 
-# %% ../nbs/02_tokenizer.ipynb #7529f7f2
-def _shrink(vocab: dict[str, int], size: int) -> dict[str, int]:
-    return {w: i for w, i in vocab.items() if i < size}
+def train_tokenizer(
+    texts: Callable[[], Iterable[str]],  # gives the training texts, and is called twice; the first `MAX_CHARACTERS` of them count
+    cfg: TokenizerConfig,                # size of the vocabulary, lower case or not
+):                                       # a BertTokenizerFast
+    "Train WordPiece, the same text giving the same vocabulary; raises `CramlitError` when there is no text"
+    from transformers import BertTokenizerFast
+    characters = set(_learn(texts(), 1, cfg.lowercase, list(SPECIAL))) - set(SPECIAL)
+    if not characters: raise CramlitError('there is no text to train a tokenizer on: the source is empty')
+    first = [*SPECIAL, *sorted(characters, key=lambda c: (c.removeprefix('##'), c))]
+    pieces = _learn(texts(), cfg.vocab_size, cfg.lowercase, first)[:cfg.vocab_size]
+    return BertTokenizerFast(vocab={p: i for i, p in enumerate(pieces)}, do_lower_case=cfg.lowercase)
 
 # %% ../nbs/02_tokenizer.ipynb #35bc949b
 def load_tokenizer(

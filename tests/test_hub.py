@@ -1,0 +1,117 @@
+"Models as stock folders: equal logits, both ways, and folders that cannot be used"
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from cramlit.command import main
+from cramlit.config import CramlitError, Model, UsageError
+from cramlit.hub import export_run, family, from_stock, load_run, to_stock
+from cramlit.model import MaskedLM
+from cramlit.train import pretrain
+
+SPECIAL = dict(pad=0, cls=2, sep=3)
+SHAPES = {'roberta-prelayernorm': dict(norm='pre', embedding_norm=True), 'megatron-bert': dict(norm='pre', embedding_norm=False), 'bert': dict(norm='post')}
+
+
+def shaken(model):
+    "Every weight away from its initial value, so that no two can be confused"
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn_like(p)*.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize('name', SHAPES)
+def test_logits_equal_the_stock_class_with_padding_and_both_ways(name):
+    cfg = Model(3, 32, 4, 64, max_positions=20, **SHAPES[name])
+    ours = shaken(MaskedLM(cfg, 64))
+    stock = to_stock(ours, cfg, SPECIAL)
+    assert family(cfg) == name == stock.config.model_type
+    ids = torch.randint(5, 64, (3, 20))
+    mask = torch.arange(20)[None] < torch.tensor([20, 13, 4])[:, None]
+    ids[~mask] = 0
+    with torch.no_grad():
+        a, b = ours.logits(ids, mask), stock(input_ids=ids, attention_mask=mask.long()).logits
+        assert (a - b)[mask].abs().max() < 1e-4 and a[mask].std() > .1
+        back, cfg2 = from_stock(stock)
+        assert cfg2 == cfg and all(torch.equal(x, y) for x, y in zip(ours.state_dict().values(), back.state_dict().values(), strict=True))
+
+
+@pytest.fixture(scope='module')
+def run(recipe, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp('run')/'run'
+    pretrain(recipe, data, out, steps=2)
+    return out
+
+
+@pytest.fixture
+def model(run, data, tmp_path):
+    return export_run(run, data/'tokenizer', tmp_path/'model')
+
+
+def test_a_run_leaves_as_a_folder_that_stock_transformers_loads(run, model):
+    tok, stock = AutoTokenizer.from_pretrained(model), AutoModelForMaskedLM.from_pretrained(model).eval()
+    ours, _ = load_run(run)
+    batch = tok(['the river walks', 'a stone house sees the old green road'], return_tensors='pt', padding=True)
+    with torch.no_grad(): a, b = ours.logits(batch.input_ids, batch.attention_mask.bool()), stock(**batch).logits
+    assert (a - b)[batch.attention_mask.bool()].abs().max() < 1e-4
+    assert {p.suffix for p in model.iterdir()} <= {'.json', '.safetensors'} and tok.model_max_length == 128
+
+
+def test_a_run_without_a_checkpoint_cannot_leave(run, data, tmp_path):
+    shutil.copytree(run, tmp_path/'run')
+    shutil.rmtree(tmp_path/'run'/'checkpoints')
+    with pytest.raises(CramlitError, match='no checkpoint yet'): export_run(tmp_path/'run', data/'tokenizer', tmp_path/'model')
+    with pytest.raises(CramlitError, match='has no run.json'): export_run(tmp_path, data/'tokenizer', tmp_path/'model')
+    assert not (tmp_path/'model').exists()
+
+
+def test_a_failed_export_keeps_the_old_one(run, data, model, tmp_path, monkeypatch):
+    import cramlit.hub as hub
+    before = (model/'config.json').read_bytes()
+
+    class Full:
+        def save_pretrained(self, to): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(hub, 'to_stock', lambda *a: Full())
+    with pytest.raises(CramlitError, match='No space left'): export_run(run, data/'tokenizer', model)
+    assert (model/'config.json').read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['model']
+
+
+def glue(folder, out, *more):
+    return main(['glue', '--model', str(folder), '--scale', 'tiny', '--tasks', 'sentence_rating', '--out', str(out), *more])
+
+
+def no_config(m): (m/'config.json').unlink()
+def no_weights(m): (m/'model.safetensors').unlink()
+def small_vocabulary(m): (m/'config.json').write_text(json.dumps(json.loads((m/'config.json').read_text()) | dict(vocab_size=100)))
+def short(m): (m/'config.json').write_text(json.dumps(json.loads((m/'config.json').read_text()) | dict(max_position_embeddings=33)))
+def broken_config(m): (m/'config.json').write_text('{')
+def broken_weights(m): (m/'model.safetensors').write_bytes((m/'model.safetensors').read_bytes()[:500])
+
+
+@pytest.mark.parametrize('harm, says', [
+    (no_config, 'has no config.json'), (no_weights, 'has no weights'), (small_vocabulary, 'do not belong together'), (short, 'which has 32 positions'),
+    (broken_config, 'cannot be loaded by transformers'), (broken_weights, 'are damaged'),
+])
+def test_a_folder_that_is_no_model_is_one_line(model, tmp_path, capsys, harm, says):
+    harm(model)
+    code = glue(model, tmp_path/'out')
+    err = capsys.readouterr().err
+    assert code in (1, 2) and says in err and 'Traceback' not in err and not (tmp_path/'out').exists()
+
+
+def test_an_architecture_that_is_not_ours_is_refused():
+    from transformers import AutoConfig
+    stock = AutoModelForMaskedLM.from_config(AutoConfig.for_model('distilbert', vocab_size=64, dim=32, n_layers=1, n_heads=2, hidden_dim=64))
+    with pytest.raises(UsageError, match='a distilbert model cannot be read'): from_stock(stock)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(run, tmp_path, text, recipe):
+    from cramlit.packing import prepare
+    prepare(replace(recipe, tokenizer=replace(recipe.tokenizer, vocab_size=64)), tmp_path/'data')
+    with pytest.raises(CramlitError, match='do not belong together'): export_run(run, tmp_path/'data'/'tokenizer', tmp_path/'model')
+    assert not (tmp_path/'model').exists()

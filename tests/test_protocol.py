@@ -1,0 +1,121 @@
+"Fine-tuning and reporting: repeatable, continued, honest about what is missing"
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+import cramlit.protocol as protocol
+from cramlit.command import main
+from cramlit.config import CramlitError, Finetune
+from cramlit.glue import Examples, Task
+from cramlit.hub import export_run
+from cramlit.protocol import average, bag_of_words, jobs, load_tasks, majority, run_jobs, run_suite, summary
+from cramlit.report import report, table4, verdict, write_table4
+from cramlit.results import write_rows
+from cramlit.train import pretrain
+
+GRID = Finetune((1,), (16,), (1e-3,), 2, max_length=32, max_train=64, max_eval=32)
+IDS = dict(stage='glue', suite='stand-in', scale='tiny', recipe='24hbert', recipe_hash='0')
+
+
+@pytest.fixture(scope='module')
+def model(recipe, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp('model')
+    pretrain(recipe, data, out/'run', steps=2)
+    return export_run(out/'run', data/'tokenizer', out/'model')
+
+
+def toy(name='toy', n=64, labels=2):
+    words = ['river', 'stone', 'house']
+    e = Examples([f'the old {words[i % labels]} {i}' for i in range(n)], None, [i % labels for i in range(n)])
+    return Task(name, labels, ('accuracy',), e, {'validation': e.head(32)})
+
+
+def values(rows): return [(r['metric'], r['task'], r.get('variant'), r.get('seed'), r['value']) for r in rows]
+
+
+def test_suite_is_repeatable_and_goes_on_where_it_stopped(model, tmp_path, monkeypatch):
+    a = run_suite(model, [toy()], GRID, 2, tmp_path/'a', IDS)
+    b = run_suite(model, [toy()], GRID, 2, tmp_path/'b', IDS)
+    assert values(a) == values(b) and {r['seed'] for r in a if r.get('seed') is not None} == {0, 1}
+    files = sorted((tmp_path/'a'/'jobs').iterdir())
+    assert [f.name for f in files] == [f.name for f in sorted((tmp_path/'b'/'jobs').iterdir())] and len(files) == 4
+    files[0].unlink()
+    kept = [f.stat().st_mtime_ns for f in files[1:]]
+    assert values(run_suite(model, [toy()], GRID, 2, tmp_path/'a', IDS)) == values(a)
+    assert [f.stat().st_mtime_ns for f in files[1:]] == kept and files[0].exists()
+    assert len(json.loads(files[0].read_text())['predictions']['validation']) == 32
+
+
+def test_other_labels_or_another_model_are_other_jobs(model, tmp_path):
+    run_suite(model, [toy()], GRID, 1, tmp_path, IDS)
+    run_suite(model, [toy(n=60)], GRID, 1, tmp_path, IDS)
+    assert len(list((tmp_path/'jobs').iterdir())) == 4
+
+
+def test_a_fine_tuning_that_diverges_has_no_score_and_does_not_win(model, tmp_path):
+    job, task = jobs(toy(), GRID, 1)[0], toy()
+    wild = replace(job, lr=1e35)
+    results = run_jobs([(wild, task), (job, task)], model, ['wild', 'tame'], tmp_path)
+    assert results[0]['scores'] == {'validation': None} and results[1]['scores']['validation']['accuracy'] > 0
+    best = summary(task, 'x', [[r['scores']] for r in results], {})
+    assert best[0]['value'] == results[1]['scores']['validation']['accuracy']
+    none = summary(task, 'x', [[results[0]['scores']]], {})
+    assert [r['value'] for r in none] == [None, None]
+    assert average(none, {})[0]['value'] is None
+
+
+def test_baselines_by_hand():
+    task = toy(labels=3)
+    assert majority(task, 0)['validation']['accuracy'] == pytest.approx(100*sum(y == 0 for y in task.validation['validation'].labels)/32)
+    assert bag_of_words(task, 0, 0)['validation']['accuracy'] == 100
+    scores = Task('s', 1, ('pearson', 'spearman'), Examples(['a b', 'a c', 'd b'], None, [1., 2., 3.]), {'v': Examples(['d', 'a'], None, [3., 1.])})
+    assert majority(scores, 0)['v'] == dict(pearson=0, spearman=0) and bag_of_words(scores, 0, 0)['v']['pearson'] == pytest.approx(100)
+
+
+def test_the_paper_grid_is_the_papers():
+    names = jobs(toy(), Finetune(), 5)
+    assert len(names) == 2*3*2*4*5 and {j.max_length for j in names} == {128} and {j.weight_decay for j in names} == {.1}
+
+
+def headline(task, variant, value, low, high, recipe='24hbert'):
+    return dict(metric='headline', value=value, unit='%', aggregate='median', task=task, variant=variant, seeds=3, spread_low=low, spread_high=high,
+                labels_from='human', versions={}, hardware='a machine', commit='abc', dirty=True, **IDS | dict(recipe=recipe))
+
+
+def test_what_was_not_measured_is_an_empty_cell(tmp_path):
+    rows = [headline('x', v, 50., 40., 60.) for v in ('from-scratch', 'pretrained')] + [headline('y', 'pretrained', None, None, None)]
+    rows += average(rows, IDS)
+    table = table4(rows)
+    assert table.loc['24hbert, pretrained', 'y'] == '' and table.loc['24hbert, from-scratch', 'y'] == '' and table.loc['majority'].tolist() == ['', '', '']
+    text = write_table4(rows, tmp_path)[0].read_text()
+    assert 'nan' not in text and 'None' not in text and 'abc+changes' in text
+    assert 'not distinguishable on x' in verdict(rows, '24hbert')
+
+
+def test_two_recipes_have_rows_of_their_own():
+    rows = [headline('x', v, 50. + i, 40., 60., recipe) for i, recipe in enumerate(('24hbert', 'bert-base')) for v in ('majority', 'from-scratch', 'pretrained')]
+    rows += [r for recipe in ('24hbert', 'bert-base') for r in average([x for x in rows if x['recipe'] == recipe], IDS | dict(recipe=recipe))]
+    assert set(table4(rows).index) >= {'24hbert, pretrained', 'bert-base, pretrained', 'bert-base, from-scratch'}
+
+
+def test_report_of_nothing_and_of_broken_rows(tmp_path, capsys):
+    (tmp_path/'runs').mkdir()
+    (tmp_path/'runs'/'rows.jsonl').write_text('{"metric": "x"\n')
+    assert main(['report', '--runs', str(tmp_path/'runs'), '--out', str(tmp_path/'figures')]) == 1
+    assert 'rows.jsonl, line 1: not JSON' in capsys.readouterr().err and not (tmp_path/'figures').exists()
+    with pytest.raises(CramlitError, match='no result rows'): report(tmp_path/'nowhere', tmp_path/'figures')
+
+
+def test_rows_are_json_that_any_reader_takes(tmp_path):
+    write_rows(tmp_path/'rows.jsonl', [dict(metric='x', value=None, unit='%')])
+    assert json.loads((tmp_path/'rows.jsonl').read_text(), parse_constant=lambda c: pytest.fail(c)) == dict(metric='x', value=None, unit='%')
+    with pytest.raises(ValueError): write_rows(tmp_path/'nan.jsonl', [dict(metric='x', value=math.nan, unit='%')])
+    assert not (tmp_path/'nan.jsonl').exists()
+
+
+def test_unknown_names(capsys, tmp_path):
+    assert protocol.task_names('stand-in', []) and load_tasks('stand-in', ['review_polarity'])[0].name == 'review_polarity'
+    assert main(['glue', '--model', 'm', '--tasks', 'review_polarty', '--out', str(tmp_path/'o')]) == 2
+    assert "Did you mean 'review_polarity'?" in capsys.readouterr().err
