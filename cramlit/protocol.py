@@ -43,7 +43,7 @@ def bag_of_words(
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
-    train, bag = task.train.head(max_train), TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    train, bag = task.train.head(max_train), TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r'\w+')
     bag.fit(train.first + (train.second or []))
     def features(e):
         a = bag.transform(e.first)

@@ -97,7 +97,7 @@ def table4(
         for v in VARIANTS:
             mine = [r for r in heads if (r['recipe'], r['variant']) == (recipe, v)]
             line = {r['task'] + ('†' if r['labels_from'] == 'derived' else ''): _cell([r]) for r in mine}
-            out[f'{recipe}, {v}' if v in VARIANTS[2:] else v] = line | {'average': _cell([averages[recipe, v]])}
+            out[f'{recipe}, {v}' if v in VARIANTS[2:] else v] = line | {'average': _cell([averages[recipe, v]] if (recipe, v) in averages else [])}
     return pd.DataFrame(out).T.fillna('')
 
 # %% ../nbs/17_report.ipynb #f2e57b7e

@@ -6,7 +6,7 @@
 __all__ = ['atomic', 'cache_dir', 'sha256', 'provenance', 'result_row', 'write_rows', 'read_rows']
 
 # %% ../nbs/00a_results.ipynb #7870cdab
-import hashlib, json, os, platform, subprocess, tempfile
+import hashlib, json, math, os, platform, subprocess, tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -73,19 +73,20 @@ def provenance() -> dict:  # git, versions, hardware
 # %% ../nbs/00a_results.ipynb #0bc81f3e
 def result_row(
     metric: str,    # what was measured, such as `validation_loss`
-    value: float|None,  # the number; None when it could not be measured
+    value: float|None,  # the number; None where there is none, and so for one that is not finite
     unit: str,      # nats, tokens/s, %, …
     **ids,          # what identifies the row: recipe, scale, task, seed, variant, …
 ) -> dict:
     "One measured number with what identifies it and where it comes from"
-    return dict(metric=metric, value=value, unit=unit, **ids, **provenance())
+    known = value is not None and math.isfinite(value)
+    return dict(metric=metric, value=value if known else None, unit=unit, **ids, **provenance())
 
 def write_rows(
     path: str|Path,        # a .jsonl file
     rows: Iterable[dict],  # replaces what the file held
 ):
     "Write rows as JSON lines, whole or not at all"
-    with atomic(path) as f: f.writelines(json.dumps(r, ensure_ascii=False) + '\n' for r in rows)
+    with atomic(path) as f: f.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + '\n' for r in rows)
 
 def read_rows(
     path: str|Path,  # a .jsonl file, or a folder to search for files named rows.jsonl

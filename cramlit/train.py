@@ -111,7 +111,8 @@ class Run:
 
     def log(self, **values):
         "Append one line to metrics.jsonl"
-        line = dict(step=self.step, seconds=round(self.clock.seconds, 3), tokens=self.tokens, **values)
+        known = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        line = dict(step=self.step, seconds=round(self.clock.seconds, 3), tokens=self.tokens, **known)
         with open(self.out/'metrics.jsonl', 'a') as f: f.write(json.dumps(line) + '\n')
 
 # %% ../nbs/11_train.ipynb #5f3ef53d
