@@ -206,6 +206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'cramlit.report': { 'cramlit.report._axis': ('report.html#_axis', 'cramlit/report.py'),
                                 'cramlit.report._cell': ('report.html#_cell', 'cramlit/report.py'),
                                 'cramlit.report._escape': ('report.html#_escape', 'cramlit/report.py'),
+                                'cramlit.report._line': ('report.html#_line', 'cramlit/report.py'),
                                 'cramlit.report.figure_loss': ('report.html#figure_loss', 'cramlit/report.py'),
                                 'cramlit.report.figure_lr': ('report.html#figure_lr', 'cramlit/report.py'),
                                 'cramlit.report.origin': ('report.html#origin', 'cramlit/report.py'),

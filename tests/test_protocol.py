@@ -80,24 +80,26 @@ def test_the_paper_grid_is_the_papers():
 
 
 def headline(task, variant, value, low, high, recipe='24hbert'):
-    return dict(metric='headline', value=value, unit='%', aggregate='median', task=task, variant=variant, seeds=3, spread_low=low, spread_high=high,
-                labels_from='human', versions={}, hardware='a machine', commit='abc', dirty=True, **IDS | dict(recipe=recipe))
+    ids = IDS | dict(recipe=recipe, aggregate='median', task=task, variant=variant, seeds=3, spread_low=low, spread_high=high, labels_from='human', versions={},
+                     hardware='a machine', commit='abc', dirty=True, unit='%', value=value)
+    return [dict(metric='headline', split='all', **ids), dict(metric='accuracy', split='validation', **ids)]
 
 
 def test_what_was_not_measured_is_an_empty_cell(tmp_path):
-    rows = [headline('x', v, 50., 40., 60.) for v in ('from-scratch', 'pretrained')] + [headline('y', 'pretrained', None, None, None)]
+    rows = [r for v in ('from-scratch', 'pretrained') for r in headline('x', v, 50., 40., 60.)] + headline('y', 'pretrained', None, None, None)
     rows += average(rows, IDS)
     table = table4(rows)
-    assert table.loc['24hbert, pretrained', 'y'] == '' and table.loc['24hbert, from-scratch', 'y'] == '' and table.loc['majority'].tolist() == ['', '', '']
+    assert table.loc['y accuracy', '24hbert, pretrained'] == '' and set(table.columns) == {'24hbert, from-scratch', '24hbert, pretrained'}
     text = write_table4(rows, tmp_path)[0].read_text()
     assert 'nan' not in text and 'None' not in text and 'abc+changes' in text
     assert 'not distinguishable on x' in verdict(rows, '24hbert')
 
 
 def test_two_recipes_have_rows_of_their_own():
-    rows = [headline('x', v, 50. + i, 40., 60., recipe) for i, recipe in enumerate(('24hbert', 'bert-base')) for v in ('majority', 'from-scratch', 'pretrained')]
-    rows += [r for recipe in ('24hbert', 'bert-base') for r in average([x for x in rows if x['recipe'] == recipe], IDS | dict(recipe=recipe))]
-    assert set(table4(rows).index) >= {'24hbert, pretrained', 'bert-base, pretrained', 'bert-base, from-scratch'}
+    two = ('24hbert', 'bert-base')
+    rows = [r for i, recipe in enumerate(two) for v in ('majority', 'from-scratch', 'pretrained') for r in headline('x', v, 50. + i, 40., 60., recipe)]
+    rows += [r for recipe in two for r in average([x for x in rows if x['recipe'] == recipe], IDS | dict(recipe=recipe))]
+    assert set(table4(rows).columns) >= {'majority', '24hbert, pretrained', 'bert-base, pretrained', 'bert-base, from-scratch'}
 
 
 def test_report_of_nothing_and_of_broken_rows(tmp_path, capsys):
