@@ -46,5 +46,5 @@ readme: env  ## README.md from nbs/index.ipynb
 	$(BIN)/python -m nbconvert --to markdown --log-level ERROR --output ../README.md nbs/index.ipynb
 
 execute: env  ## run every chapter and keep its outputs
-	$(BIN)/python -m nbconvert --to notebook --execute --inplace nbs/[0-9]*.ipynb
+	$(BIN)/python tests/execute.py nbs/[0-9]*.ipynb
 	$(BIN)/nbdev-clean

@@ -39,7 +39,8 @@ def run_notebook(
     for name in parameters:
         if name not in known: raise unknown(f'parameter of {notebook.name}', name, known)
     output.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(str(notebook), str(output), parameters, progress_bar=False, stderr_file=sys.stderr, cwd=str(output.parent))
+    try: papermill.execute_notebook(str(notebook), str(output), parameters, progress_bar=False, stderr_file=sys.stderr, cwd=str(output.parent),
+                                    extra_arguments=['--log-level=ERROR'])  # ipykernel warns of the way in which it was started
     except papermill.PapermillExecutionError as e:
         raise CramlitError(f'{notebook.name} failed with {e.ename}: {e.evalue}. The executed copy shows where: {output}') from None
     return output
