@@ -184,9 +184,11 @@ def figure_loss(
     entropy: float,         # of the held-out text under word frequencies, nats
 ):                          # a matplotlib figure
     "Loss by time: training lines, validation points, and the line that a model without context reaches"
-    import matplotlib.pyplot as plt
-    with plt.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(5.5, 3))
+    import matplotlib
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(5.5, 3))
+        ax = fig.subplots()
         for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
             log = read_log(run)
             time, unit = _axis(log)
@@ -201,9 +203,11 @@ def figure_lr(
     runs: dict[str, Path],  # name → run folder
 ):                          # a matplotlib figure
     "The learning rate by time: the formula as a line, what was used as points"
-    import matplotlib.pyplot as plt
-    with plt.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(5.5, 2.4))
+    import matplotlib
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(5.5, 2.4))
+        ax = fig.subplots()
         for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
             log, info = read_log(run), json.loads((run/'run.json').read_text())
             o, w = info['recipe']['optim'], info['recipe']['schedule']['warmup']
@@ -220,11 +224,9 @@ def write_curves(
     folder: Path,           # where the files go
 ) -> list[Path]:
     "The loss curve and the schedule of some runs"
-    import matplotlib.pyplot as plt
     rows = [r for run in runs.values() for r in read_rows(run/'rows.jsonl')]
     entropy = next(r['value'] for r in rows if r['metric'] == 'unigram_entropy')
     files = write_figure(figure_loss(runs, entropy), folder/'loss_curve', rows) + write_figure(figure_lr(runs), folder/'lr_schedule', rows)
-    plt.close('all')
     return files
 
 def report(
