@@ -81,6 +81,15 @@ def test_lock_pins_every_requirement_and_torch(toml):
     assert pins['torch'] == '2.13.0'
 
 
+def test_the_lock_is_installed_and_made_for_the_oldest_python():
+    from importlib.metadata import distribution
+
+    from packaging.specifiers import SpecifierSet
+    for name, pin in locked().items():
+        d = distribution(name)
+        assert d.version.split('+')[0] == pin and SpecifierSet(d.metadata.get('Requires-Python') or '').contains('3.11.0'), name
+
+
 def test_conda_environment_takes_the_same_lock():
     env = yaml.safe_load((ROOT/'environment.yml').read_text())
     pip = next(d['pip'] for d in env['dependencies'] if isinstance(d, dict))
