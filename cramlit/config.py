@@ -229,7 +229,7 @@ SCALES = {s.name: s for s in (
     Scale('laptop', _SMALL + ('tokenizer.vocab_size=4096', 'packing.seq_len=32', 'model.num_layers=2', 'model.hidden_size=128',
           'model.num_heads=2', 'model.intermediate_size=512', 'model.max_positions=128', 'batch.global_batch_size=128', 'batch.micro_batch_size=128',
           'validation.every=0.05', 'validation.max_sequences=2048'),
-          budget=360., suite='stand-in', finetune=Finetune((10,), (32,), (3e-4, 1e-3), 3, max_length=64, max_train=1000, max_eval=1000)),
+          budget=360., suite='stand-in', finetune=Finetune((8,), (32,), (3e-4, 1e-3), 3, max_length=64, max_train=1000, max_eval=1000)),
     Scale('gpu', ('model.num_layers=12', 'model.hidden_size=768', 'model.num_heads=12', 'model.intermediate_size=3072', 'batch.micro_batch_size=256'),
           budget=3600., finetune=Finetune((3, 5), (32,), (5e-5, 8e-5), 3)),
     Scale('paper'),

@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import CramlitError, Packing, Recipe, UsageError
 

@@ -15,7 +15,7 @@ from statistics import median
 
 import numpy as np
 from joblib import Parallel, delayed, parallel_config
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .config import Finetune, Scale, UsageError, digest, unknown
 from .finetune import Job, load_parts, run_job
