@@ -1,11 +1,15 @@
 "Shared by the tests: small local text, prepared once"
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 from cramlit.config import get_recipe
 from cramlit.packing import prepare
+
+# a shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = 'the a of river stone house walks sees old green slowly near under people make time light cold music road'.split()
 
