@@ -32,14 +32,15 @@ def test_same_seed_same_weights_other_seed_others(recipe, data, tmp_path):
     assert all(torch.equal(wa[k], wb[k]) for k in wa)
 
 
-def test_budget_is_kept_with_validation_and_saving(recipe, data, tmp_path):
-    began = time.monotonic()
+def test_budget_is_kept_with_validation_and_saving(recipe, data, tmp_path, monkeypatch):
+    import cramlit.train as train
+    real, rates = train.set_lr, []
+    monkeypatch.setattr(train, 'set_lr', lambda optimizer, lr: (rates.append(lr), real(optimizer, lr)))
     rows = pretrain(recipe, data, tmp_path/'run', budget=4)
-    assert value(rows, 'steps') > 1
-    assert value(rows, 'seconds') < 4.5 and time.monotonic() - began < 8
+    assert value(rows, 'steps') == len(rates) > 1
+    assert 2 < value(rows, 'seconds') < 6, 'the budget is 4 s; the margin is for machines that do other things too'
+    assert rates[-1] < max(rates)/2
     lines = [json.loads(line) for line in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]
-    rates = [line['lr'] for line in lines if 'lr' in line]
-    assert rates and rates[-1] < max(rates)
     assert lines[-1]['validation_loss'] == value(rows, 'validation_loss')
 
 
