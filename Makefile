@@ -24,7 +24,7 @@ $(STAMP):
 
 env: $(STAMP)  ## create .venv with everything in it
 
-reproduce: env  ## raw text to table and figures at scale laptop, about a quarter of an hour on 2 cores
+reproduce: env  ## raw text to table and figures at scale laptop, about 17 minutes on 2 cores
 	$(BIN)/cramlit reproduce --scale laptop --out $(OUT) --figures paper_figures/laptop
 
 test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pipeline, pytest
