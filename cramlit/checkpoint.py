@@ -35,17 +35,7 @@ def restore_optimizer(
         state.setdefault(int(i), {})[k] = v
     optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
 
-# %% ../nbs/10_checkpoint.ipynb #85540e21
-def _random_state() -> dict[str, Tensor]:
-    "The generators that dropout draws from"
-    return {'cpu': torch.get_rng_state(), **{f'cuda{i}': s for i, s in enumerate(torch.cuda.get_rng_state_all())}}
-
-def _restore_random_state(tensors: dict[str, Tensor]):
-    torch.set_rng_state(tensors['cpu'])
-    gpus = [v for k, v in sorted(tensors.items()) if k.startswith('cuda')]
-    if gpus and len(gpus) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(gpus)
-
-# %% ../nbs/10_checkpoint.ipynb #aa7d0cb4
+# %% ../nbs/10_checkpoint.ipynb #f3c1ec24
 def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict):
     "Fill a folder with one safetensors file for each name, and the state with their checksums"
     folder.mkdir(parents=True)
@@ -58,16 +48,16 @@ def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict):
 def save_checkpoint(
     folder: str|Path,    # where the checkpoints of a run are
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer|None,  # None = weights only
     state: dict,         # JSON-able; must hold `step`
     keep: int = 2,       # the newest so many stay, so that a damaged one has one before it
 ) -> Path:               # the new checkpoint, folder/step-00000123
     "Save all that a run needs to go on; raises `CramlitError` and keeps the old checkpoints when the disk is full"
     folder = Path(folder)
     final, tmp = folder/f"step-{state['step']:08d}", folder/f".step-{state['step']:08d}.tmp"
-    tensors = dict(model=model.state_dict(), optimizer=optimizer_tensors(optimizer), random=_random_state())
+    tensors = dict(model=model.state_dict()) | (dict(optimizer=optimizer_tensors(optimizer)) if optimizer else {})
     try:
-        shutil.rmtree(tmp, ignore_errors=True)
+        for stale in folder.glob('.step-*.tmp'): shutil.rmtree(stale)
         _write(tmp, tensors, state)
         if final.exists(): shutil.rmtree(final)
         os.replace(tmp, final)
@@ -84,7 +74,7 @@ def checkpoints(
     "The complete checkpoints of a run"
     return sorted(Path(folder).glob('step-*'))
 
-# %% ../nbs/10_checkpoint.ipynb #e51c5ce2
+# %% ../nbs/10_checkpoint.ipynb #e7b4a558
 def damage(
     path: str|Path,  # one checkpoint
 ) -> str:            # what is wrong with it; '' when it is whole
@@ -99,15 +89,13 @@ def damage(
 def load_checkpoint(
     folder: str|Path,   # where the checkpoints of a run are
     model: nn.Module,   # changed in place
-    optimizer: torch.optim.Optimizer|None = None,  # changed in place, and the random state with it; None = weights only
+    optimizer: torch.optim.Optimizer|None = None,  # changed in place; None = weights only
 ) -> dict|None:         # the state that was saved; None when there is no checkpoint at all
     "Go back to the newest whole checkpoint; raises `CramlitError` when there are some and all are damaged"
     found = checkpoints(folder)
     for path in reversed(found):
         if problem := damage(path): print(f'damaged checkpoint passed over: {problem}', file=sys.stderr); continue
         model.load_state_dict(load_file(path/'model.safetensors'))
-        if optimizer:
-            restore_optimizer(optimizer, load_file(path/'optimizer.safetensors'))
-            _restore_random_state(load_file(path/'random.safetensors'))
+        if optimizer: restore_optimizer(optimizer, load_file(path/'optimizer.safetensors'))
         return json.loads((path/'state.json').read_text())['state']
     if found: raise CramlitError(f'every checkpoint in {folder} is damaged: delete the folder to start anew')

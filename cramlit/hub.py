@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['family', 'name_map', 'stock_state', 'our_state', 'stock_config', 'our_config', 'to_stock', 'from_stock', 'load_run',
-           'export_run']
+           'export_run', 'export_all']
 
 # %% ../nbs/12_hub.ipynb #aace1623
 import json, os, shutil
@@ -138,6 +138,7 @@ def from_stock(
 # %% ../nbs/12_hub.ipynb #c3d8453d
 def load_run(
     run: str|Path,           # a run's folder
+    kept: str = 'checkpoints',  # which checkpoints in it, such as milestones/0.5
 ) -> tuple[MaskedLM, dict]:  # the model in evaluation mode, and what run.json says
     "The model of a run's newest checkpoint; raises `CramlitError` when there is no run or no checkpoint"
     run = Path(run)
@@ -145,16 +146,17 @@ def load_run(
     except OSError: raise CramlitError(f'{run} is not a run: it has no run.json. Make one with `cramlit pretrain`') from None
     recipe = recipe_from_dict(info['recipe'])
     model = MaskedLM(recipe.model, info['vocab_size'])
-    if load_checkpoint(run/'checkpoints', model) is None: raise CramlitError(f'{run} has no checkpoint yet: let `cramlit pretrain` finish')
+    if load_checkpoint(run/kept, model) is None: raise CramlitError(f'{run/kept} has no checkpoint yet: let `cramlit pretrain` finish')
     return model.eval(), info
 
 def export_run(
     run: str|Path,         # a finished run's folder
     tokenizer: str|Path,   # the tokenizer's folder
     to: str|Path,          # the folder to make
-) -> Path:                 # the same
+    kept: str = 'checkpoints',  # which checkpoints of the run, such as milestones/0.5
+) -> Path:                 # the folder
     "Write a run's model as a stock transformers folder with its tokenizer"
-    to, (model, info) = Path(to), load_run(run)
+    to, (model, info) = Path(to), load_run(run, kept)
     recipe, tok = recipe_from_dict(info['recipe']), load_tokenizer(tokenizer)
     if padded_vocab(len(tok)) != info['vocab_size']:
         raise CramlitError(f"the tokenizer in {tokenizer} has {len(tok)} entries, the model of {run} {info['vocab_size']}: they do not belong together")
@@ -171,3 +173,13 @@ def export_run(
     except OSError as e: raise CramlitError(f'cannot write the model to {to}: {e}') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return to
+
+# %% ../nbs/12_hub.ipynb #63dcbd18
+def export_all(
+    run: str|Path,        # a finished run's folder
+    tokenizer: str|Path,  # the tokenizer's folder
+) -> Path:                # the model, RUN/model
+    "Write RUN/model, and RUN/milestones/FRACTION/model for the weights that were kept on the way"
+    run = Path(run)
+    for kept in sorted(run.glob('milestones/*')): export_run(run, tokenizer, kept/'model', str(kept.relative_to(run)))
+    return export_run(run, tokenizer, run/'model')

@@ -7,6 +7,7 @@ __all__ = ['Precision', 'choose_precision', 'pick_device', 'autocast']
 
 # %% ../nbs/08a_precision.ipynb #a4df27b3
 from dataclasses import dataclass
+from multiprocessing import current_process
 
 import torch
 
@@ -36,9 +37,11 @@ def choose_precision(
     return Precision(torch.float32, 'this CPU has no bfloat16 instructions')
 
 # %% ../nbs/08a_precision.ipynb #6d2f3d74
-def pick_device() -> torch.device:  # the first GPU, else the CPU
+def pick_device() -> torch.device:  # the first GPU, else the CPU; joblib's worker number n takes the n-th GPU
     "Where to train when nothing else is said"
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if not torch.cuda.is_available(): return torch.device('cpu')
+    worker = current_process().name.rpartition('-')[2]  # such as LokyProcess-3
+    return torch.device('cuda', (int(worker) - 1) % torch.cuda.device_count() if worker.isdigit() else 0)
 
 def autocast(
     device: torch.device,

@@ -40,11 +40,12 @@ class Clock:
 
     def fraction(
         self,
-        step: int,  # optimiser steps done
-    ) -> float:     # of the budget spent, at least 0; 1 or more = stop
+        step: int,   # optimiser steps done
+        seconds: float|None = None,  # time spent, as all processes agree on it; None = read this clock
+    ) -> float:      # of the budget spent, at least 0; 1 or more = stop
         "How much of the budget is spent; raises nothing, so that a late look can exceed 1"
         if self.steps: return step / self.steps
-        return self.seconds / max(self.budget - self.reserve, 1e-9)
+        return (self.seconds if seconds is None else seconds) / max(self.budget - self.reserve, 1e-9)
 
     def left(
         self,

@@ -1,6 +1,7 @@
 "Training: budgets, interruption, continuation, misfits"
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from cramlit.checkpoint import checkpoints
-from cramlit.config import CramlitError, UsageError, override
+from cramlit.config import CramlitError, Interrupted, UsageError, override
 from cramlit.train import hopeless, pretrain
 
 
@@ -46,22 +47,61 @@ def test_budget_is_kept_with_validation_and_saving(recipe, data, tmp_path, monke
 
 def test_interrupted_run_ends_like_an_unbroken_one(recipe, data, tmp_path, monkeypatch):
     import cramlit.train as train
-    recipe = replace(recipe, validation=replace(recipe.validation, every=0.25))
+    recipe = override(recipe, ['validation.every=0.25', 'checkpoint.every=0.25'])
     pretrain(recipe, data, tmp_path/'whole', steps=12)
     real, calls = train.accumulate, []
 
-    def interrupted(*args):
+    def broken_off(*args):
         calls.append(1)
         if len(calls) == 8: raise KeyboardInterrupt
         return real(*args)
-    monkeypatch.setattr(train, 'accumulate', interrupted)
-    with pytest.raises(CramlitError, match='interrupted at step 7'): pretrain(recipe, data, tmp_path/'broken', steps=12)
+    monkeypatch.setattr(train, 'accumulate', broken_off)
+    with pytest.raises(KeyboardInterrupt): pretrain(recipe, data, tmp_path/'broken', steps=12)
     pretrain(recipe, data, tmp_path/'broken', steps=12)
     assert len(calls) == 8 + 6, 'it should go on from the checkpoint at step 6'
     a, b = weights(tmp_path/'whole'), weights(tmp_path/'broken')
     assert all(torch.equal(a[k], b[k]) for k in a)
     steps = [json.loads(line)['step'] for line in (tmp_path/'broken'/'metrics.jsonl').read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+def test_a_signal_saves_the_step_that_was_under_way(recipe, data, tmp_path, monkeypatch):
+    import cramlit.train as train
+    real, calls = train.accumulate, []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == 5: os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+    monkeypatch.setattr(train, 'accumulate', signalled)
+    with pytest.raises(Interrupted, match='after step 5 and saved'): pretrain(recipe, data, tmp_path/'broken', steps=12)
+    pretrain(recipe, data, tmp_path/'broken', steps=12)
+    assert len(calls) == 12
+    pretrain(recipe, data, tmp_path/'whole', steps=12)
+    a, b = weights(tmp_path/'whole'), weights(tmp_path/'broken')
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_second_signal_leaves_at_once(recipe, data, tmp_path, monkeypatch):
+    import cramlit.train as train
+    monkeypatch.setattr(train, 'accumulate', lambda *a: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt): pretrain(recipe, data, tmp_path/'run', steps=12)
+    assert [p.name for p in checkpoints(tmp_path/'run'/'checkpoints')] == ['step-00000000']
+
+
+def test_milestones_are_kept_once(recipe, data, tmp_path):
+    recipe = override(recipe, ['checkpoint.milestones=0.25,0.5', 'checkpoint.every=0.9'])
+    pretrain(recipe, data, tmp_path/'run', steps=8)
+    kept = {m: [p.name for p in checkpoints(tmp_path/'run'/'milestones'/m)] for m in ('0.25', '0.5')}
+    assert kept == {'0.25': ['step-00000002'], '0.5': ['step-00000004']}
+
+
+def test_a_damaged_shard_is_refused_before_the_first_step(recipe, data, tmp_path):
+    shutil.copytree(data, tmp_path/'data')
+    shard = next((tmp_path/'data').glob('train-*.npy'))
+    content = bytearray(shard.read_bytes()); content[-1] ^= 1; shard.write_bytes(content)
+    with pytest.raises(CramlitError, match=f'{shard.name} does not match its checksum'): pretrain(recipe, tmp_path/'data', tmp_path/'run', steps=2)
+    assert not (tmp_path/'run').exists()
 
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(recipe, data, text, tmp_path):
@@ -74,7 +114,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(recipe, data, text, tmp
         time.sleep(.1)
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and 'interrupted at step' in err and 'Traceback' not in err
+    assert process.returncode == 75 and 'same command goes on' in err and 'Traceback' not in err
 
 
 def test_stops_a_hopeless_run(recipe, data, tmp_path):
@@ -84,9 +124,10 @@ def test_stops_a_hopeless_run(recipe, data, tmp_path):
     assert hopeless(float('inf'), 0, recipe)
 
 
-def test_a_loss_that_is_no_number_is_an_error(recipe, data, tmp_path):
-    with pytest.raises(CramlitError, match='training loss is nan'):
-        pretrain(override(recipe, ['optim.lr=1e30']), data, tmp_path/'run', steps=40)
+def test_numbers_that_are_none_end_the_run_with_a_diagnosis(recipe, data, tmp_path):
+    rows = pretrain(override(recipe, ['optim.lr=1e30', 'validation.every=0.9']), data, tmp_path/'run', steps=60)
+    assert '20 steps in a row had no finite gradient' in rows[0]['stopped'] and 'train_batches' in rows[0]['stopped']
+    assert value(rows, 'skipped_steps') == 20 and value(rows, 'steps') < 30
 
 
 @pytest.mark.parametrize('settings, match', [

@@ -1,0 +1,41 @@
+"""What torchrun starts in the tests: `cramlit pretrain` in full precision, with a line in the log for every step
+
+WRONG_CLOCK=R: the clock of rank R jumps by an hour; POISON=A-B: the gradient of rank 1 is no number in these steps; LR_LOG=FILE: rates of each rank
+"""
+import functools
+import os
+import sys
+import time
+
+import torch
+
+rank = int(os.environ.get('RANK', 0))
+if os.environ.get('WRONG_CLOCK') == str(rank):
+    real, calls = time.monotonic, []
+    time.monotonic = lambda: (calls.append(1), real() + 3600*(len(calls) > 20))[1]
+
+import cramlit.train as train  # noqa: E402  the clock is wrong before it is imported
+from cramlit.command import main  # noqa: E402
+from cramlit.precision import Precision  # noqa: E402
+
+train.choose_precision = lambda device: Precision(torch.float32, 'the test compares curves')
+train.train = functools.partial(train.train, log_every=1)
+
+set_lr, accumulate, steps = train.set_lr, train.accumulate, []
+
+
+def log_lr(optimizer, lr):
+    with open(f"{os.environ['LR_LOG']}.{rank}", 'a') as f: f.write(f'{lr!r}\n')
+    set_lr(optimizer, lr)
+
+
+def poisoned(*args):
+    accumulate(*args)
+    steps.append(1)
+    first, last = map(int, os.environ['POISON'].split('-'))
+    if rank == 1 and first <= len(steps) <= last: args[-1].flat[0] = float('nan')
+
+
+if 'LR_LOG' in os.environ: train.set_lr = log_lr
+if 'POISON' in os.environ: train.accumulate = poisoned
+sys.exit(main(['pretrain', *sys.argv[1:]]))
