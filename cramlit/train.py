@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from .checkpoint import Saver, checkpoints, load_checkpoint
 from .config import Interrupted, Recipe, UsageError, digest, recipe_hash
 from .distributed import Gradients, World, heed_signals, join_world, launch
 from .keyed import make_key
@@ -124,6 +124,7 @@ class Run:
     clock: Clock
     scale: str = ''      # which scale the recipe was taken at; for the record
     world: World = field(default_factory=World)
+    saver: Saver = field(default_factory=Saver)
     step: int = 0        # optimiser steps done, skipped ones included
     skipped: int = 0     # steps not taken because the gradient was no number
     in_a_row: int = 0    # of those, how many just now
@@ -197,7 +198,7 @@ def resume(
     state = load_checkpoint(run.out/'checkpoints', model, optimizer)
     if state:
         for k in STATE: setattr(run, k, state[k])
-        run.clock.spent = state['spent']
+        run.clock.spent, run.clock.reserve = state['spent'], state['reserve']
         scaler.load_state_dict(state['scaler'])
     path = run.out/'metrics.jsonl'
     if not run.world.main or not path.exists(): return
@@ -210,10 +211,10 @@ def save(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ):
-    "Write a checkpoint; only the main process does"
+    "Begin to write a checkpoint; only the main process does"
     if not run.world.main: return
-    state = {k: getattr(run, k) for k in STATE} | dict(spent=run.clock.seconds, scaler=scaler.state_dict())
-    save_checkpoint(run.out/'checkpoints', model, optimizer, state, run.recipe.checkpoint.keep)
+    state = {k: getattr(run, k) for k in STATE} | dict(spent=run.clock.seconds, reserve=run.clock.reserve, scaler=scaler.state_dict())
+    run.saver.save(run.out/'checkpoints', model, optimizer, state, run.recipe.checkpoint.keep)
 
 # %% ../nbs/11_train.ipynb #c1c3fffc
 def due(
@@ -233,7 +234,7 @@ def keep_milestones(
     "Keep the weights at each fraction of `checkpoint.milestones` that fell into the last step"
     for m in run.recipe.checkpoint.milestones:
         folder = run.out/'milestones'/f'{m:g}'
-        if run.world.main and before < m <= after and not checkpoints(folder): save_checkpoint(folder, model, None, dict(step=run.step))
+        if run.world.main and before < m <= after and not checkpoints(folder): run.saver.save(folder, model, None, dict(step=run.step))
 
 # %% ../nbs/11_train.ipynb #34fe37e8
 def set_lr(
@@ -272,7 +273,8 @@ def progress(
 def leave(
     run: Run,
 ):
-    "Raise `Interrupted`; the wish to stop is fulfilled and its file removed"
+    "Wait for the checkpoint and raise `Interrupted`; the wish to stop is fulfilled and its file removed"
+    run.saver.wait()
     if run.world.main: (run.out/'stop').unlink(missing_ok=True)
     raise Interrupted(f'stopped after step {run.step} and saved. The same command goes on from there: {run.out}')
 
@@ -285,8 +287,8 @@ def first_look(
     "Validate before training, and find out how long validating and saving take"
     began = run.clock.seconds
     loss = validate(model, run.data, run.recipe, precision, run.world)
-    if run.step == 0: run.log(validation_loss=loss); keep()
-    run.clock.reserve = run.world.tell(1.5*(run.clock.seconds - began))
+    if run.step == 0: run.log(validation_loss=loss); keep(); run.saver.wait()
+    run.clock.reserve = run.world.tell(max(run.clock.reserve, 1.5*(run.clock.seconds - began)))
     now = run.world.tell(run.clock.seconds)
     check_budget(run.clock, now)
     return run.clock.fraction(run.step, now)
@@ -326,7 +328,7 @@ def train(
             if due(before, fraction, recipe.checkpoint.every) and fraction < 1: keep()
     loss = look()
     run.log(validation_loss=loss)
-    keep()
+    keep(); run.saver.wait()
     return loss
 
 # %% ../nbs/11_train.ipynb #4ff9bde1

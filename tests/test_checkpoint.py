@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import cramlit.checkpoint as checkpoint
-from cramlit.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from cramlit.checkpoint import checkpoints, load_checkpoint, tensors_of, write_checkpoint
 from cramlit.config import CramlitError, get_recipe
 from cramlit.model import MaskedLM
 from cramlit.optim import make_optimizer
@@ -20,18 +20,18 @@ def parts():
 
 
 def test_full_disk_keeps_the_old_checkpoint(parts, tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, *parts, {'step': 1})
+    write_checkpoint(tmp_path, tensors_of(*parts), {'step': 1})
 
     def full(*args): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(checkpoint, 'save_file', full)
-    with pytest.raises(CramlitError, match='MB needed.*No space left'): save_checkpoint(tmp_path, *parts, {'step': 2})
+    with pytest.raises(CramlitError, match='MB needed.*No space left'): write_checkpoint(tmp_path, tensors_of(*parts), {'step': 2})
     assert [p.name for p in tmp_path.iterdir()] == ['step-00000001']
     assert load_checkpoint(tmp_path, parts[0]) == {'step': 1}
 
 
 @pytest.mark.parametrize('harm', ['truncate', 'remove', 'state'])
 def test_damage_is_named_and_the_one_before_is_used(parts, tmp_path, capsys, harm):
-    for n in (1, 2): save_checkpoint(tmp_path, *parts, {'step': n})
+    for n in (1, 2): write_checkpoint(tmp_path, tensors_of(*parts), {'step': n})
     newest = checkpoints(tmp_path)[-1]
     if harm == 'truncate': (newest/'optimizer.safetensors').write_bytes((newest/'optimizer.safetensors').read_bytes()[:-9] or b'')
     if harm == 'remove': (newest/'model.safetensors').unlink()
@@ -46,6 +46,6 @@ def test_a_half_written_checkpoint_is_not_seen(parts, tmp_path):
 
 
 def test_nothing_is_pickled(parts, tmp_path):
-    path = save_checkpoint(tmp_path, *parts, {'step': 1})
+    path = write_checkpoint(tmp_path, tensors_of(*parts), {'step': 1})
     assert {p.suffix for p in path.iterdir()} == {'.safetensors', '.json'}
     assert json.loads((path/'state.json').read_text())['state'] == {'step': 1}
