@@ -9,7 +9,7 @@ OUT    ?= runs/laptop
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
 
-.PHONY: help env reproduce test export clean-notebooks lint readme execute
+.PHONY: help env reproduce test test-slow export clean-notebooks lint readme execute
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -32,6 +32,9 @@ test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pi
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -q
+
+test-slow: env  ## twenty kills, eight processes, two thousand steps: about 15 minutes on 2 cores
+	$(BIN)/python -m pytest -q -m slow
 
 export: env  ## notebooks to package
 	$(BIN)/nbdev-export

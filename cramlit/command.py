@@ -159,7 +159,7 @@ def run_command(
 # %% ../nbs/19_command.ipynb #69b2284e
 def main(
     argv: list[str]|None = None,  # arguments; None = those of the process
-) -> int:                         # 0 done, 1 failed, 2 misused
+) -> int:                         # 0 done, 1 failed, 2 misused, 75 stopped and saved
     "The `cramlit` command"
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ('-h', '--help'): print(_usage(), file=sys.stdout if argv else sys.stderr); return 0 if argv else 2

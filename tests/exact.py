@@ -1,11 +1,14 @@
 """What torchrun starts in the tests: `cramlit pretrain` in full precision, with a line in the log for every step
 
 WRONG_CLOCK=R: the clock of rank R jumps by an hour; POISON=A-B: the gradient of rank 1 is no number in these steps; LR_LOG=FILE: rates of each rank
+MEMORY_LOG=FILE: resident memory at each step, in kB, files not counted
 """
 import functools
 import os
+import re
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -29,6 +32,11 @@ def log_lr(optimizer, lr):
     set_lr(optimizer, lr)
 
 
+def log_memory(optimizer, lr):
+    with open(os.environ['MEMORY_LOG'], 'a') as f: f.write(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1] + '\n')
+    set_lr(optimizer, lr)
+
+
 def poisoned(*args):
     accumulate(*args)
     steps.append(1)
@@ -37,5 +45,6 @@ def poisoned(*args):
 
 
 if 'LR_LOG' in os.environ: train.set_lr = log_lr
+if 'MEMORY_LOG' in os.environ: train.set_lr = log_memory
 if 'POISON' in os.environ: train.accumulate = poisoned
 sys.exit(main(['pretrain', *sys.argv[1:]]))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cramlit.checkpoint import checkpoints
+from cramlit.checkpoint import checkpoints, damage
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 EXACT = str(Path(__file__).with_name('exact.py'))
@@ -137,6 +137,16 @@ def test_ctrl_c_saves_on_all_ranks_and_the_same_command_goes_on(text, data, tmp_
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and 'same command goes on' in err and 'Traceback' not in err
     assert not (tmp_path/'run'/'stop').exists() and checkpoints(tmp_path/'run'/'checkpoints')
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(text, data, tmp_path):
+    command = [sys.executable, '-m', 'cramlit.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '5000', '--nproc', '2')]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    wait(lambda: (tmp_path/'run'/'metrics.jsonl').exists() and (tmp_path/'run'/'metrics.jsonl').read_text().count('\n') > 2)
+    for _ in range(2): process.send_signal(signal.SIGINT); time.sleep(.001)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (1, 75) and 'Traceback' not in err  # 75 when it was saved between the two
+    assert {damage(p) for p in checkpoints(tmp_path/'run'/'checkpoints')} == {''}
 
 
 def test_two_machines(text, data, tmp_path):

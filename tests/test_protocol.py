@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from joblib import parallel_config
 
 import cramlit.protocol as protocol
 from cramlit.command import main
@@ -64,6 +65,32 @@ def test_a_fine_tuning_that_diverges_has_no_score_and_does_not_win(model, tmp_pa
     none = summary(task, 'x', [[results[0]['scores']]], {})
     assert [r['value'] for r in none] == [None, None]
     assert average(none, {})[0]['value'] is None
+
+
+def test_a_failing_job_is_tried_twice_and_the_others_go_on(model, tmp_path, monkeypatch):
+    good, tried, real = jobs(toy(), GRID, 1)[0], [], protocol.run_job
+
+    def flaky(job, *rest):
+        tried.append(job.seed)
+        if job.seed == 7 or job.seed == 5 and tried.count(5) == 1: raise RuntimeError('lightning')
+        return real(job, *rest)
+    monkeypatch.setattr(protocol, 'run_job', flaky)
+    work = [(replace(good, seed=s), toy()) for s in (7, 5, 0)]
+    with parallel_config('threading', n_jobs=1), pytest.raises(CramlitError, match='(?s)1 of 3 fine-tunings failed twice.*seed 7: RuntimeError: lightning'):
+        run_jobs(work, model, ['bad', 'once', 'good'], tmp_path)
+    assert sorted(tried) == [0, 5, 5, 7, 7] and sorted(p.stem for p in (tmp_path/'jobs').iterdir()) == ['good', 'once']
+    tried.clear()
+    with parallel_config('threading', n_jobs=1), pytest.raises(CramlitError): run_jobs(work, model, ['bad', 'once', 'good'], tmp_path)
+    assert tried == [7, 7]
+
+
+def test_a_cluster_that_the_user_chose_does_the_work(model, tmp_path):
+    "Through joblib on a dask cluster, with the results of local processes"
+    from dask.distributed import Client, LocalCluster, get_task_stream
+    here = run_suite(model, [toy()], GRID, 1, tmp_path/'here', IDS)
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client, get_task_stream(client) as done:
+        with parallel_config('dask'): there = run_suite(model, [toy()], GRID, 1, tmp_path/'there', IDS)
+    assert done.data and values(here) == values(there)
 
 
 def test_baselines_by_hand():

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cramlit.checkpoint import checkpoints
+from cramlit.checkpoint import checkpoints, damage
 from cramlit.config import CramlitError, Interrupted, UsageError, override
-from cramlit.train import hopeless, pretrain
+from cramlit.precision import Precision
+from cramlit.run import hopeless
+from cramlit.train import pretrain
 
 
 def weights(run):
@@ -128,6 +130,30 @@ def test_numbers_that_are_none_end_the_run_with_a_diagnosis(recipe, data, tmp_pa
     rows = pretrain(override(recipe, ['optim.lr=1e30', 'validation.every=0.9']), data, tmp_path/'run', steps=60)
     assert '20 steps in a row had no finite gradient' in rows[0]['stopped'] and 'train_batches' in rows[0]['stopped']
     assert value(rows, 'skipped_steps') == 20 and value(rows, 'steps') < 30
+
+
+def test_a_loss_scale_at_its_floor_ends_the_run(recipe, data, tmp_path, monkeypatch):
+    import cramlit.train as train
+    def overflow(*args): args[-1].buffer.fill_(1).view(-1)[0] = float('inf')
+    monkeypatch.setattr(train, 'accumulate', overflow)
+    monkeypatch.setattr(train, 'choose_precision', lambda device: Precision(torch.float16, 'the test is about its loss scale'))
+    rows = pretrain(override(recipe, ['validation.every=0.9']), data, tmp_path/'run', steps=60)
+    assert 'the loss scale is stuck at its floor' in rows[0]['stopped'] and value(rows, 'skipped_steps') == 17  # 2^16 halved 17 times is below 1
+
+
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_whole(recipe, data, tmp_path, monkeypatch):
+    import cramlit.checkpoint as checkpoint
+    whole, calls = checkpoint.save_file, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) > 3: raise OSError(28, 'No space left on device')
+        whole(*args)
+    monkeypatch.setattr(checkpoint, 'save_file', full)
+    with pytest.raises(CramlitError, match='MB needed.*No space left'): pretrain(override(recipe, ['checkpoint.every=0.2']), data, tmp_path/'run', steps=10)
+    monkeypatch.undo()
+    assert [damage(p) for p in checkpoints(tmp_path/'run'/'checkpoints')] == ['']
+    assert value(pretrain(override(recipe, ['checkpoint.every=0.2']), data, tmp_path/'run', steps=10), 'steps') == 10
 
 
 @pytest.mark.parametrize('settings, match', [

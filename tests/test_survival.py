@@ -1,0 +1,72 @@
+"Kills, damaged folders, memory: what a run must outlive, and what it must not take"
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cramlit.checkpoint import checkpoints
+from cramlit.command import main
+from cramlit.loader import train_batches
+from cramlit.packing import Rows, open_data
+from cramlit.survival import torture
+from cramlit.train import pretrain
+
+SETTINGS = ['corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=64']
+
+
+@pytest.mark.parametrize('kills', [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_change_nothing(text, tmp_path, kills):
+    rows = torture(kills, tmp_path/'torture', [f'corpus.source={text}', *SETTINGS], big='tiny')
+    value = {r['metric']: r['value'] for r in rows}
+    assert value['kills_survived'] == kills and value['weights_identical'] == 1 and value['kills_while_saving'] > 0
+
+
+def test_verify_names_all_that_is_damaged(recipe, data, tmp_path, capsys):
+    pretrain(recipe, data, tmp_path/'run', steps=2)
+    assert main(['verify', str(tmp_path)]) == 0
+    for path in (p/'model.safetensors' for p in checkpoints(tmp_path/'run'/'checkpoints')): path.write_bytes(path.read_bytes()[:-1] + b'x')
+    assert main(['verify', str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert '2 of 2 damaged' in err and err.count('model.safetensors does not match its checksum') == 2
+    assert main(['verify', str(tmp_path/'nothing')]) == 2
+
+
+def anonymous_memory() -> int:
+    "Bytes of this process that belong to no file"
+    return 1024*int(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+
+
+@pytest.mark.parametrize('steps', [400, pytest.param(2000, marks=pytest.mark.slow)])
+def test_memory_is_flat(text, data, tmp_path, steps):
+    "After the first steps, with checkpoints and validation among them, resident memory does not grow"
+    overrides = [f'corpus.source={text}', *SETTINGS, 'batch.micro_batch_size=8', 'checkpoint.every=0.05', 'validation.every=0.1']
+    command = [sys.executable, str(Path(__file__).with_name('exact.py')), '--scale', 'tiny', '--data', str(data), '--out', str(tmp_path/'run'),
+               '--steps', str(steps), *(x for o in overrides for x in ('-o', o))]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=500, env=os.environ | dict(MEMORY_LOG=str(tmp_path/'memory')))
+    megabytes = [int(line)/1024 for line in (tmp_path/'memory').read_text().split()]
+    assert len(megabytes) == steps
+    early, late = np.median(megabytes[steps//4:steps//2]), np.median(megabytes[-steps//4:])
+    assert late - early < 6, f'{early:.0f} MB, then {late:.0f} MB'
+
+
+def test_the_loader_holds_little_of_a_large_corpus(recipe, data, tmp_path):
+    "A corpus of 400 MB, read in random order"
+    small, files = open_data(data), []
+    rows = 400_000_000//4//2//recipe.packing.seq_len
+    for i in range(4):
+        files.append(dict(name=f'train-{i}.npy', rows=rows))
+        shard = np.lib.format.open_memmap(tmp_path/f'train-{i}.npy', mode='w+', dtype=np.uint16, shape=(rows, recipe.packing.seq_len))
+        shard[:] = small.train[[0]]
+    del shard
+    wide = replace(recipe, batch=replace(recipe.batch, global_batch_size=4096, micro_batch_size=32))
+    before, peak = anonymous_memory(), 0
+    large = replace(small, train=Rows(tmp_path, dict(files=files), recipe.packing.seq_len))
+    assert len(large.train) == 4*rows
+    for step in range(3):
+        for _ in train_batches(large, wide, step): peak = max(peak, anonymous_memory() - before)
+    assert peak < 64e6
