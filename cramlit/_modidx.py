@@ -83,6 +83,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cramlit.distributed.World.main': ('distributed.html#world.main', 'cramlit/distributed.py'),
                                      'cramlit.distributed.World.sum': ('distributed.html#world.sum', 'cramlit/distributed.py'),
                                      'cramlit.distributed.World.tell': ('distributed.html#world.tell', 'cramlit/distributed.py'),
+                                     'cramlit.distributed._meeting_place': ('distributed.html#_meeting_place', 'cramlit/distributed.py'),
                                      'cramlit.distributed.handling': ('distributed.html#handling', 'cramlit/distributed.py'),
                                      'cramlit.distributed.heed_signals': ('distributed.html#heed_signals', 'cramlit/distributed.py'),
                                      'cramlit.distributed.join_world': ('distributed.html#join_world', 'cramlit/distributed.py'),

@@ -46,6 +46,13 @@ class World:
         "What the main process says"
         return self.sum(torch.tensor(value if self.main else 0., dtype=torch.float64, device=self.device)).item()
 
+def _meeting_place() -> dist.Store:
+    "Where the processes look for one another's addresses"
+    store, *_ = next(dist.rendezvous('env://'))
+    # after a restart torchrun's store still holds the addresses of processes that are gone; a process that reads one waits for ever
+    attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if os.environ.get('GROUP_WORLD_SIZE', '1') == '1' else ''
+    return dist.PrefixStore(f'attempt {attempt}', store)
+
 @contextmanager
 def join_world() -> Iterator[World]:
     "Join the processes that torchrun started, by NCCL on GPUs and by gloo on CPUs; without torchrun one is alone"
@@ -55,7 +62,7 @@ def join_world() -> Iterator[World]:
     if device.type == 'cuda':
         device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=_meeting_place(), rank=rank, world_size=size)
     yield World(rank, size, device)
     dist.destroy_process_group()  # not after an error: the others may be gone, and waiting for them would hang
 

@@ -103,9 +103,9 @@ def wait(ready, seconds=100):
 def test_a_lost_process_is_made_good(text, data, tmp_path):
     "One rank is killed; torchrun starts the group again, and the end is that of an unbroken run"
     settings = ['checkpoint.every=0.02']
-    run(2, options(text, data, tmp_path/'whole', '--steps', '600', settings=settings))
+    run(2, options(text, data, tmp_path/'whole', '--steps', '300', settings=settings))
     command = [*TORCHRUN, '--standalone', '--nproc-per-node', '2', '--max-restarts', '2', EXACT,
-               *options(text, data, tmp_path/'run', '--steps', '600', settings=settings)]
+               *options(text, data, tmp_path/'run', '--steps', '300', settings=settings)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
     wait(lambda: len(checkpoints(tmp_path/'run'/'checkpoints')) > 1)
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
@@ -155,7 +155,7 @@ def test_two_machines(text, data, tmp_path):
     def agent(address):
         command = [*TORCHRUN, '--nnodes', '2', '--nproc-per-node', '1', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{port}', '--rdzv-id', 'test',
                    '--local-addr', address, EXACT, *options(text, data, tmp_path/'run', '--steps', '50', settings=NO_DROPOUT)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'))
     agents = [agent('127.0.0.1'), agent('127.0.0.2')]
     errors = [a.communicate(timeout=200)[1] for a in agents]
     assert [a.returncode for a in agents] == [0, 0], errors
