@@ -129,7 +129,7 @@ def keep_job(
 def workers() -> Iterator[None]:
     "One process for each GPU, or one single-threaded process for each core; a joblib backend that the caller has chosen is left as it is"
     backend, n = get_active_backend()
-    if not isinstance(backend, BACKENDS['loky']) or n != 1: yield; return
+    if not isinstance(backend, BACKENDS['loky']) or n is not None: yield; return
     with parallel_config('loky', n_jobs=torch.cuda.device_count() or -1, inner_max_num_threads=1): yield
 
 def run_jobs(

@@ -1,10 +1,11 @@
 "Fine-tuning and reporting: repeatable, continued, honest about what is missing"
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
-from joblib import parallel_config
+from joblib import effective_n_jobs, parallel_config
 
 import cramlit.protocol as protocol
 from cramlit.command import main
@@ -82,6 +83,12 @@ def test_a_failing_job_is_tried_twice_and_the_others_go_on(model, tmp_path, monk
     tried.clear()
     with parallel_config('threading', n_jobs=1), pytest.raises(CramlitError): run_jobs(work, model, ['bad', 'once', 'good'], tmp_path)
     assert tried == [7, 7]
+
+
+def test_all_cores_work_unless_the_user_says_otherwise():
+    with protocol.workers(): assert effective_n_jobs() == len(os.sched_getaffinity(0))
+    with parallel_config('loky', n_jobs=1), protocol.workers(): assert effective_n_jobs() == 1
+    with parallel_config('threading', n_jobs=3), protocol.workers(): assert effective_n_jobs() == 3
 
 
 def test_a_cluster_that_the_user_chose_does_the_work(model, tmp_path):
