@@ -86,9 +86,9 @@ def test_a_failing_job_is_tried_twice_and_the_others_go_on(model, tmp_path, monk
 
 
 def test_all_cores_work_unless_the_user_says_otherwise():
-    with protocol.workers(): assert effective_n_jobs() == len(os.sched_getaffinity(0))
-    with parallel_config('loky', n_jobs=1), protocol.workers(): assert effective_n_jobs() == 1
-    with parallel_config('threading', n_jobs=3), protocol.workers(): assert effective_n_jobs() == 3
+    with protocol.workers(): assert effective_n_jobs(None) == len(os.sched_getaffinity(0))
+    with parallel_config('loky', n_jobs=1), protocol.workers(): assert effective_n_jobs(None) == 1
+    with parallel_config('threading', n_jobs=3), protocol.workers(): assert effective_n_jobs(None) == 3
 
 
 def test_a_cluster_that_the_user_chose_does_the_work(model, tmp_path):
