@@ -1,0 +1,67 @@
+"The planner: arithmetic against torch's own count, and a measured rate in place of an assumed one"
+import json
+
+import pytest
+
+from cramlit.command import main
+from cramlit.config import UsageError, get_recipe
+from cramlit.plan import CARDS, peak_memory, plan, room_for, training_flops
+
+
+def run(capsys, *args):
+    code = main(['plan', *args, '--json'])
+    out, err = capsys.readouterr()
+    return code, {r['metric']: r for r in map(json.loads, out.splitlines())}, err
+
+
+SMALL = ['--recipe', '24hbert', '--scale', 'laptop']
+
+
+def test_a_plan_by_a_card(capsys):
+    code, row, err = run(capsys, *SMALL, '--gpu', 'titan-v', '--gpus', '2', '--budget', '12h', '--price', '0.5')
+    assert code == 0, err
+    assert set(row) >= {'parameters', 'flops_per_token', 'peak_memory_bytes', 'micro_batch_size', 'tokens_per_second', 'steps', 'days', 'energy_kwh', 'cost'}
+    assert row['days']['value'] == .5 and row['cost']['value'] == 12 and row['energy_kwh']['value'] == pytest.approx(2*12*.25)
+    assert row['tokens_per_second']['kind'] == 'planned' and 'MFU of 0.28' in row['tokens_per_second']['rests_on'] and row['parameters']['kind'] == 'computed'
+    assert row['tokens_per_second']['value'] == pytest.approx(2*.28*110e12/row['flops_per_token']['value'])
+    assert row['peak_memory_bytes']['value'] < 12*2**30
+
+
+def test_a_plan_by_a_measured_rate(capsys, tmp_path):
+    rows = [dict(metric='tokens_per_second', value=v, unit='tokens/s', processes=2) for v in (900., 1000., 5000.)]
+    (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    code, row, err = run(capsys, *SMALL, '--measured', str(tmp_path/'rows.jsonl'), '--gpus', '4')
+    assert code == 0, err
+    assert row['tokens_per_second']['value'] == 2000 and row['tokens_per_second']['rests_on'] == 'a measured rate'
+    assert row['energy_kwh']['value'] is None and row['cost']['value'] is None
+    recipe = get_recipe('24hbert', 'laptop')
+    assert row['steps']['value'] == pytest.approx(2000*86400/recipe.packing.seq_len/recipe.batch.global_batch_size)
+
+
+@pytest.mark.parametrize('args, code, says', [
+    ((), 2, 'name a card'), (('--gpu', 'titanv'), 2, "Did you mean 'titan-v'?"), (('--gpu', 'v100', '--mfu', '2'), 2, 'between 0 and 1'),
+    (('--gpu', 'v100', '--gpus', '0'), 2, 'above 0'), (('--measured', 'nowhere.jsonl'), 1, 'nowhere.jsonl'),
+    (('--gpu', 'v100', '--budget', 'soon'), 2, 'expected a duration'),
+])
+def test_mistakes(capsys, args, code, says):
+    got, _, err = run(capsys, *SMALL, *args)
+    assert got == code and says in err and 'Traceback' not in err
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not():
+    recipe, memory = get_recipe('24hbert', 'laptop'), 1.2e9
+    n = room_for(recipe, 4096, memory)
+    fits = [sum(peak_memory(recipe, 4096, size).values()) <= memory - .8e9 for size in (n, n + 8)]
+    assert n > 8 and fits == [True, False]
+
+
+def test_operations_by_hand():
+    recipe = get_recipe('24hbert', 'laptop', ['model.num_layers=1', 'model.hidden_size=4', 'model.num_heads=1', 'model.intermediate_size=8',
+                                              'packing.seq_len=16', 'masking.max_predictions=4'])
+    layer = 2*3*16 + 2*2*16*4 + 2*16 + 2*2*4*8
+    assert training_flops(recipe, 100) == pytest.approx(3*(layer + .25*(2*16 + 2*4*100)))
+
+
+def test_every_card_has_a_source():
+    assert all(c.source and c.tflops > 0 and c.watts > 0 for c in CARDS.values())
+    with pytest.raises(UsageError): plan(get_recipe('24hbert', 'laptop'))
