@@ -11,7 +11,8 @@ import json, os, sys
 from pathlib import Path
 from typing import Annotated
 
-from .config import CramlitError, Interrupted, UsageError, get_recipe, get_scale, unknown
+from .config import CramlitError, Interrupted, UsageError, unknown
+from .scales import get_recipe, get_scale
 
 from .results import result_row
 

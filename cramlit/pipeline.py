@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import CramlitError, UsageError, digest, get_recipe, get_scale, recipe_hash, unknown
+from .config import CramlitError, UsageError, digest, recipe_hash, unknown
+from .scales import get_recipe, get_scale
 
 from .results import atomic, provenance, read_rows
 

@@ -210,10 +210,10 @@ def figure_lr(
         ax = fig.subplots()
         for (name, run), colour in zip(runs.items(), COLOURS, strict=False):
             log, info = read_log(run), json.loads((run/'run.json').read_text())
-            o, w = info['recipe']['optim'], info['recipe']['schedule']['warmup']
+            o, w = info['recipe']['optim'], info['recipe']['schedule']
             x, end, unit = (log.step, info['steps'], 'steps') if info['steps'] else (_axis(log)[0], _axis(log)[0].max(), _axis(log)[1])
             fs = [i/200 for i in range(201)]
-            ax.plot([f*end for f in fs], [o['lr']*lr_factor(f, w) for f in fs], '-', lw=1, color=colour, label=f'{name}, formula')
+            ax.plot([f*end for f in fs], [o['lr']*lr_factor(f/w['length'], w['warmup']) for f in fs], '-', lw=1, color=colour, label=f'{name}, formula')
             if 'lr' in log: ax.plot(x[log.lr.notna()], log.lr.dropna(), '.', ms=3, color=colour, label=f'{name}, used')
         ax.set(xlabel='optimiser steps' if unit == 'steps' else f'time, {unit}', ylabel='learning rate'); ax.legend()
     return fig

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from .checkpoint import Saver, checkpoints, damage
-from .config import CramlitError, Recipe, UsageError, get_recipe
+from .config import CramlitError, Recipe, UsageError
 from .model import MaskedLM
 from .optim import make_optimizer
 from .packing import open_data, prepare, verify
 from .results import result_row, sha256
+from .scales import get_recipe
 
 # %% ../nbs/11a_survival.ipynb #705890e8
 def start(

@@ -6,9 +6,10 @@ import torch
 
 import cramlit.checkpoint as checkpoint
 from cramlit.checkpoint import checkpoints, load_checkpoint, tensors_of, write_checkpoint
-from cramlit.config import CramlitError, get_recipe
+from cramlit.config import CramlitError
 from cramlit.model import MaskedLM
 from cramlit.optim import make_optimizer
+from cramlit.scales import get_recipe
 
 
 @pytest.fixture

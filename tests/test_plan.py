@@ -4,8 +4,9 @@ import json
 import pytest
 
 from cramlit.command import main
-from cramlit.config import UsageError, get_recipe
+from cramlit.config import UsageError
 from cramlit.plan import CARDS, peak_memory, plan, room_for, training_flops
+from cramlit.scales import get_recipe
 
 
 def run(capsys, *args):

@@ -9,12 +9,13 @@ from joblib import effective_n_jobs, parallel_config
 
 import cramlit.protocol as protocol
 from cramlit.command import main
-from cramlit.config import CramlitError, Finetune
+from cramlit.config import CramlitError
 from cramlit.glue import Examples, Task
 from cramlit.hub import export_run
 from cramlit.protocol import average, bag_of_words, jobs, load_tasks, majority, run_jobs, run_suite, summary
 from cramlit.report import report, table4, verdict, write_table4
 from cramlit.results import write_rows
+from cramlit.scales import Finetune
 from cramlit.train import pretrain
 
 GRID = Finetune((1,), (16,), (1e-3,), 2, max_length=32, max_train=64, max_eval=32)
