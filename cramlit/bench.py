@@ -184,7 +184,7 @@ def spread(
     "The lowest and the highest"
     return dict(spread_low=min(values), spread_high=max(values))
 
-# %% ../nbs/16_bench.ipynb #41eac5ac
+# %% ../nbs/16_bench.ipynb #db43735f
 SAMPLES = 256e6               # sequences of 128 tokens, as in the paper's Table 1
 BATCHES = (128, 256, 4096, 8192, 16384)
 
@@ -213,7 +213,8 @@ def speed_rows(
     turns: int = 3,
 ) -> list[dict]:      # measured times, and projected rates and days at each of `BATCHES`
     "The plain way and ours, side by side"
-    ids, why = ids | dict(stage='speed', recipe=recipe.name, micro_batch_size=recipe.batch.micro_batch_size), shortage(recipe, vocab_size, device)
+    ids = ids | dict(stage='speed', recipe=recipe.name, micro_batch_size=recipe.batch.micro_batch_size, devices=max(1, torch.cuda.device_count()))
+    why = shortage(recipe, vocab_size, device)
     if why: return [result_row('seconds_per_micro_batch', None, 's', **ids, variant=v, kind='measured', why=why) for v in ('plain', 'cramlit')]
     long, _ = lengthen(data, recipe, recipe.packing.seq_len//data.manifest['seq_len'])
     builders = {'plain': lambda: plain_loop(recipe, long, vocab_size, device),
@@ -226,5 +227,5 @@ def _speed(turns: list[Turn], ids: dict) -> list[dict]:
     for G in BATCHES:
         rates = [t.rate(G) for t in turns]
         rows.append(row('tokens_per_second', rates, 'tokens/s', 'projected', global_batch_size=G))
-        rows.append(row('days_for_256m_samples', [SAMPLES*128/r/86400 for r in rates], 'days', 'projected', global_batch_size=G))
+        rows.append(row('days_for_256m_samples', [SAMPLES*128/r/86400/ids['devices'] for r in rates], 'days', 'projected', global_batch_size=G))
     return rows

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'parameters_of', 'run_notebook', 'Stage', 'paper_notebook', 'code_of', 'Workspace', 'clear', 'workspace',
-           'tasks_of', 'reproduce']
+           'tasks_of', 'title_of', 'write_index', 'attempt', 'reproduce']
 
 # %% ../nbs/18_pipeline.ipynb #24cb8400
-import ast, json, shutil, sys
+import ast, json, shutil, sys, time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,17 +49,26 @@ def run_notebook(
 # %% ../nbs/18_pipeline.ipynb #6d966f15
 @dataclass(frozen=True)
 class Stage:
-    "One notebook under nbs/paper, and the stages whose files it reads"
+    "One notebook under nbs/paper, the stages whose files it reads, and what it makes"
     name: str
     needs: tuple[str, ...] = ()
-    per_recipe: bool = True  # False: one run for all recipes together
+    makes: tuple[str, ...] = ()  # tables and figures, without a suffix
+    per_recipe: bool = False     # True: one run for each recipe; False: for all together, or for the first alone
+    headline: bool = False       # one of the few that show what the recipe learns
 
 STAGES = {s.name: s for s in (
-    Stage('prepare'),
-    Stage('pretrain', ('prepare',)),
-    Stage('finetune', ('pretrain',)),
-    Stage('figure_pretraining', ('pretrain',), per_recipe=False),
-    Stage('table4_glue', ('finetune',), per_recipe=False),
+    Stage('prepare', per_recipe=True, headline=True),
+    Stage('pretrain', ('prepare',), per_recipe=True, headline=True),
+    Stage('finetune', ('pretrain',), per_recipe=True, headline=True),
+    Stage('figure_pretraining', ('pretrain',), ('loss_curve', 'lr_schedule'), headline=True),
+    Stage('table4_glue', ('finetune',), ('table4_glue', 'table4_published'), headline=True),
+    Stage('table1_time', ('prepare',), ('table1_time',)),
+    Stage('table2_savings', ('prepare',), ('table2_savings',)),
+    Stage('table3_search', ('prepare',), ('table3_search', 'search_grid')),
+    Stage('table5_choices', ('prepare',), ('table5_choices',)),
+    Stage('figure_choices', ('table5_choices',), ('schedules', 'choices_by_time', 'loss_against_task')),
+    Stage('appendix_grids', (), ('appendix_pretraining', 'appendix_finetuning')),
+    Stage('appendix_hardware', ('pretrain',), ('appendix_hardware',)),
 )}
 
 def paper_notebook(
@@ -122,16 +131,21 @@ class Workspace:
 
     def done(self, stage: str, recipe: str = '') -> bool:
         "Has this stage ended, and is everything it depends on still the same?"
-        return _note(self.folder(stage, recipe)) == dict(key=self.key(stage, recipe), done=True)
+        note = _note(self.folder(stage, recipe))
+        return note.get('done', False) and note['key'] == self.key(stage, recipe)
 
     def run(self, stage: str, recipe: str = ''):
         "Run a stage's notebook, keeping an interrupted one's files"
         folder, key = self.folder(stage, recipe), self.key(stage, recipe)
         if _note(folder).get('key') != key: clear(folder)
-        with atomic(folder/'key.json') as f: json.dump(dict(key=key, done=False), f)
+        began, spent = time.monotonic(), _note(folder).get('seconds', 0.)
+        def note(done):
+            with atomic(folder/'key.json') as f: json.dump(dict(key=key, done=done, seconds=spent + time.monotonic() - began), f)
+        note(False)
         mine = dict(recipe=recipe) if STAGES[stage].per_recipe else dict(recipes=','.join(self.recipes), figures=str(self.figures))
-        run_notebook(paper_notebook(stage), folder/f'{stage}.ipynb', scale=self.scale, out=str(self.out), **mine)
-        with atomic(folder/'key.json') as f: json.dump(dict(key=key, done=True), f)
+        try: run_notebook(paper_notebook(stage), folder/f'{stage}.ipynb', scale=self.scale, out=str(self.out), **mine)
+        except BaseException: note(False); raise
+        note(True)
 
     def need(self, stage: str, recipe: str = '') -> Path:
         "The folder of a stage, after running it and what comes before it where that is missing"
@@ -174,18 +188,76 @@ def tasks_of(
     for s in STAGES.values():
         for r in ws.recipes if s.per_recipe else ['']: yield s.name, r
 
+# %% ../nbs/18_pipeline.ipynb #ab21ec04
+def title_of(
+    notebook: Path,
+) -> tuple[str, str]:  # heading, and the line below it
+    "What a notebook calls itself"
+    text = next(''.join(c['source']) for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'markdown')
+    heading, line = text.split('\n\n')[:2]
+    return heading.removeprefix('# '), line.removeprefix('> ')
+
+def _section(ws: Workspace, stage: Stage, lacking: dict[str, str]) -> list[str]:
+    "A stage's part of the index: its tables and figures, or why they are missing"
+    heading, line = title_of(paper_notebook(stage.name))
+    parts = [f'## {heading}', line + '.']
+    for name in stage.makes:
+        if (ws.figures/f'{name}.md').exists(): parts.append((ws.figures/f'{name}.md').read_text().strip())
+        elif (ws.figures/f'{name}.svg').exists(): parts.append(f'![{heading}: {name.replace("_", " ")}]({name}.svg)')
+        else: parts.append(f'**{name} is missing**: {lacking.get(stage.name) or "it was not run. `cramlit reproduce` without --headline and --only makes it"}')
+    return parts
+
+def write_index(
+    ws: Workspace,
+    lacking: dict[str, str],  # stages that came to nothing, and why
+) -> Path:
+    "One page with all tables and figures, the hours they took, and what is missing"
+    notes = {f'{s} {r}'.strip(): _note(ws.folder(s, r)) for s, r in tasks_of(ws)}
+    hours = [f"| {name} | {n['seconds']/60:.1f} | {'' if n['done'] else lacking.get(name, 'unfinished')} |" for name, n in notes.items() if 'seconds' in n]
+    total = sum(n.get('seconds', 0.) for n in notes.values())
+    parts = [f'# Results at scale {ws.scale}', f'Recipes: {", ".join(ws.recipes)}. All stages together took {total/3600:.2f} hours. '
+             'Every table names the commit, the hardware and the versions it comes from; figures carry the same inside.']
+    for stage in STAGES.values():
+        if stage.makes: parts += _section(ws, stage, lacking)
+    parts += ['## Time spent', '\n'.join(['| stage | minutes | missing, and why |', '|---|---|---|', *hours])]
+    with atomic(ws.figures/'README.md') as f: f.write('\n\n'.join(parts) + '\n')
+    return ws.figures/'README.md'
+
+# %% ../nbs/18_pipeline.ipynb #891305ed
+def attempt(
+    ws: Workspace,
+    stage: str,
+    recipe: str,
+    lacking: dict[str, str],  # stages that came to nothing, and why
+) -> str:                     # '' or why this one came to nothing
+    "Run a stage unless it is done, or cannot be because of another"
+    label, why = f'{stage} {recipe}'.strip(), ''
+    broken = [n for n in STAGES[stage].needs for r in ws.recipes if f'{n} {r}'.strip() in lacking or n in lacking]
+    if broken: why = f'not run, for want of {broken[0]}'
+    elif ws.done(stage, recipe): print(f'{label}: done before, skipped', file=sys.stderr); return ''
+    else:
+        print(f'{label} …', file=sys.stderr)
+        try: ws.need(stage, recipe)
+        except UsageError: raise
+        except CramlitError as e: why = str(e)
+    if why: print(f'{label}: {why}', file=sys.stderr)
+    return why
+
 def reproduce(
     ws: Workspace,
     only: str = '',   # run this stage alone, with what it needs
     force: str = '',  # redo this stage, done or not
+    headline: bool = False,  # the few stages that show what the recipe learns
 ) -> list[dict]:      # all result rows of the workspace
-    "Run all stages that are not done"
+    "Run all stages that are not done, go on after one that fails, and write the index; raises `CramlitError` at the end naming those that failed"
     for name in filter(None, (only, force)):
         if name not in STAGES: raise unknown('stage', name, STAGES)
+    lacking: dict[str, str] = {}
     for stage, recipe in tasks_of(ws):
-        label = f'{stage} {recipe}'.strip()
-        if only and stage != only: continue
+        if (only and stage != only) or (headline and not STAGES[stage].headline): continue
         if stage == force: clear(ws.folder(stage, recipe))
-        print(f'{label}: done before, skipped' if ws.done(stage, recipe) else f'{label} …', file=sys.stderr)
-        ws.need(stage, recipe)
+        if why := attempt(ws, stage, recipe, lacking): lacking[f'{stage} {recipe}'.strip()] = why
+    write_index(ws, lacking)
+    if lacking: raise CramlitError(f'{len(lacking)} stages came to nothing; the others are done, and the same command runs only these again:'
+                                   + ''.join(f'\n  {stage}: {why}' for stage, why in lacking.items()))
     return read_rows(ws.out)

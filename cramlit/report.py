@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'PUBLISHED', 'PROTOCOL', 'STANDIN_NOTE', 'COLOURS', 'STYLE', 'published_csv', 'published', 'origin',
            'write_table', 'table4', 'verdict', 'write_table4', 'write_figure', 'read_log', 'figure_loss', 'figure_lr',
-           'write_curves', 'report']
+           'write_curves']
 
-# %% ../nbs/17_report.ipynb #6c04d207
+# %% ../nbs/17_report.ipynb #4c9782db
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +19,7 @@ from .config import CramlitError
 from .results import atomic, read_rows
 from .schedule import lr_factor
 
-# %% ../nbs/17_report.ipynb #c3e58378
+# %% ../nbs/17_report.ipynb #7fe00161
 def published_csv() -> Path:  # in the checkout, or in the installed package
     "Where published.csv is"
     here = Path(__file__).parent if '__file__' in globals() else Path.cwd().parent/'cramlit'
@@ -35,7 +35,7 @@ def published(
     t = t[t.table == table]
     return t.pivot(index='row', columns='column', values='value').reindex(index=t.row.unique(), columns=t.column.unique())
 
-# %% ../nbs/17_report.ipynb #8e91a4a5
+# %% ../nbs/17_report.ipynb #83f5c065
 def origin(
     rows: Iterable[dict],  # result rows
 ) -> str:                  # a few lines
@@ -48,7 +48,7 @@ def origin(
     return '\n'.join(['Recipe: ' + ', '.join(recipes), 'Scale: ' + ', '.join(each('scale')), 'Commit: ' + (', '.join(commits) or 'outside a checkout'),
                       'Hardware: ' + ', '.join(each('hardware')), 'Versions: ' + ', '.join(versions)])
 
-# %% ../nbs/17_report.ipynb #f08357cf
+# %% ../nbs/17_report.ipynb #79ea7941
 def _escape(text: str) -> str:
     "Text for LaTeX"
     named = {'\\': r'\textbackslash{}', '†': r'$\dagger$', '–': '--', '×': r'$\times$'} | {c: f'\\{c}' for c in '_%&#'}
@@ -73,7 +73,7 @@ def write_table(
         f.write('\n'.join([f'% {caption}', begin, r'\hline', head, r'\hline', *lines, r'\hline', r'\end{tabular}']) + '\n')
     return [path.with_suffix(s) for s in ('.md', '.csv', '.tex')]
 
-# %% ../nbs/17_report.ipynb #5cccb9d5
+# %% ../nbs/17_report.ipynb #aea09e56
 VARIANTS = ('majority', 'bag-of-words', 'from-scratch', 'pretrained')
 PUBLISHED = {('cola', 'validation', 'matthews'): 'cola_mcc', ('sst2', 'validation', 'accuracy'): 'sst2', ('mrpc', 'validation', 'f1'): 'mrpc_f1',
              ('stsb', 'validation', 'spearman'): 'stsb', ('qqp', 'validation', 'f1'): 'qqp_f1', ('mnli', 'validation_matched', 'accuracy'): 'mnli_m',
@@ -105,7 +105,7 @@ def table4(
             cells[f'published: {system} (test)'] = {k: f'{numbers[PUBLISHED[k]]:.1f}' for k in names if k in PUBLISHED}
     return pd.DataFrame({column: [c.get(k, '') for k in names] for column, c in cells.items()}, index=list(names.values()))
 
-# %% ../nbs/17_report.ipynb #f2e57b7e
+# %% ../nbs/17_report.ipynb #8f39d8f7
 def verdict(
     rows: list[dict],  # of fine-tuning, summaries among them
     recipe: str,
@@ -123,7 +123,7 @@ def verdict(
     how = f'{gain:.1f} points above' if gain > 0 else f'{-gain:.1f} points below: it does NOT beat'
     return f'{recipe}: on average the pretrained network is {how} the same network from scratch; it is ' + '; '.join(parts) + '.'
 
-# %% ../nbs/17_report.ipynb #974ba4c7
+# %% ../nbs/17_report.ipynb #e132b7f0
 PROTOCOL = ('Median over seeds of the best configuration, lowest and highest seed in parentheses, percent; '
             'in the average a task counts once, as the mean of its metrics and validation sets.')
 STANDIN_NOTE = ('These tasks are a stand-in suite and not GLUE. † Labels derived by a rule from real text; '
@@ -148,7 +148,7 @@ def write_table4(
                 + p.fillna('').to_markdown() + '\n\nSources: ' + '; '.join(sorted(pd.read_csv(published_csv()).query("table == 'table4'").source.unique())) + '.\n')
     return [*files, folder/'table4_published.md']
 
-# %% ../nbs/17_report.ipynb #59d1d6cc
+# %% ../nbs/17_report.ipynb #4ad7c24a
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')  # Okabe and Ito: told apart by colour-blind readers
 STYLE = {'font.size': 9, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': 'cramlit', 'svg.fonttype': 'none',
          'pdf.fonttype': 42}
@@ -172,7 +172,7 @@ def read_log(
     if not (run/'metrics.jsonl').exists(): raise CramlitError(f'{run} has no metrics.jsonl: it is not a run of `cramlit pretrain`')
     return pd.DataFrame([json.loads(l) for l in (run/'metrics.jsonl').read_text().splitlines()])
 
-# %% ../nbs/17_report.ipynb #faea4929
+# %% ../nbs/17_report.ipynb #6c79ab94
 def _axis(log: pd.DataFrame) -> tuple[pd.Series, str]:
     "Time in a unit that suits it"
     longest = log.seconds.max()
@@ -218,7 +218,7 @@ def figure_lr(
         ax.set(xlabel='optimiser steps' if unit == 'steps' else f'time, {unit}', ylabel='learning rate'); ax.legend()
     return fig
 
-# %% ../nbs/17_report.ipynb #3fa4692c
+# %% ../nbs/17_report.ipynb #49cf0530
 def write_curves(
     runs: dict[str, Path],  # name → run folder
     folder: Path,           # where the files go
@@ -228,16 +228,3 @@ def write_curves(
     entropy = next(r['value'] for r in rows if r['metric'] == 'unigram_entropy')
     files = write_figure(figure_loss(runs, entropy), folder/'loss_curve', rows) + write_figure(figure_lr(runs), folder/'lr_schedule', rows)
     return files
-
-def report(
-    runs: str|Path,  # a folder with rows, such as `cramlit reproduce` leaves
-    out: str|Path,   # where tables and figures go
-) -> list[Path]:     # the files written
-    "Every table and figure that the rows below a folder allow; raises `CramlitError` when there are no rows"
-    rows, out = read_rows(runs), Path(out)
-    found = sorted(p.parent for p in Path(runs).rglob('metrics.jsonl') if (p.parent/'rows.jsonl').exists())
-    names = [json.loads((p/'run.json').read_text())['recipe'] for p in found]
-    labels = [f"{n['name']} (seed {n['seed']})" if len({m['name'] for m in names}) < len(names) else n['name'] for n in names]
-    files = write_curves(dict(zip(labels, found, strict=True)), out) if found else []
-    tuned = [r for r in rows if r.get('stage') == 'glue']
-    return files + (write_table4(tuned, out) if tuned else [])

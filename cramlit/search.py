@@ -6,7 +6,7 @@
 __all__ = ['Trial', 'grid_trials', 'parse_grid', 'choices', 'choice_trials', 'train_trial', 'trial_ids', 'trial_rows',
            'run_trial', 'run_trials', 'trial_table', 'best', 'search']
 
-# %% ../nbs/14_search.ipynb #4f9e2ed7
+# %% ../nbs/14_search.ipynb #3f3ecdc5
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import product
@@ -24,7 +24,7 @@ from .results import read_rows, result_row, write_rows
 from .scales import Trials, get_recipe, get_scale
 from .train import pretrain, pretrain_in
 
-# %% ../nbs/14_search.ipynb #3a68c967
+# %% ../nbs/14_search.ipynb #c54504a2
 @dataclass(frozen=True)
 class Trial:
     "One pretraining run among several that are compared"
@@ -97,7 +97,7 @@ def choice_trials(
     changes = {name: settings for name, settings in choices(r).items() if not settings or get_recipe(base, scale, [*t.overrides, *settings]) != r}
     return [Trial(name, base, scale, settings, r.seed + i) for i in range(t.seeds) for name, settings in changes.items()]
 
-# %% ../nbs/14_search.ipynb #5674fdbd
+# %% ../nbs/14_search.ipynb #b401731c
 def train_trial(
     trial: Trial,
     data: Path,    # prepared
@@ -131,7 +131,7 @@ def trial_rows(
 ) -> list[dict]:
     "Pretrain, save as a stock model, fine-tune on the trials' tasks unless the run was given up"
     rows = train_trial(trial, data, folder/'run', t, nproc)
-    ids = trial_ids(trial, study) | dict(stopped=rows[0]['stopped'])
+    ids = trial_ids(trial, study) | dict(stopped=rows[0]['stopped'], folder=folder.name)
     mine = [result_row(r['metric'], r['value'], r['unit'], **ids) for r in rows]
     model = export_all(folder/'run', data/'tokenizer')
     if rows[0]['stopped']: return mine
@@ -197,7 +197,7 @@ def best(
     both = pd.concat([pick('validation_loss', 1), pick(task, -1)])
     return both.sort_values(['global_batch_size', 'best_by'], ascending=[True, False], kind='stable')
 
-# %% ../nbs/14_search.ipynb #58864abc
+# %% ../nbs/14_search.ipynb #4a2cd534
 def search(
     base: str,           # name of a recipe
     scale: str,          # name of a scale
