@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'BATCHES', 'Loop', 'endless', 'plain_loop', 'Parts', 'make_parts', 'our_loop', 'JoinedRows', 'lengthen',
-           'seconds', 'Turn', 'alternate', 'spread', 'free_memory', 'shortage', 'speed_rows']
+           'seconds', 'Turn', 'alternate', 'spread', 'free_memory', 'shortage', 'speed_rows', 'measured_step',
+           'check_plan']
 
 # %% ../nbs/16_bench.ipynb #88c2c5dc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, repeat
 from statistics import median
 
 import numpy as np
@@ -30,7 +31,8 @@ from .optim import make_optimizer
 from .packing import Data
 from .plan import peak_memory
 from .precision import Precision, choose_precision
-from .results import result_row
+from .results import provenance, result_row
+from .tokenizer import padded_vocab
 from .train import add_gradients, update
 
 # %% ../nbs/16_bench.ipynb #5f56a31c
@@ -229,3 +231,37 @@ def _speed(turns: list[Turn], ids: dict) -> list[dict]:
         rows.append(row('tokens_per_second', rates, 'tokens/s', 'projected', global_batch_size=G))
         rows.append(row('days_for_256m_samples', [SAMPLES*128/r/86400/ids['devices'] for r in rates], 'days', 'projected', global_batch_size=G))
     return rows
+
+# %% ../nbs/16_bench.ipynb #e2326592
+def measured_step(
+    recipe: Recipe,
+    vocab_size: int,  # rows of the word table
+    micro_batch_size: int,
+    device: torch.device,
+) -> tuple[float, int|None]:  # tokens/s, and the most bytes that were in use, None on a CPU
+    "A few real steps on random words"
+    S, K = recipe.packing.seq_len, recipe.masking.max_predictions
+    r = override(recipe, [f'batch.micro_batch_size={micro_batch_size}', f'batch.global_batch_size={micro_batch_size}'])
+    ids = torch.randint(vocab_size, (micro_batch_size, S), device=device)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(K, device=device).expand(micro_batch_size, K), ids[:, :K])
+    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
+    turns = alternate({'': lambda: our_loop(make_parts(r, vocab_size, device), repeat(batch))}, device, 1, 5)['']
+    return turns[0].rate(recipe.batch.global_batch_size), torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else None
+
+def check_plan(
+    recipe: Recipe,
+    rows: list[dict],      # of `plan`
+    device: torch.device,
+) -> list[dict]:           # what was measured, and by how many per cent the plan is off
+    "The plan's memory and rate against a few real steps here"
+    planned = {r['metric']: r for r in rows}
+    rate, peak = measured_step(recipe, padded_vocab(recipe.tokenizer.vocab_size), int(planned['micro_batch_size']['value']), device)
+    ids = dict(stage='plan', recipe=recipe.name, kind='measured')
+    def compare(metric, plan, value, unit):
+        error = None if value is None else 100*(plan/value - 1)
+        return [result_row(f'measured_{metric}', value, unit, **ids), result_row(f'plan_error_{metric}', error, '%', **ids)]
+    about = planned['tokens_per_second']
+    here = provenance()['hardware'].lower().replace(' ', '')
+    same = not about['gpu'] or about['gpu'].replace('-', '') in here  # the rate of another card says nothing about this one
+    return (compare('tokens_per_second', about['value']/about['gpus'], rate, 'tokens/s') if same else []) + compare(
+        'peak_memory_bytes', planned['peak_memory_bytes']['value'], peak, 'bytes')

@@ -100,9 +100,13 @@ def plan(
     "Work out memory, steps, days, energy and cost of a run before it is made; no GPU is needed"
     from cramlit.plan import get_card, measured_rate
     from cramlit.plan import plan as work_out
+    from cramlit.precision import pick_device
     from cramlit.schedule import parse_budget
-    return work_out(get_recipe(recipe, scale, Override or []), gpus, parse_budget(budget), get_card(gpu) if gpu else None,
-                    measured_rate(measured) if measured else 0., mfu, price, scale)
+    r = get_recipe(recipe, scale, Override or [])
+    rows = work_out(r, gpus, parse_budget(budget), get_card(gpu) if gpu else None, measured_rate(measured) if measured else 0., mfu, price, scale)
+    if pick_device().type != 'cuda': return rows
+    from cramlit.bench import check_plan
+    return rows + check_plan(r, rows, pick_device())
 
 def search(
     recipe: str = '24hbert',  # 24hbert | bert-base | bert-large
@@ -183,7 +187,7 @@ def _show(rows: list[dict], as_json: bool):
     "Rows for a program on standard output, or for a person on standard error"
     for r in rows:
         if as_json: print(json.dumps(r, ensure_ascii=False))
-        elif r.get('seed') is None or r.get('stage') != 'glue':  # single fine-tunings are many; their summary is enough to read
+        elif r.get('seed') is None or r.get('stage') not in ('glue', 'trial'):  # single runs are many; their summary is enough to read
             named = ' '.join(str(r[k]) for k in ('recipe', 'task', 'variant', 'split') if r.get(k))
             value = '–' if r['value'] is None else f"{r['value']:,.4g}" if isinstance(r['value'], float) else f"{r['value']:,}"
             print(f"{named:48} {r['metric']:20} {value} {r['unit']}", file=sys.stderr)
@@ -197,7 +201,7 @@ def run_command(
     if name not in COMMANDS: raise unknown('command', name, COMMANDS)
     given = vars(anno_parser(COMMANDS[name], prog=f'cramlit {name}').parse_args(args))
     rows = COMMANDS[name](**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
-    _show(rows, given['json'])
+    if given['json'] or name != 'reproduce': _show(rows, given['json'])
 
 # %% ../nbs/19_command.ipynb #69b2284e
 def main(

@@ -45,16 +45,20 @@ class Trial:
         return [*get_scale(self.scale).trials.overrides, *self.settings, f'seed={self.seed}']
 
 # %% ../nbs/14_search.ipynb #c1b809bd
+def _batch(r: Recipe, rows: int) -> tuple[str, ...]:
+    "Settings of a global batch, in micro-batches no larger than the recipe's"
+    return f'batch.global_batch_size={rows}', f'batch.micro_batch_size={min(rows, r.batch.micro_batch_size)}'
+
 def grid_trials(
     base: str,     # name of a recipe
     scale: str,    # name of a scale
     t: Trials,     # its lists
 ) -> list[Trial]:  # one for each combination
     "Batch × peak learning rate × warm-up × length of the schedule"
-    seed = get_recipe(base, scale).seed
+    r = get_recipe(base, scale, t.overrides)
     def trial(batch, lr, warmup, length):
         name = f'batch {batch}, LR {lr:g}, warm-up {warmup:.0%}' + (f', schedule {length:g} budgets long' if len(t.lengths) > 1 else '')
-        return Trial(name, base, scale, (f'batch.global_batch_size={batch}', f'optim.lr={lr}', f'schedule.warmup={warmup}', f'schedule.length={length}'), seed)
+        return Trial(name, base, scale, (*_batch(r, batch), f'optim.lr={lr}', f'schedule.warmup={warmup}', f'schedule.length={length}'), r.seed)
     return [trial(*combination) for combination in product(t.batch_sizes, t.lrs, t.warmups, t.lengths)]
 
 # %% ../nbs/14_search.ipynb #aba22d5c
@@ -79,11 +83,10 @@ def choices(
 ) -> dict[str, tuple[str, ...]]:  # name → settings
     "What can be done otherwise, one change at a time"
     m, G = r.model, r.batch.global_batch_size
-    batch = lambda n: (f'batch.global_batch_size={n}', f'batch.micro_batch_size={min(n, r.batch.micro_batch_size)}')
     base = (f'model.num_layers={max(1, m.num_layers//2)}', f'model.hidden_size={m.hidden_size*3//4}', f'model.intermediate_size={m.intermediate_size*3//4}',
             f'model.num_heads={max(1, m.num_heads*3//4)}')
     return {'the recipe as it is': (), 'schedule twice the budget': ('schedule.length=2',), 'schedule four times the budget': ('schedule.length=4',),
-            'no warm-up': ('schedule.warmup=0',), 'half the batch': batch(G//2), 'twice the batch': batch(2*G),
+            'no warm-up': ('schedule.warmup=0',), 'half the batch': _batch(r, G//2), 'twice the batch': _batch(r, 2*G),
             'no LayerNorm after the embeddings': ('model.embedding_norm=false',), 'LayerNorm after each block': ('model.norm=post', 'model.embedding_norm=true'),
             'base instead of large': base}
 

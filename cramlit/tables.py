@@ -10,7 +10,6 @@ __all__ = ['MARKS', 'KINDS', 'shown', 'needed', 'table1', 'write_table1', 'table
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 
 import pandas as pd
 
@@ -179,6 +178,7 @@ def write_table5(
 
 # %% ../nbs/17a_tables.ipynb #c1b947b6
 def _flat(d: dict, prefix: str = '') -> dict[str, str]:
+    "Nested settings under dotted names"
     return {k: v for name, x in d.items() for k, v in (_flat(x, f'{prefix}{name}.') if isinstance(x, dict) else {prefix + name: _text(x)}).items()}
 
 def _text(x) -> str:
@@ -217,7 +217,10 @@ def hardware(
     return pd.DataFrame(lines).T.reindex(columns=list(names.values())).fillna('')
 
 def rate_of(
-    rows: list[dict],  # of a pretraining run
-) -> float:            # tokens/s of the whole machine
-    "The rate a run had; raises `CramlitError` when its rows have none"
-    return median(r['value'] for r in needed(rows, 'a pretraining run', metric='tokens_per_second'))
+    rows: list[dict],  # of the bench
+    recipe: str,       # bert-base | bert-large
+    batch: int,        # rows a step
+) -> float:            # tokens/s of our loop on one device; 0 when the network was not timed
+    "The rate at a batch size, the nearest of those in Table 1"
+    at = {r['global_batch_size']: r['value'] for r in rows if r['recipe'] == recipe and r['variant'] == 'cramlit' and r['metric'] == 'tokens_per_second'}
+    return at[min(at, key=lambda G: abs(G - batch))] if at else 0.
