@@ -9,7 +9,7 @@ OUT    ?= runs/laptop
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
 
-.PHONY: help env reproduce test test-slow export clean-notebooks lint readme execute
+.PHONY: help env reproduce reproduce-all test test-slow export clean-notebooks lint readme execute
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -25,6 +25,9 @@ $(STAMP):
 env: $(STAMP)  ## create .venv with everything in it
 
 reproduce: env  ## raw text to table and figures at scale laptop, about 17 minutes on 2 cores
+	$(BIN)/cramlit reproduce --scale laptop --headline --out $(OUT) --figures paper_figures/laptop
+
+reproduce-all: env  ## all tables and figures of the paper at scale laptop, about 40 minutes on 2 cores
 	$(BIN)/cramlit reproduce --scale laptop --out $(OUT) --figures paper_figures/laptop
 
 test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pipeline, pytest
@@ -33,7 +36,7 @@ test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pi
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python -m pytest -q
 
-test-slow: env  ## twenty kills, eight processes, two thousand steps: about 15 minutes on 2 cores
+test-slow: env  ## twenty kills, eight processes, two thousand steps, the rehearsal: about 15 minutes on 2 cores
 	$(BIN)/python -m pytest -q -m slow
 
 export: env  ## notebooks to package

@@ -7,7 +7,7 @@ __all__ = ['Trial', 'grid_trials', 'parse_grid', 'choices', 'choice_trials', 'tr
            'run_trial', 'run_trials', 'trial_table', 'best', 'search']
 
 # %% ../nbs/14_search.ipynb #3f3ecdc5
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -167,13 +167,10 @@ def run_trials(
     nproc: int = 0, # processes a trial; 0 = one for each GPU, one on a CPU
 ) -> list[dict]:    # rows of all trials
     "Run what has not been run; raises `UsageError` for settings that cannot be, `CramlitError` naming the trials that failed twice"
-    data, out, cards = Path(data), Path(out), torch.cuda.device_count()
-    nproc = nproc or max(1, cards)
+    data, out, nproc = Path(data), Path(out), nproc or max(1, torch.cuda.device_count())
     folders = [out/'trials'/digest([recipe_hash(trial.recipe), trial.seed, t.budget, t.steps]) for trial in trials]
     missing = [delayed(run_trial)(trial, study, data, f, t, nproc) for trial, f in zip(trials, folders, strict=True) if not (f/'rows.jsonl').exists()]
-    if nproc > 1:
-        with parallel_config('threading', n_jobs=max(1, cards//nproc)): side_by_side(missing, len(trials), 'trials')
-    else: side_by_side(missing, len(trials), 'trials')
+    with parallel_config('sequential') if nproc > 1 else nullcontext(): side_by_side(missing, len(trials), 'trials')
     rows = [row for f in folders for row in read_rows(f/'rows.jsonl')]
     write_rows(out/'rows.jsonl', rows)
     return rows

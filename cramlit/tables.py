@@ -84,7 +84,7 @@ def write_table1(
     missing = [f"{_NAMES[r['recipe']]} was not timed: it {r['why']}." for r in mine if r.get('why') and r['variant'] == 'plain']
     notes = [KINDS, 'Measured: ' + '; '.join(times) + '.', *missing,
              'Plain is stock transformers with default settings, 32-bit and dense head, in place of the official code.',
-             f"Rates of one device; days for 256 million sequences of 128 tokens on {mine[0]['devices']} of them, without what they say to one another.",
+             f"Rates of one device; days for 256 million sequences of 128 tokens on {mine[0]['devices']} device(s), without what several say to one another.",
              "Published: Izsak et al. (2021), Table 1, on 8 × Titan V."]
     return write_table(table1(rows), folder/'table1_time', f"Table 1. Training time on the hardware at hand, scale {mine[0]['scale']}.", notes, mine)
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from cramlit.command import main
-from cramlit.pipeline import paper_notebook, workspace
+from cramlit.config import CramlitError
+from cramlit.pipeline import STAGES, paper_notebook, workspace
 
 
 @pytest.fixture(scope='module')
@@ -18,10 +19,26 @@ def finished(tmp_path_factory):
 
 def test_table_figures_and_model_are_there(finished):
     names = {p.name for p in (finished/'paper_figures').iterdir()}
-    assert names >= {f'table4_glue.{s}' for s in ('md', 'csv', 'tex')} | {f'{f}.{s}' for f in ('loss_curve', 'lr_schedule') for s in ('svg', 'pdf')}
+    tables = 'table1_time', 'table2_savings', 'table3_search', 'table4_glue', 'table5_choices', 'appendix_pretraining', 'appendix_finetuning', 'appendix_hardware'
+    figures = 'loss_curve', 'lr_schedule', 'search_grid', 'schedules', 'choices_by_time', 'loss_against_task'
+    made = {f'{t}.{s}' for t in tables for s in ('md', 'csv', 'tex')} | {f'{f}.{s}' for f in figures for s in ('svg', 'pdf')}
+    assert names == made | {'README.md', 'table4_published.md'}
+    assert names - {'README.md'} == {f'{n}.{s}' for stage in STAGES.values() for n in stage.makes for s in ('md', 'csv', 'tex', 'svg', 'pdf')} & names
     table = (finished/'paper_figures'/'table4_glue.md').read_text()
     assert all(v in table for v in ('majority', 'bag-of-words', 'from-scratch', 'pretrained', 'not GLUE', 'Commit:', 'Hardware:'))
     assert (finished/'24hbert'/'pretrain'/'model'/'config.json').exists()
+
+
+def test_the_index_shows_everything_and_misses_nothing(finished):
+    index = (finished/'paper_figures'/'README.md').read_text()
+    for stage in STAGES.values():
+        for name in stage.makes: assert f'({name}.svg)' in index or (finished/'paper_figures'/f'{name}.md').read_text().strip() in index, name
+    assert 'is missing' not in index and 'hours' in index and 'Hardware:' in index and '| prepare 24hbert | ' in index
+
+
+def test_the_kinds_of_numbers_are_told_apart(finished):
+    speed, hardware = ((finished/'paper_figures'/f'{n}.csv').read_text() for n in ('table1_time', 'appendix_hardware'))
+    assert '≈' in speed and '14.11' in speed and 'plan ' in hardware and 'h200' in hardware
 
 
 def test_done_stages_are_skipped_and_one_can_be_forced(finished, capsys):
@@ -30,7 +47,7 @@ def test_done_stages_are_skipped_and_one_can_be_forced(finished, capsys):
     before = table.stat().st_mtime_ns, weights.stat().st_mtime_ns
     assert main(['reproduce', '--scale', 'tiny', '--out', str(finished), '--json']) == 0
     out, err = capsys.readouterr()
-    assert err.count('skipped') == 5 and (table.stat().st_mtime_ns, weights.stat().st_mtime_ns) == before
+    assert err.count('skipped') == 12 and (table.stat().st_mtime_ns, weights.stat().st_mtime_ns) == before
     rows = [json.loads(line) for line in out.splitlines()]
     assert {'metric', 'value', 'unit'} <= rows[0].keys() and any(r['metric'] == 'average' for r in rows)
     assert main(['reproduce', '--scale', 'tiny', '--out', str(finished), '--force', 'table4_glue']) == 0
@@ -39,7 +56,45 @@ def test_done_stages_are_skipped_and_one_can_be_forced(finished, capsys):
 
 def test_report_draws_from_the_rows(finished, tmp_path):
     assert main(['report', '--runs', str(finished), '--out', str(tmp_path/'figures')]) == 0
-    assert (tmp_path/'figures'/'table4_glue.csv').read_text() == (finished/'paper_figures'/'table4_glue.csv').read_text()
+    for name in ('table1_time', 'table2_savings', 'table3_search', 'table4_glue', 'table5_choices'):
+        assert (tmp_path/'figures'/f'{name}.csv').read_text() == (finished/'paper_figures'/f'{name}.csv').read_text()
+    for name in ('loss_curve', 'search_grid', 'choices_by_time'): assert (tmp_path/'figures'/f'{name}.svg').exists()
+
+
+def test_a_failing_notebook_stops_only_what_needs_it(tmp_path, monkeypatch, capsys):
+    import cramlit.pipeline as pipeline
+    ran = []
+    def run_notebook(notebook, output, **parameters):
+        ran.append(notebook.stem)
+        if notebook.stem in ('pretrain', 'table2_savings'): raise CramlitError(f'{notebook.name} failed with ValueError: no. The executed copy shows where: {output}')
+    monkeypatch.setattr(pipeline, 'run_notebook', run_notebook)
+    assert main(['reproduce', '--scale', 'tiny', '--out', str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert ran == ['prepare', 'pretrain', 'table1_time', 'table2_savings', 'table3_search', 'table5_choices', 'figure_choices', 'appendix_grids', 'appendix_hardware']
+    assert '5 stages came to nothing' in err and str(tmp_path/'table2_savings'/'table2_savings.ipynb') in err and 'finetune 24hbert: not run, for want of pretrain' in err
+    index = (tmp_path/'paper_figures'/'README.md').read_text()
+    assert '**table2_savings is missing**: table2_savings.ipynb failed with ValueError' in index and '**table4_glue is missing**: not run, for want of finetune' in index
+
+
+def test_the_headline_is_a_part(tmp_path, monkeypatch):
+    import cramlit.pipeline as pipeline
+    ran = []
+    monkeypatch.setattr(pipeline, 'run_notebook', lambda notebook, output, **parameters: ran.append(notebook.stem))
+    assert main(['reproduce', '--scale', 'tiny', '--headline', '--out', str(tmp_path)]) == 1  # these notebooks leave no rows
+    assert ran == ['prepare', 'pretrain', 'finetune', 'figure_pretraining', 'table4_glue']
+
+
+def test_only_the_paper_is_rehearsed(tmp_path, capsys):
+    assert main(['reproduce', '--scale', 'laptop', '--rehearse', '--out', str(tmp_path/'out')]) == 2
+    assert '--rehearse is for --scale paper' in capsys.readouterr().err and not (tmp_path/'out').exists()
+
+
+@pytest.mark.slow
+def test_the_rehearsal_walks_the_path_of_eight_cards(tmp_path):
+    assert main(['reproduce', '--scale', 'paper', '--rehearse', '--out', str(tmp_path)]) == 0
+    for rows in (tmp_path/'24hbert'/'pretrain'/'rows.jsonl', *(tmp_path/'table3_search'/'trials').glob('*/run/rows.jsonl')):
+        assert {json.loads(line)['processes'] for line in rows.read_text().splitlines()} == {8}
+    assert 'is missing' not in (tmp_path/'paper_figures'/'README.md').read_text()
 
 
 def test_a_paper_notebook_runs_with_plain_papermill_from_any_folder(finished, tmp_path):
