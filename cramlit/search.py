@@ -7,6 +7,7 @@ __all__ = ['Trial', 'grid_trials', 'parse_grid', 'choices', 'choice_trials', 'tr
            'run_trial', 'run_trials', 'trial_table', 'best', 'search']
 
 # %% ../nbs/14_search.ipynb #3f3ecdc5
+import shutil
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import product
@@ -153,9 +154,11 @@ def run_trial(
     nproc: int,     # processes
 ) -> str:           # '' or why it failed, twice
     "A trial from its recipe to its rows.jsonl; what it prints goes to log.txt"
+    def work():
+        write_rows(folder/'rows.jsonl', trial_rows(trial, study, data, folder, t, nproc))
+        shutil.rmtree(folder/'run'/'checkpoints')  # the model is kept; its moments would be twice as large again
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'log.txt', 'a', buffering=1) as log, redirect_stderr(log):
-        return twice(f'{trial.name}, seed {trial.seed}', lambda: write_rows(folder/'rows.jsonl', trial_rows(trial, study, data, folder, t, nproc)))
+    with open(folder/'log.txt', 'a', buffering=1) as log, redirect_stderr(log): return twice(f'{trial.name}, seed {trial.seed}', work)
 
 # %% ../nbs/14_search.ipynb #82855ace
 def run_trials(

@@ -4,6 +4,7 @@ import torch
 
 from cramlit import bench
 from cramlit.bench import BATCHES, Loop, Turn, alternate, endless, lengthen, make_parts, our_loop, plain_loop, speed_rows
+from cramlit.packing import open_data
 from cramlit.plan import plan
 from cramlit.precision import Precision
 from cramlit.savings import DenseHead, saving_rows, text_batches, without
@@ -12,6 +13,11 @@ from cramlit.train import loss_of
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')
+
+
+@pytest.fixture
+def data(data):
+    return open_data(data)
 
 
 @pytest.fixture

@@ -28,10 +28,10 @@ def test_a_search_from_text_to_table_and_map(tmp_path, capsys):
     best = [r for r in rows if r['metric'] == 'best']
     assert [(r['global_batch_size'], r['best_by']) for r in best] == [(b, by) for b in (16, 32) for by in ('validation_loss', 'continuation')]
     assert all((out/f'table3_search.{x}').exists() for x in ('md', 'csv', 'tex')) and (out/'search_grid.svg').exists()
-    stamps = {p: p.stat().st_mtime_ns for p in out.rglob('model.safetensors')}
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob('model/model.safetensors')}
     assert len(stamps) == 2 and main(args) == 0
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [r['value'] for r in again] == [r['value'] for r in rows] and stamps == {p: p.stat().st_mtime_ns for p in out.rglob('model.safetensors')}
+    assert [r['value'] for r in again] == [r['value'] for r in rows] and stamps == {p: p.stat().st_mtime_ns for p in out.rglob('model/model.safetensors')}
 
 
 @pytest.mark.parametrize('args, says', [
@@ -55,16 +55,16 @@ def test_one_bad_trial_does_not_stop_the_others(text, data, tmp_path, monkeypatc
     monkeypatch.setattr(s, 'pretrain', pretrain)
     from joblib import parallel_config
     with parallel_config('threading', n_jobs=1), pytest.raises(CramlitError, match='(?s)1 of 2 trials failed twice.*LR 0.001.*no luck'):
-        run_trials(trials, 'grid', data.folder, tmp_path, TRIALS)
+        run_trials(trials, 'grid', data, tmp_path, TRIALS)
     assert calls == [1e-3, 1e-3, 2e-3]
-    with parallel_config('threading', n_jobs=1): rows = run_trials(trials, 'grid', data.folder, tmp_path, TRIALS)
+    with parallel_config('threading', n_jobs=1): rows = run_trials(trials, 'grid', data, tmp_path, TRIALS)
     assert calls == [1e-3, 1e-3, 2e-3, 1e-3] and list(trial_table(rows).lr) == [1e-3, 2e-3]
 
 
 def test_a_trial_that_goes_nowhere_is_given_up_and_says_so(text, data, tmp_path):
     trial, = trials_of(text, (1e-3,))
     hopeless = replace(trial, settings=(*trial.settings, 'validation.stop_loss=0.1', 'validation.stop_after=0.1', 'validation.every=0.2'))
-    rows = run_trials([hopeless], 'grid', data.folder, tmp_path, replace(TRIALS, steps=10))
+    rows = run_trials([hopeless], 'grid', data, tmp_path, replace(TRIALS, steps=10))
     value = {r['metric']: r['value'] for r in rows}
     assert value['steps'] < 10 and 'headline' not in value and 'above 0.1' in rows[0]['stopped']
 
@@ -72,8 +72,8 @@ def test_a_trial_that_goes_nowhere_is_given_up_and_says_so(text, data, tmp_path)
 def test_trials_in_several_processes_are_the_same_trials(text, data, tmp_path):
     trial, = trials_of(text, (1e-3,))
     trial = replace(trial, settings=(*trial.settings, 'batch.micro_batch_size=8', 'model.dropout=0', 'model.attention_dropout=0'))
-    alone = run_trials([trial], 'grid', data.folder, tmp_path/'alone', TRIALS, nproc=1)
-    both = run_trials([trial], 'grid', data.folder, tmp_path/'both', TRIALS, nproc=2)
+    alone = run_trials([trial], 'grid', data, tmp_path/'alone', TRIALS, nproc=1)
+    both = run_trials([trial], 'grid', data, tmp_path/'both', TRIALS, nproc=2)
     loss = lambda rows: next(r['value'] for r in rows if r['metric'] == 'validation_loss')
     assert loss(both) == pytest.approx(loss(alone), rel=1e-3)
 
@@ -94,7 +94,7 @@ def test_a_long_schedule_ends_high(text, data, tmp_path):
     lrs = []
     for length in (1, 2):
         longer = replace(trial, settings=(*trial.settings, f'schedule.length={length}', 'schedule.warmup=0'))
-        run_trials([longer], 'grid', data.folder, tmp_path/str(length), replace(TRIALS, steps=20), nproc=1)
+        run_trials([longer], 'grid', data, tmp_path/str(length), replace(TRIALS, steps=20), nproc=1)
         log, = (tmp_path/str(length)/'trials').rglob('metrics.jsonl')
         lrs.append([json.loads(line)['lr'] for line in log.read_text().splitlines() if 'lr' in line][-1])
     assert lrs == pytest.approx([1e-3*(1 - 19/20), 1e-3*(1 - 19/40)])
