@@ -98,9 +98,10 @@ def figure_loss_task(
         for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
             known = table[table[task].notna()]
             ax.plot(known.validation_loss, known[task], 'o', ms=4, alpha=.7, color=COLOURS[0], mec='none')
-            rank = known.validation_loss.corr(known[task], method='spearman')
+            varied = known[task].nunique() > 1  # a constant has no ranks
+            rank = f"ρ = {known.validation_loss.corr(known[task], method='spearman'):.2f}, " if varied else ''
             ax.set(xlabel='MLM loss, nats', ylabel=f'{task}, %')
-            ax.annotate(f'ρ = {rank:.2f}, {len(known)} trials', (.97, .97), xycoords='axes fraction', ha='right', va='top', fontsize=8)
+            ax.annotate(f'{rank}{len(known)} trials', (.97, .97), xycoords='axes fraction', ha='right', va='top', fontsize=8)
     return fig
 
 # %% ../nbs/17b_gallery.ipynb #b2faff73
