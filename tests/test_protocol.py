@@ -10,10 +10,11 @@ from joblib import effective_n_jobs, parallel_config
 import cramlit.protocol as protocol
 from cramlit.command import main
 from cramlit.config import CramlitError
+from cramlit.gallery import report
 from cramlit.glue import Examples, Task
 from cramlit.hub import export_run
 from cramlit.protocol import average, bag_of_words, jobs, load_tasks, majority, run_jobs, run_suite, summary
-from cramlit.report import report, table4, verdict, write_table4
+from cramlit.report import table4, verdict, write_table4
 from cramlit.results import write_rows
 from cramlit.scales import Finetune
 from cramlit.train import pretrain
