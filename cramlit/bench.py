@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'BATCHES', 'Loop', 'endless', 'plain_loop', 'Parts', 'make_parts', 'our_loop', 'JoinedRows', 'lengthen',
-           'seconds', 'Turn', 'alternate', 'spread', 'free_memory', 'shortage', 'speed_rows', 'measured_step',
-           'check_plan']
+           'seconds', 'Turn', 'alternate', 'spread', 'free_memory', 'fitting', 'shortage', 'speed_rows',
+           'measured_step', 'check_plan']
 
 # %% ../nbs/16_bench.ipynb #88c2c5dc
 import time
@@ -158,7 +158,7 @@ class Turn:
 
     def rate(
         self,
-        batch: int = 0,  # rows a step; 0 = the recipe's
+        batch: float = 0,  # rows a step; 0 = the recipe's
     ) -> float:          # tokens/s
         "What follows from the two times, at any batch size"
         G, B, S = batch or self.recipe.batch.global_batch_size, self.recipe.batch.micro_batch_size, self.recipe.packing.seq_len
@@ -174,6 +174,7 @@ def alternate(
     taken = {name: [] for name in builders}
     for _ in range(turns):
         for name, build in builders.items():
+            loop = None  # the last one's memory is free before the next is made
             loop = build()
             loop.micro(); loop.update()
             pairs = [(seconds(loop.micro, device), seconds(loop.update, device)) for _ in range(repeats)]
@@ -194,7 +195,19 @@ def free_memory(
     device: torch.device,
 ) -> float:  # bytes
     "What could be used now"
-    return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else psutil.virtual_memory().available
+    if device.type != 'cuda': return psutil.virtual_memory().available
+    torch.cuda.empty_cache()  # what torch keeps for later counts as free
+    return torch.cuda.mem_get_info(device)[0]
+
+def fitting(
+    recipe: Recipe,
+    vocab_size: int,  # rows of the word table
+    device: torch.device,
+) -> Recipe:
+    "The recipe with its micro-batch halved until it fits, or a micro-batch of one row"
+    while shortage(recipe, vocab_size, device) and (micro := recipe.batch.micro_batch_size) % 2 == 0:
+        recipe = override(recipe, [f'batch.micro_batch_size={micro//2}'])
+    return recipe
 
 def shortage(
     recipe: Recipe,
@@ -215,9 +228,11 @@ def speed_rows(
     turns: int = 3,
 ) -> list[dict]:      # measured times, and projected rates and days at each of `BATCHES`
     "The plain way and ours, side by side"
-    ids = ids | dict(stage='speed', recipe=recipe.name, micro_batch_size=recipe.batch.micro_batch_size, devices=max(1, torch.cuda.device_count()))
-    why = shortage(recipe, vocab_size, device)
-    if why: return [result_row('seconds_per_micro_batch', None, 's', **ids, variant=v, kind='measured', why=why) for v in ('plain', 'cramlit')]
+    recipe, m = fitting(recipe, vocab_size, device), recipe.model
+    ids = ids | dict(stage='speed', recipe=recipe.name, shape=f'{m.num_layers} × {m.hidden_size}', micro_batch_size=recipe.batch.micro_batch_size,
+                     devices=max(1, torch.cuda.device_count()))
+    if why := shortage(recipe, vocab_size, device):
+        return [result_row('seconds_per_micro_batch', None, 's', **ids, variant=v, kind='measured', why=why) for v in ('plain', 'cramlit')]
     long, _ = lengthen(data, recipe, recipe.packing.seq_len//data.manifest['seq_len'])
     builders = {'plain': lambda: plain_loop(recipe, long, vocab_size, device),
                 'cramlit': lambda: our_loop(make_parts(recipe, vocab_size, device), endless(long, recipe))}
@@ -226,10 +241,11 @@ def speed_rows(
 def _speed(turns: list[Turn], ids: dict) -> list[dict]:
     row = lambda metric, values, unit, kind, **more: result_row(metric, median(values), unit, **ids, kind=kind, **spread(values), **more)
     rows = [row('seconds_per_micro_batch', [t.micro for t in turns], 's', 'measured'), row('seconds_per_update', [t.update for t in turns], 's', 'measured')]
+    N = ids['devices']
     for G in BATCHES:
-        rates = [t.rate(G) for t in turns]
+        rates = [N*t.rate(G/N) for t in turns]  # each device has its share of the rows, and all of the update
         rows.append(row('tokens_per_second', rates, 'tokens/s', 'projected', global_batch_size=G))
-        rows.append(row('days_for_256m_samples', [SAMPLES*128/r/86400/ids['devices'] for r in rates], 'days', 'projected', global_batch_size=G))
+        rows.append(row('days_for_256m_samples', [SAMPLES*128/r/86400 for r in rates], 'days', 'projected', global_batch_size=G))
     return rows
 
 # %% ../nbs/16_bench.ipynb #e2326592
@@ -243,7 +259,8 @@ def measured_step(
     S, K = recipe.packing.seq_len, recipe.masking.max_predictions
     r = override(recipe, [f'batch.micro_batch_size={micro_batch_size}', f'batch.global_batch_size={micro_batch_size}'])
     ids = torch.randint(vocab_size, (micro_batch_size, S), device=device)
-    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(K, device=device).expand(micro_batch_size, K), ids[:, :K])
+    text = torch.arange(S, device=device) < S - (torch.arange(micro_batch_size, device=device) == 0)[:, None]  # real batches have padding too
+    batch = Batch(ids, text, torch.arange(K, device=device).expand(micro_batch_size, K), ids[:, :K])
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     turns = alternate({'': lambda: our_loop(make_parts(r, vocab_size, device), repeat(batch))}, device, 1, 5)['']
     return turns[0].rate(recipe.batch.global_batch_size), torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else None
@@ -255,13 +272,13 @@ def check_plan(
 ) -> list[dict]:           # what was measured, and by how many per cent the plan is off
     "The plan's memory and rate against a few real steps here"
     planned = {r['metric']: r for r in rows}
+    about = planned['tokens_per_second']
+    here = provenance()['hardware'].lower().replace(' ', '')
+    if about['gpu'] and about['gpu'].replace('-', '') not in here: return []  # this is another card
     rate, peak = measured_step(recipe, padded_vocab(recipe.tokenizer.vocab_size), int(planned['micro_batch_size']['value']), device)
     ids = dict(stage='plan', recipe=recipe.name, kind='measured')
     def compare(metric, plan, value, unit):
         error = None if value is None else 100*(plan/value - 1)
         return [result_row(f'measured_{metric}', value, unit, **ids), result_row(f'plan_error_{metric}', error, '%', **ids)]
-    about = planned['tokens_per_second']
-    here = provenance()['hardware'].lower().replace(' ', '')
-    same = not about['gpu'] or about['gpu'].replace('-', '') in here  # the rate of another card says nothing about this one
-    return (compare('tokens_per_second', about['value']/about['gpus'], rate, 'tokens/s') if same else []) + compare(
-        'peak_memory_bytes', planned['peak_memory_bytes']['value'], peak, 'bytes')
+    return [*compare('tokens_per_second', about['value']/about['gpus'], rate, 'tokens/s'),
+            *compare('peak_memory_bytes', planned['peak_memory_bytes']['value'], peak, 'bytes')]

@@ -45,7 +45,7 @@ def pretrain(
     budget: str = '',         # time to train: 90s, 6m, 24h; default: the scale's
     steps: int = 0,           # optimiser steps instead of time
     seed: int = None,         # of weights, order, masks and dropout; default: the recipe's
-    nproc: int = 0,           # processes on this machine; default: one for each GPU, one on a CPU
+    nproc: int = 0,           # processes on this machine; default: the scale's, else one for each GPU, one on a CPU
     Override: Settings = None,  # change one setting, such as -o optim.lr=1e-3
     json: bool = False,       # one JSON object a line on standard output
 ) -> list[dict]:
@@ -60,14 +60,14 @@ def pretrain(
     if budget and steps: raise UsageError('give --budget or --steps, not both')
     if steps < 0: raise UsageError(f'--steps {steps}: expected a number above zero')
     seconds, steps = (parse_budget(budget), 0) if budget else (0., steps) if steps else (s.budget, s.steps)
-    rank, size = processes(nproc)
+    rank, size = processes(nproc or s.processes)
     given = dict(recipe=recipe, scale=scale, data=data, out=out, budget=budget, steps=steps, seed=seed)
     options = [x for k, v in given.items() if v not in ('', None) for x in (f'--{k}', str(v))] + [x for o in Override or [] for x in ('-o', o)]
     if rank is None: rows = pretrain_in(size, options, r, data, out, seconds, steps, scale)
     else: rows = train(r, data, out, seconds, steps, scale)
     if rank: return []
     export_all(out, Path(data)/'tokenizer')
-    if rows[0]['stopped']: raise CramlitError(f"the run was given up: {rows[0]['stopped']}. What there is of it is in {out}")
+    if rows[0]['stopped'] and 'WORLD_SIZE' not in os.environ: raise CramlitError(f"the run was given up: {rows[0]['stopped']}. What there is of it is in {out}")
     return rows
 
 def glue(
@@ -103,7 +103,7 @@ def plan(
     from cramlit.precision import pick_device
     from cramlit.schedule import parse_budget
     r = get_recipe(recipe, scale, Override or [])
-    rows = work_out(r, gpus, parse_budget(budget), get_card(gpu) if gpu else None, measured_rate(measured) if measured else 0., mfu, price, scale)
+    rows = work_out(r, gpus, parse_budget(budget), get_card(gpu) if gpu else None, measured_rate(measured, r) if measured else 0., mfu, price, scale)
     if pick_device().type != 'cuda': return rows
     from cramlit.bench import check_plan
     return rows + check_plan(r, rows, pick_device())
@@ -159,6 +159,7 @@ def reproduce(
     "Run the paper's notebooks from raw text to tables and figures; finished stages are skipped"
     from cramlit import pipeline
     if rehearse and scale != 'paper': raise UsageError(f'--rehearse is for --scale paper: {scale} is small enough to be run')
+    if rehearse: os.environ['CUDA_VISIBLE_DEVICES'] = ''
     names = [recipe] if isinstance(recipe, str) else recipe
     ws = pipeline.workspace('paper-rehearsal' if rehearse else scale, out, figures or Path(out)/'paper_figures', names)
     rows = pipeline.reproduce(ws, only, force, headline)
@@ -188,7 +189,7 @@ def _show(rows: list[dict], as_json: bool):
     for r in rows:
         if as_json: print(json.dumps(r, ensure_ascii=False))
         elif r.get('seed') is None or r.get('stage') not in ('glue', 'trial'):  # single runs are many; their summary is enough to read
-            named = ' '.join(str(r[k]) for k in ('recipe', 'task', 'variant', 'split') if r.get(k))
+            named = ' '.join(str(r[k]) for k in ('recipe', 'task', 'variant', 'split', 'trial', 'best_by') if r.get(k))
             value = '–' if r['value'] is None else f"{r['value']:,.4g}" if isinstance(r['value'], float) else f"{r['value']:,}"
             print(f"{named:48} {r['metric']:20} {value} {r['unit']}", file=sys.stderr)
 

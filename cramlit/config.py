@@ -144,6 +144,7 @@ def validate(
     "Raise `UsageError` naming the first field that cannot work"
     m, p, b = r.model, r.packing, r.batch
     _check(m.norm in ('pre', 'post'), 'model.norm', m.norm, 'pre or post')
+    _check(m.norm == 'pre' or m.embedding_norm, 'model.embedding_norm', m.embedding_norm, 'true with model.norm=post, as BERT has it')
     _check(p.mode in ('document', 'stream'), 'packing.mode', p.mode, 'document or stream')
     _check(min(m.num_layers, m.num_heads) > 0, 'model.num_layers, num_heads', (m.num_layers, m.num_heads), 'at least 1')
     _check(m.hidden_size % m.num_heads == 0, 'model.hidden_size', m.hidden_size, f'a multiple of model.num_heads={m.num_heads}')

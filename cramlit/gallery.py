@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import Recipe, override
+from .config import Recipe, UsageError, override
 from .report import COLOURS, STYLE, read_log, write_curves, write_figure, write_table4
 from .results import read_rows
+from .scales import Trials
 from .schedule import lr_factor
 from .search import choices, trial_table
 from .tables import needed, write_table1, write_table2, write_table3, write_table5
@@ -69,12 +70,13 @@ def figure_choices(
 # %% ../nbs/17b_gallery.ipynb #9d3717e1
 def figure_schedules(
     recipe: Recipe,
-    budget: float,  # seconds
+    t: Trials,      # their budget
 ):                  # a matplotlib figure
-    "The learning rate of the choices that concern it, by time"
+    "The learning rate of the choices that concern it, by time or by steps"
     import matplotlib
     from matplotlib.figure import Figure
-    unit, size = ('hours', 3600) if budget > 7200 else ('minutes', 60) if budget > 120 else ('seconds', 1)
+    budget = t.steps or t.budget
+    unit, size = ('steps', 1) if t.steps else ('hours', 3600) if budget > 7200 else ('minutes', 60) if budget > 120 else ('seconds', 1)
     some = {n: override(recipe, s) for n, s in choices(recipe).items() if not s or s[0].startswith('schedule')}
     xs = [i/400 for i in range(401)]
     with matplotlib.rc_context(STYLE):
@@ -82,7 +84,7 @@ def figure_schedules(
         ax = fig.subplots()
         for (name, r), colour, style in zip(some.items(), COLOURS, ('-', '--', '-.', ':'), strict=False):
             ax.plot([x*budget/size for x in xs], [r.optim.lr*lr_factor(x/r.schedule.length, r.schedule.warmup) for x in xs], style, color=colour, label=name)
-        ax.set(xlabel=f'time, {unit}', ylabel='learning rate'); ax.set_ylim(bottom=0); ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
+        ax.set(xlabel=unit if t.steps else f'time, {unit}', ylabel='learning rate'); ax.set_ylim(bottom=0); ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../nbs/17b_gallery.ipynb #52197d63
@@ -131,17 +133,19 @@ def write_choices(
     "The panels of the choices, and loss against task"
     mine = needed(rows, 'the choices', stage='trial', study='choices')
     tasks = list(dict.fromkeys(r['task'] for r in mine if r['metric'] == 'headline'))
-    return [*write_figure(figure_choices(trial_runs(mine, trials)), folder/'choices_by_time', mine),
-            *write_figure(figure_loss_task(trial_table(mine), tasks), folder/'loss_against_task', mine)]
+    files = write_figure(figure_choices(trial_runs(mine, trials)), folder/'choices_by_time', mine)
+    return files + (write_figure(figure_loss_task(trial_table(mine), tasks), folder/'loss_against_task', mine) if tasks else [])
 
 # %% ../nbs/17b_gallery.ipynb #2c7d2f52
 def report(
     runs: str|Path,  # a folder with rows, such as `cramlit reproduce` leaves
     out: str|Path,   # where tables and figures go
 ) -> list[Path]:     # the files written
-    "Every table and figure that the rows below a folder allow; raises `CramlitError` when there are no rows"
+    "The tables and figures that the rows below a folder allow, the appendix aside; raises `CramlitError` when there are no rows"
     rows, runs, out = read_rows(runs), Path(runs), Path(out)
-    found = sorted(p.parent for p in runs.rglob('metrics.jsonl') if (p.parent/'rows.jsonl').exists() and 'trials' not in p.parts)
+    scales = sorted({r['scale'] for r in rows if r.get('scale')})
+    if len(scales) > 1: raise UsageError(f'{runs} holds results of the scales {", ".join(scales)}: give the folder of one of them')
+    found = sorted(p.parent for p in runs.rglob('metrics.jsonl') if (p.parent/'rows.jsonl').exists() and 'trials' not in p.relative_to(runs).parts)
     names = [json.loads((p/'run.json').read_text())['recipe'] for p in found]
     labels = [f"{n['name']} (seed {n['seed']})" if len({m['name'] for m in names}) < len(names) else n['name'] for n in names]
     files = write_curves(dict(zip(labels, found, strict=True)), out) if found else []
@@ -149,8 +153,9 @@ def report(
     for stage, write in (('glue', write_table4), ('speed', write_table1), ('savings', write_table2)):
         if of(stage=stage): files += write(of(stage=stage), out)
     if grid := of(stage='trial', study='grid'):
-        files += [*write_table3(grid, next(r['task'] for r in grid if r['metric'] == 'headline'), out), *write_grid(grid, out)]
+        task = next((r['task'] for r in grid if r['metric'] == 'headline'), 'no task')
+        files += [*write_table3(grid, task, out), *write_grid(grid, out)]
     if tried := of(stage='trial', study='choices'):
-        trials = next(p.parent for p in runs.rglob(f"trials/{tried[0]['folder']}"))
-        files += [*write_table5(tried, out), *write_choices(tried, trials, out)]
+        trials = next((p.parent for p in runs.rglob(f"trials/{tried[0]['folder']}")), None)
+        files += write_table5(tried, out) + (write_choices(tried, trials, out) if trials else [])
     return files

@@ -35,6 +35,8 @@ def run_notebook(
 ) -> Path:               # the executed copy
     "Run a notebook with papermill; raises `UsageError` for unknown parameters, `CramlitError` when a cell fails"
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
     notebook, output = Path(notebook), Path(output)
     known = parameters_of(notebook)
     for name in parameters:
@@ -44,6 +46,8 @@ def run_notebook(
                                     extra_arguments=['--log-level=ERROR'])  # ipykernel warns of the way in which it was started
     except papermill.PapermillExecutionError as e:
         raise CramlitError(f'{notebook.name} failed with {e.ename}: {e.evalue}. The executed copy shows where: {output}') from None
+    except (DeadKernelError, NoSuchKernel) as e:  # killed for lack of memory, or not installed
+        raise CramlitError(f'{notebook.name} lost its kernel: {type(e).__name__}: {e}. The executed copy shows how far it came: {output}') from None
     return output
 
 # %% ../nbs/18_pipeline.ipynb #6d966f15
@@ -53,20 +57,23 @@ class Stage:
     name: str
     needs: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()  # tables and figures, without a suffix
-    per_recipe: bool = False     # True: one run for each recipe; False: for all together, or for the first alone
+    recipes: str = 'first'       # each: one run for each recipe; all: one run for all of them; first: the others do not matter
     headline: bool = False       # one of the few that show what the recipe learns
+    timed: bool = False          # its numbers are this machine's and no other's
 
 STAGES = {s.name: s for s in (
-    Stage('prepare', per_recipe=True, headline=True),
-    Stage('pretrain', ('prepare',), per_recipe=True, headline=True),
-    Stage('finetune', ('pretrain',), per_recipe=True, headline=True),
-    Stage('figure_pretraining', ('pretrain',), ('loss_curve', 'lr_schedule'), headline=True),
-    Stage('table4_glue', ('finetune',), ('table4_glue', 'table4_published'), headline=True),
-    Stage('table1_time', ('prepare',), ('table1_time',)),
-    Stage('table2_savings', ('prepare',), ('table2_savings',)),
-    Stage('table3_search', ('prepare',), ('table3_search', 'search_grid')),
-    Stage('table5_choices', ('prepare',), ('table5_choices',)),
-    Stage('figure_choices', ('table5_choices',), ('schedules', 'choices_by_time', 'loss_against_task')),
+    Stage('prepare', recipes='each', headline=True),
+    Stage('pretrain', ('prepare',), recipes='each', headline=True),
+    Stage('finetune', ('pretrain',), recipes='each', headline=True),
+    Stage('figure_pretraining', ('pretrain',), ('loss_curve', 'lr_schedule'), recipes='all', headline=True),
+    Stage('table4_glue', ('finetune',), ('table4_glue', 'table4_published'), recipes='all', headline=True),
+    Stage('table1_time', ('prepare',), ('table1_time',), timed=True),
+    Stage('table2_savings', ('prepare',), ('table2_savings',), timed=True),
+    Stage('search', ('prepare',)),
+    Stage('table3_search', ('search',), ('table3_search', 'search_grid')),
+    Stage('choices', ('prepare',)),
+    Stage('table5_choices', ('choices',), ('table5_choices',)),
+    Stage('figure_choices', ('choices',), ('schedules', 'choices_by_time', 'loss_against_task')),
     Stage('appendix_grids', (), ('appendix_pretraining', 'appendix_finetuning')),
     Stage('appendix_hardware', ('table1_time',), ('appendix_hardware',)),
 )}
@@ -119,20 +126,27 @@ class Workspace:
         recipe: str = '',  # for stages that work on one recipe
     ) -> Path:
         "Where a stage's files are"
-        return self.out/recipe/stage if STAGES[stage].per_recipe else self.out/stage
+        return self.out/recipe/stage if STAGES[stage].recipes == 'each' else self.out/stage
+
+    def recipes_of(self, stage: str, recipe: str = '') -> list[str]:
+        "The recipes that a stage works on"
+        return {'each': [recipe], 'first': list(self.recipes[:1]), 'all': list(self.recipes)}[STAGES[stage].recipes]
 
     def key(self, stage: str, recipe: str = '') -> str:
         "The hash of what a stage's result depends on"
-        s = STAGES[stage]
-        recipes = [recipe] if s.per_recipe else self.recipes
+        s, recipes = STAGES[stage], self.recipes_of(stage, recipe)
         return digest([code_of(paper_notebook(stage)), provenance()['versions'], self.scale, repr(get_scale(self.scale)),
-                       [recipe_hash(get_recipe(r, self.scale)) for r in recipes], '' if s.per_recipe else str(self.figures),
+                       [recipe_hash(get_recipe(r, self.scale)) for r in recipes], provenance()['hardware'] if s.timed else '',
                        [self.key(n, r) for n in s.needs for r in recipes]])
 
     def done(self, stage: str, recipe: str = '') -> bool:
         "Has this stage ended, and is everything it depends on still the same?"
         note = _note(self.folder(stage, recipe))
-        return note.get('done', False) and note['key'] == self.key(stage, recipe)
+        return note.get('done', False) and note['key'] == self.key(stage, recipe) and all(self.made(name) for name in STAGES[stage].makes)
+
+    def made(self, name: str) -> Path|None:  # Markdown or SVG
+        "The file of a table or figure, if there is one"
+        return next((p for p in (self.figures/f'{name}.md', self.figures/f'{name}.svg') if p.exists()), None)
 
     def run(self, stage: str, recipe: str = ''):
         "Run a stage's notebook, keeping an interrupted one's files"
@@ -142,7 +156,8 @@ class Workspace:
         def note(done):
             with atomic(folder/'key.json') as f: json.dump(dict(key=key, done=done, seconds=spent + time.monotonic() - began), f)
         note(False)
-        mine = dict(recipe=recipe) if STAGES[stage].per_recipe else dict(recipes=','.join(self.recipes), figures=str(self.figures))
+        mine = dict(recipe=recipe) if STAGES[stage].recipes == 'each' else dict(recipes=','.join(self.recipes))
+        if STAGES[stage].makes: mine |= dict(figures=str(self.figures))
         try: run_notebook(paper_notebook(stage), folder/f'{stage}.ipynb', scale=self.scale, out=str(self.out), **mine)
         except BaseException: note(False); raise
         note(True)
@@ -151,7 +166,7 @@ class Workspace:
         "The folder of a stage, after running it and what comes before it where that is missing"
         if not self.done(stage, recipe):
             for n in STAGES[stage].needs:
-                for r in [recipe] if STAGES[stage].per_recipe else self.recipes: self.need(n, r)
+                for r in self.recipes_of(stage, recipe): self.need(n, r)
             self.run(stage, recipe)
         return self.folder(stage, recipe)
 
@@ -186,7 +201,7 @@ def tasks_of(
 ) -> Iterator[tuple[str, str]]:  # stage, recipe
     "Every stage in order, for every recipe where it works on one"
     for s in STAGES.values():
-        for r in ws.recipes if s.per_recipe else ['']: yield s.name, r
+        for r in ws.recipes if s.recipes == 'each' else ['']: yield s.name, r
 
 # %% ../nbs/18_pipeline.ipynb #ab21ec04
 def title_of(
@@ -202,9 +217,10 @@ def _section(ws: Workspace, stage: Stage, lacking: dict[str, str]) -> list[str]:
     heading, line = title_of(paper_notebook(stage.name))
     parts = [f'## {heading}', line + '.']
     for name in stage.makes:
-        if (ws.figures/f'{name}.md').exists(): parts.append((ws.figures/f'{name}.md').read_text().strip())
-        elif (ws.figures/f'{name}.svg').exists(): parts.append(f'![{heading}: {name.replace("_", " ")}]({name}.svg)')
-        else: parts.append(f'**{name} is missing**: {lacking.get(stage.name) or "it was not run. `cramlit reproduce` without --headline and --only makes it"}')
+        path = ws.made(name)
+        if stage.name in lacking: parts.append(f'**{name} is missing**: {lacking[stage.name]}')
+        elif not path: parts.append(f'**{name} is missing**: it was not run. `cramlit reproduce` without --headline and --only makes it')
+        else: parts.append(path.read_text().strip() if path.suffix == '.md' else f'![{heading}: {name.replace("_", " ")}]({path.name})')
     return parts
 
 def write_index(
@@ -213,7 +229,8 @@ def write_index(
 ) -> Path:
     "One page with all tables and figures, the hours they took, and what is missing"
     notes = {f'{s} {r}'.strip(): _note(ws.folder(s, r)) for s, r in tasks_of(ws)}
-    hours = [f"| {name} | {n['seconds']/60:.1f} | {'' if n['done'] else lacking.get(name, 'unfinished')} |" for name, n in notes.items() if 'seconds' in n]
+    why = {name: '' if n.get('done') else lacking.get(name, 'unfinished').splitlines()[0] for name, n in notes.items()}
+    hours = [f"| {name} | {n['seconds']/60:.1f} | {why[name]} |" for name, n in notes.items() if 'seconds' in n]
     total = sum(n.get('seconds', 0.) for n in notes.values())
     parts = [f'# Results at scale {ws.scale}', f'Recipes: {", ".join(ws.recipes)}. All stages together took {total/3600:.2f} hours. '
              'Every table names the commit, the hardware and the versions it comes from; figures carry the same inside.']
@@ -232,7 +249,7 @@ def attempt(
 ) -> str:                     # '' or why this one came to nothing
     "Run a stage unless it is done, or cannot be because of another"
     label, why = f'{stage} {recipe}'.strip(), ''
-    broken = [n for n in STAGES[stage].needs for r in ws.recipes if f'{n} {r}'.strip() in lacking or n in lacking]
+    broken = [n for n in STAGES[stage].needs for r in ws.recipes_of(stage, recipe) if f'{n} {r}'.strip() in lacking or n in lacking]
     if broken: why = f'not run, for want of {broken[0]}'
     elif ws.done(stage, recipe): print(f'{label}: done before, skipped', file=sys.stderr); return ''
     else:

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from .config import CramlitError, Recipe, UsageError, unknown
+from .config import CramlitError, Recipe, UsageError, recipe_hash, unknown
 from .distributed import Gradients
 from .model import MaskedLM
 from .optim import make_optimizer
@@ -118,13 +118,18 @@ def get_card(
     return CARDS[name]
 
 # %% ../nbs/15_plan.ipynb #19e3fbe6
-MFU = 0.28  # share of the peak that the paper's own code used
+MFU = 0.28  # share of the peak, a little below what the paper's own code used
 
 def measured_rate(
     path: str|Path,  # rows of a run, such as run/rows.jsonl
+    recipe: Recipe,  # the one that is planned
 ) -> float:          # tokens/s of one process
-    "The rate that a run had; raises `CramlitError` when the file holds none"
-    rates = [r['value']/r.get('processes', 1) for r in read_rows(Path(path)) if r['metric'] == 'tokens_per_second']
+    "The rate that a run had; raises `CramlitError` when the file holds none, `UsageError` when it is another recipe's"
+    rows = [r for r in read_rows(Path(path)) if r['metric'] == 'tokens_per_second' and r.get('stage') == 'pretrain']
+    other = {f"{r['recipe']} ({r['recipe_hash']})" for r in rows if r['recipe_hash'] != recipe_hash(recipe)}
+    if other: raise UsageError(f'{path} was measured with {", ".join(sorted(other))}, the plan is for {recipe.name} ({recipe_hash(recipe)}): '
+                               'give the same --recipe, --scale and -o')
+    rates = [r['value']/r['processes'] for r in rows]
     if not rates: raise CramlitError(f'{path} holds no tokens_per_second: give the rows.jsonl of a pretraining run')
     return statistics.median(rates)
 
@@ -142,7 +147,7 @@ def plan(
     if not card and not rate: raise UsageError(f"name a card, or give a measured rate: --gpu {'|'.join(CARDS)} or --measured run/rows.jsonl")
     if not 0 < mfu <= 1 or min(gpus, budget) <= 0 or price < 0: raise UsageError('--gpus and --budget must be above 0, --mfu between 0 and 1, --price not below 0')
     vocab_size = padded_vocab(recipe.tokenizer.vocab_size)
-    micro = room_for(recipe, vocab_size, card.memory*2**30) if card else recipe.batch.micro_batch_size
+    micro = min(room_for(recipe, vocab_size, card.memory*2**30), recipe.batch.global_batch_size) if card else recipe.batch.micro_batch_size
     if not micro: raise UsageError(f'{recipe.name} does not fit into the {card.memory} GB of a {card.name}, not even 8 rows at a time')
     with torch.device('meta'): parameters = sum(p.numel() for p in MaskedLM(recipe.model, vocab_size).parameters())
     flops, S = training_flops(recipe, vocab_size), recipe.packing.seq_len
@@ -154,6 +159,6 @@ def plan(
             result_row('peak_memory_bytes', sum(peak_memory(recipe, vocab_size, micro).values()), 'bytes', **known, micro_batch_size=micro),
             result_row('micro_batch_size', micro, 'sequences', **known), result_row('tokens_per_second', tokens, 'tokens/s', **hangs),
             result_row('samples', samples, 'sequences', **hangs), result_row('steps', samples/recipe.batch.global_batch_size, 'steps', **hangs),
-            result_row('days', budget/86400, 'days', **hangs), result_row('days_for_256m_samples', 256e6*S/tokens/86400, 'days', **hangs),
+            result_row('days', budget/86400, 'days', **known), result_row('days_for_256m_samples', 256e6*S/tokens/86400, 'days', **hangs),
             result_row('energy_kwh', hours*card.watts/1000 if card else None, 'kWh', **hangs | dict(rests_on='board power, all the time')),
             result_row('cost', hours*price if price else None, 'currency of --price', **hangs | dict(rests_on='the price given'))]

@@ -10,7 +10,7 @@ __all__ = ['SUITES', 'majority', 'bag_of_words', 'job_rows', 'summary', 'average
 # %% ../nbs/13c_protocol.ipynb #a11c9b18
 import json, sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -147,11 +147,13 @@ def side_by_side(
     calls: list[tuple],  # of joblib's `delayed`; each returns '' or why it failed
     total: int,          # how many there are with those that were done before
     what: str,           # their name
+    one_by_one: bool = False,  # each takes the whole machine
 ):
     "Do independent work on all cores or cards; raises `CramlitError` naming what failed when all else is done"
     failed = []
-    with workers(), tqdm(total=total, initial=total - len(calls), desc=what, file=sys.stderr, mininterval=2) as bar:
-        for why in Parallel(return_as='generator_unordered')(calls): bar.update(); failed += [why] if why else []
+    with nullcontext() if one_by_one else workers(), tqdm(total=total, initial=total - len(calls), desc=what, file=sys.stderr, mininterval=2) as bar:
+        answers = (f(*args, **more) for f, args, more in calls) if one_by_one else Parallel(return_as='generator_unordered')(calls)
+        for why in answers: bar.update(); failed += [why] if why else []
     if failed: raise CramlitError(f'{len(failed)} of {total} {what} failed twice; the others are kept, and the same command runs only these again:'
                                   + ''.join(f'\n  {why}' for why in failed))
 

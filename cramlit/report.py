@@ -52,7 +52,7 @@ def origin(
 # %% ../nbs/17_report.ipynb #79ea7941
 def _escape(text: str) -> str:
     "Text for LaTeX"
-    named = {'\\': r'\textbackslash{}', '†': r'$\dagger$', '–': '--', '×': r'$\times$'} | {c: f'\\{c}' for c in '_%&#'}
+    named = {'\\': r'\textbackslash{}', '†': r'$\dagger$', '–': '--', '×': r'$\times$', '≈': r'$\approx$', 'ρ': r'$\rho$'} | {c: f'\\{c}' for c in '_%&#'}
     return ''.join(named.get(c, c) for c in text)
 
 def write_table(

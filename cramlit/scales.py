@@ -60,18 +60,19 @@ _TINY_TUNE = Finetune((1,), (32,), (1e-3,), 2, max_length=64, max_train=128, max
 _TINY_TRIALS = Trials(steps=10, batch_sizes=(32, 64), lrs=(1e-3, 2e-3), warmups=(.06,), seeds=2, tasks=('continuation',), finetune=replace(_TINY_TUNE, seeds=1))
 _PAPER = Scale('paper', ('corpus.source=hub:wikimedia/wikipedia:20231101.en',))
 SCALES = {s.name: s for s in (
-    Scale('tiny', _SMALL + _TINY + ('batch.global_batch_size=32', 'batch.micro_batch_size=32'), steps=30, suite='stand-in', finetune=_TINY_TUNE,
+    Scale('tiny', _SMALL + _TINY + ('batch.global_batch_size=32', 'batch.micro_batch_size=32'), steps=30, processes=1, suite='stand-in', finetune=_TINY_TUNE,
           trials=_TINY_TRIALS, shapes=_TINY + ('batch.micro_batch_size=8',)),
     Scale('laptop', _SMALL + ('tokenizer.vocab_size=4096', 'packing.seq_len=32', 'model.num_layers=2', 'model.hidden_size=128',
           'model.num_heads=2', 'model.intermediate_size=512', 'model.max_positions=128', 'batch.global_batch_size=128', 'batch.micro_batch_size=128',
           'validation.every=0.05', 'validation.max_sequences=2048'),
-          budget=360., suite='stand-in', finetune=Finetune((8,), (32,), (3e-4, 1e-3), 3, max_length=64, max_train=1000, max_eval=1000),
+          budget=360., processes=1, suite='stand-in', finetune=Finetune((8,), (32,), (3e-4, 1e-3), 3, max_length=64, max_train=1000, max_eval=1000),
           trials=Trials(30., 0, ('validation.every=0.2', 'validation.max_sequences=512', 'validation.stop_loss=6.6', 'validation.stop_after=0.5'),
                         (32, 64, 128), (1e-3, 2e-3, 4e-3), (0., .06),
                         tasks=('continuation', 'review_polarity', 'verse_match'), finetune=Finetune((4,), (32,), (1e-3,), 1, max_length=64, max_train=500, max_eval=500)),
           shapes=('batch.micro_batch_size=4',)),
-    Scale('gpu', ('model.num_layers=12', 'model.hidden_size=768', 'model.num_heads=12', 'model.intermediate_size=3072', 'batch.micro_batch_size=256'),
-          budget=3600., finetune=Finetune((3, 5), (32,), (5e-5, 8e-5), 3), trials=Trials(600., batch_sizes=(1024, 2048, 4096), warmups=(0., .06))),
+    Scale('gpu', ('model.num_layers=12', 'model.hidden_size=768', 'model.num_heads=12', 'model.intermediate_size=3072', 'batch.micro_batch_size=256',
+                  'validation.stop_loss=0'),
+          budget=3600., processes=1, finetune=Finetune((3, 5), (32,), (5e-5, 8e-5), 3), trials=Trials(600., batch_sizes=(1024, 2048, 4096), warmups=(0., .06))),
     _PAPER,
     replace(_PAPER, name='paper-rehearsal', overrides=_SMALL + _TINY + ('batch.global_batch_size=64', 'batch.micro_batch_size=4'), steps=12, processes=8,
             suite='stand-in', finetune=_TINY_TUNE, trials=replace(_TINY_TRIALS, steps=4, batch_sizes=(32, 64), lrs=(2e-3,), seeds=1), shapes=_TINY),

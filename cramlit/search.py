@@ -8,17 +8,18 @@ __all__ = ['Trial', 'grid_trials', 'parse_grid', 'choices', 'choice_trials', 'St
 
 # %% ../nbs/14_search.ipynb #3f3ecdc5
 import shutil
-from contextlib import nullcontext, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 import torch
-from joblib import delayed, parallel_config
+from joblib import delayed
 
 from .config import Recipe, UsageError, digest, recipe_hash, unknown
 from .hub import export_all
+from .loader import rank_slice
 from .packing import prepare
 from .protocol import check_length, jobs, load_tasks, run_grid, side_by_side, twice
 from .results import read_rows, result_row, write_rows
@@ -74,7 +75,7 @@ def parse_grid(
         axis, _, values = part.partition('=')
         if axis not in _AXES: raise unknown('axis of the grid', axis, _AXES)
         field, kind = _AXES[axis]
-        try: t = replace(t, **{field: tuple(kind(v) for v in values.split(','))})
+        try: t = replace(t, **{field: tuple(dict.fromkeys(kind(v) for v in values.split(',')))})
         except ValueError: raise UsageError(f'--grid {part}: expected numbers with commas between them, as in {axis}={getattr(t, field)[0]}') from None
     return t
 
@@ -88,7 +89,8 @@ def choices(
             f'model.num_heads={max(1, m.num_heads*3//4)}')
     return {'the recipe as it is': (), 'schedule twice the budget': ('schedule.length=2',), 'schedule four times the budget': ('schedule.length=4',),
             'no warm-up': ('schedule.warmup=0',), 'half the batch': _batch(r, G//2), 'twice the batch': _batch(r, 2*G),
-            'no LayerNorm after the embeddings': ('model.embedding_norm=false',), 'LayerNorm after each block': ('model.norm=post', 'model.embedding_norm=true'),
+            'no LayerNorm after the embeddings': ('model.embedding_norm=false',) if m.norm == 'pre' else (),
+            'LayerNorm after each block': ('model.norm=post', 'model.embedding_norm=true'),
             'base instead of large': base}
 
 def choice_trials(
@@ -98,7 +100,8 @@ def choice_trials(
 ) -> list[Trial]:  # the recipe itself comes first
     "Single choices, each with every seed; those that change nothing are left out"
     r = get_recipe(base, scale, t.overrides)
-    changes = {name: settings for name, settings in choices(r).items() if not settings or get_recipe(base, scale, [*t.overrides, *settings]) != r}
+    first, *others = choices(r).items()
+    changes = dict([first, *((name, s) for name, s in others if get_recipe(base, scale, [*t.overrides, *s]) != r)])
     return [Trial(name, base, scale, settings, r.seed + i) for i in range(t.seeds) for name, settings in changes.items()]
 
 # %% ../nbs/14_search.ipynb #b401731c
@@ -118,7 +121,7 @@ def train_trial(
     "Pretrain a trial in one process or in several"
     t, data = study.trials, study.data
     how = dict(budget=0. if t.steps else t.budget, steps=t.steps, scale=trial.scale)
-    length = ['--steps', str(t.steps)] if t.steps else ['--budget', f'{t.budget:g}s']
+    length = ['--steps', str(t.steps)] if t.steps else ['--budget', f'{t.budget}s']
     options = ['--recipe', trial.base, '--scale', trial.scale, '--data', str(data), '--out', str(run), *length, *(x for s in trial.all_settings for x in ('-o', s))]
     if study.nproc == 1: return pretrain(trial.recipe, data, run, **how)
     return pretrain_in(study.nproc, options, trial.recipe, data, run, **how)
@@ -172,9 +175,11 @@ def run_trials(
 ) -> list[dict]:    # rows of all trials
     "Run what has not been run; raises `UsageError` for settings that cannot be, `CramlitError` naming the trials that failed twice"
     out, study = Path(out), Study(name, Path(data), t, nproc or max(1, torch.cuda.device_count()))
+    for trial in trials: rank_slice(trial.recipe, 0, 0, study.nproc)  # can every batch be shared out?
+    load_tasks(get_scale(trials[0].scale).suite, list(t.tasks))  # what cannot be had is missed before the first run
     folders = [out/'trials'/digest([recipe_hash(trial.recipe), trial.seed, t.budget, t.steps]) for trial in trials]
     missing = [delayed(run_trial)(trial, study, f) for trial, f in zip(trials, folders, strict=True) if not (f/'rows.jsonl').exists()]
-    with parallel_config('sequential') if study.nproc > 1 else nullcontext(): side_by_side(missing, len(trials), 'trials')
+    side_by_side(missing, len(trials), 'trials', one_by_one=study.nproc > 1)
     rows = [row for f in folders for row in read_rows(f/'rows.jsonl')]
     write_rows(out/'rows.jsonl', rows)
     return rows
@@ -196,7 +201,8 @@ def best(
 ) -> pd.DataFrame:        # lines of `table`, the column `best_by` in front
     "The best line of each batch size, by loss and by the task"
     def pick(by, sign):
-        whole = table[table[by].notna()] if by in table else table[:0]
+        if by not in table: return table[:0].assign(best_by=by)
+        whole = table[table[by].notna()]
         return whole.loc[(sign*whole[by]).groupby(whole.global_batch_size).idxmin()].assign(best_by=by)
     both = pd.concat([pick('validation_loss', 1), pick(task, -1)])
     return both.sort_values(['global_batch_size', 'best_by'], ascending=[True, False], kind='stable')
@@ -217,7 +223,7 @@ def search(
     trials = grid_trials(base, scale, t)
     recipes = [trial.recipe for trial in trials]  # a bad value is found before the first run
     if not data: prepare(recipes[0], Path(out)/'data')
-    rows = run_trials(trials, 'grid', data or Path(out)/'data', out, t, nproc)
+    rows = run_trials(trials, 'grid', data or Path(out)/'data', out, t, nproc or get_scale(scale).processes)
     lines = best(trial_table(rows), t.tasks[0]).to_dict('records')
     return rows + [result_row('best', line[line['best_by']], 'nats' if line['best_by'] == 'validation_loss' else '%', stage='search', recipe=base, scale=scale,
                               trial=line['trial'], best_by=line['best_by'], global_batch_size=line['global_batch_size']) for line in lines]

@@ -21,7 +21,7 @@ from .search import best, trial_table
 
 # %% ../nbs/17a_tables.ipynb #6ebcd01c
 MARKS = dict(measured='', computed='', projected='≈ ', planned='plan ')
-KINDS = ('Measured numbers stand as they are; ≈ marks what is projected from a measured rate, *plan* what rests on an assumption. '
+KINDS = ('Numbers that were measured or counted stand as they are; ≈ marks what is projected from measured times, *plan* what rests on an assumption. '
          'Medians, with the lowest and the highest in parentheses.')
 
 def shown(
@@ -82,9 +82,10 @@ def write_table1(
     timed = [r for r in mine if r['metric'] == 'seconds_per_micro_batch' and r['value']]
     times = [f"{_NAMES[r['recipe']]}, {r['variant']}: {r['value']:.3g} s a micro-batch of {r['micro_batch_size']}" for r in timed]
     missing = [f"{_NAMES[r['recipe']]} was not timed: it {r['why']}." for r in mine if r.get('why') and r['variant'] == 'plain']
-    notes = [KINDS, 'Measured: ' + '; '.join(times) + '.', *missing,
+    shapes = {f"{_NAMES[r['recipe']]} is {r['shape']}" for r in mine}
+    notes = [KINDS, *(['Measured: ' + '; '.join(times) + '.'] if times else []), *missing, 'Layers × hidden size: ' + ', '.join(sorted(shapes)) + '.',
              'Plain is stock transformers with default settings, 32-bit and dense head, in place of the official code.',
-             f"Rates of one device; days for 256 million sequences of 128 tokens on {mine[0]['devices']} device(s), without what several say to one another.",
+             f"Days for 256 million sequences of 128 tokens on {mine[0]['devices']} device(s), without what several say to one another.",
              "Published: Izsak et al. (2021), Table 1, on 8 × Titan V."]
     return write_table(table1(rows), folder/'table1_time', f"Table 1. Training time on the hardware at hand, scale {mine[0]['scale']}.", notes, mine)
 
@@ -94,7 +95,7 @@ def table2(
 ) -> pd.DataFrame:     # texts: optimisation × tokens/s without it, hours of 24
     "Hours of a day that each optimisation buys, the greatest first"
     rows = needed(rows, 'the savings', stage='savings')
-    hours = sorted((r for r in rows if r['metric'] == 'hours_of_24'), key=lambda r: -r['value'])
+    hours = sorted((r for r in rows if r['metric'] == 'hours_of_24'), key=lambda r: -(r['value'] or 0))
     rates = {r['optimisation']: r for r in rows if r['metric'] == 'tokens_per_second'}
     lines = {'the complete loop': {'tokens/s without it': shown(rates['']), 'hours of 24 gained': ''}}
     return pd.DataFrame(lines | {r['optimisation']: {'tokens/s without it': shown(rates.get(r['optimisation'])), 'hours of 24 gained': shown(r, 1)} for r in hours}).T
@@ -107,6 +108,7 @@ def write_table2(
     mine = needed(rows, 'the savings', stage='savings')
     notes = [KINDS, 'Each line is the complete loop without one optimisation, timed in turns with the complete one. Gained is what the slower loop would not have done '
              'of 24 hours of work. The compiled step is no part of the loop: its line has the rate with it. Sparse validation follows from the time of a row.',
+             *(f"The {r['optimisation']} was not timed: {r['why']}." for r in mine if r.get('why')),
              'The values of the published table were not recovered.']
     return write_table(table2(rows), folder/'table2_savings', f'Table 2. What each optimisation buys, {_where(mine)}.', notes, mine)
 
@@ -118,9 +120,13 @@ def table3(
     "The best configuration of each batch size, by loss and by the task"
     t = best(trial_table(needed(rows, 'the search', stage='trial', study='grid')), task)
     line = lambda r: {'peak LR': f'{r.lr:g}', 'warm-up': f'{r.warmup:.0%}', 'schedule, budgets': f'{r.schedule_length:g}', 'steps': f'{r.steps:,.0f}',
-                      'MLM loss, nats': f'{r.validation_loss:.3f}', f'{task}, %': '' if pd.isna(r[task]) else f'{r[task]:.1f}'}
+                      'MLM loss, nats': f'{r.validation_loss:.3f}', f'{task}, %': '' if pd.isna(r.get(task)) else f'{r[task]:.1f}'}
     names = [f"batch {r.global_batch_size}, best by {'loss' if r.best_by == 'validation_loss' else task}" for _, r in t.iterrows()]
     return pd.DataFrame([line(r) for _, r in t.iterrows()], index=names)
+
+def _given_up(t: pd.DataFrame) -> list[str]:
+    "A note for each trial that was given up: its loss is that of the moment, and it has no scores"
+    return [f'Given up: {r.trial}, seed {r.seed}: {r.stopped.split(", lastly")[0]}.' for r in t[t.stopped != ''].itertuples()]
 
 def write_table3(
     rows: list[dict],  # of the grid
@@ -132,7 +138,7 @@ def write_table3(
     t = trial_table(mine)
     given_up = t[t.stopped != '']
     notes = [f'{len(t)} trials of {t.seconds.median():.0f} s each (median); {len(given_up)} given up early. One seed each, so small differences mean little.',
-             *(f'Given up: {r.trial}: {r.stopped.split(",")[0]}.' for r in given_up.itertuples()), 'The values of the published table were not recovered.']
+             *_given_up(t), 'The values of the published table were not recovered.']
     return write_table(table3(rows, task), folder/'table3_search', f'Table 3. Best configurations of each batch size, {_where(mine)}.', notes, mine)
 
 # %% ../nbs/17a_tables.ipynb #55fc7745
@@ -156,7 +162,8 @@ def verdicts(
 ) -> str:              # a sentence
     "Which choices changed the loss by more than the seeds do"
     t = trial_table(needed(rows, 'the choices', stage='trial', study='choices'))
-    loss = {name: list(t[t.trial == name].validation_loss) for name in dict.fromkeys(t.trial)}
+    if t.seed.nunique() < 2: return 'With one seed no difference can be told from chance.'
+    loss = {name: list(t[t.trial == name].validation_loss.fillna(float('inf'))) for name in dict.fromkeys(t.trial)}
     first, *others = loss
     lower = [n for n in others if max(loss[n]) < min(loss[first])]
     higher = [n for n in others if min(loss[n]) > max(loss[first])]
@@ -173,7 +180,7 @@ def write_table5(
     mine = needed(rows, 'the choices', stage='trial', study='choices')
     t = trial_table(mine)
     about = f'One change at a time, {t.seed.nunique()} seeds, {t.seconds.median():.0f} s each (median). Median over seeds, lowest and highest in parentheses.'
-    notes = [verdicts(rows), about, 'The values of the published table were not recovered.']
+    notes = [verdicts(rows), about, *_given_up(t), 'The values of the published table were not recovered.']
     return write_table(table5(rows), folder/'table5_choices', f'Table 5. Which choices matter, {_where(mine)}.', notes, mine)
 
 # %% ../nbs/17a_tables.ipynb #c1b947b6
@@ -187,23 +194,23 @@ def _text(x) -> str:
 
 def pretraining_grid(
     recipe: Recipe, scale: Scale,              # here
-    paper_recipe: Recipe, paper_scale: Scale,  # and as published
+    paper_recipe: Recipe, paper_scale: Scale,  # and at the paper's scale
 ) -> pd.DataFrame:     # texts: setting × here, paper
     "Every setting of pretraining and of its grid"
-    def column(r, s): return _flat({k: v for k, v in asdict(r).items() if k != 'name'}) | _flat({'budget, s': s.budget, 'steps': s.steps or ''}) | {
+    def column(r, s): return _flat({k: v for k, v in asdict(r).items() if k != 'name'}) | _flat({'budget, s': '' if s.steps else s.budget, 'steps': s.steps or ''}) | {
         f'grid: {n}': _text(getattr(s.trials, f)) for n, f in (('batch', 'batch_sizes'), ('peak LR', 'lrs'), ('warm-up', 'warmups'), ('schedule, budgets', 'lengths'))}
-    return pd.DataFrame({f'{recipe.name} at {scale.name}': column(recipe, scale), f'{paper_recipe.name} as published': column(paper_recipe, paper_scale)})
+    return pd.DataFrame({f'{recipe.name} at {scale.name}': column(recipe, scale), f'{paper_recipe.name} at {paper_scale.name}': column(paper_recipe, paper_scale)})
 
 def finetuning_grid(
     scale: Scale,        # here
-    paper_scale: Scale,  # and as published
+    paper_scale: Scale,  # and at the paper's scale
 ) -> pd.DataFrame:       # texts: setting × here, paper
     "Every setting of fine-tuning"
-    return pd.DataFrame({scale.name: _flat(asdict(scale.finetune)), 'as published': _flat(asdict(paper_scale.finetune))})
+    return pd.DataFrame({scale.name: _flat(asdict(scale.finetune)), paper_scale.name: _flat(asdict(paper_scale.finetune))})
 
 # %% ../nbs/17a_tables.ipynb #6b604501
 def hardware(
-    rows: list[dict],  # of plans, one gpu each, and measured rows with a gpu's name
+    rows: list[dict],  # of plans, each with the name of a device
 ) -> pd.DataFrame:     # texts: device × rate, steps, energy
     "The same recipe on other hardware"
     units = dict(micro_batch_size=0, peak_memory_bytes=1, tokens_per_second=0, steps=0, days_for_256m_samples=1, energy_kwh=1)

@@ -5,7 +5,7 @@ import torch
 from cramlit import bench
 from cramlit.bench import BATCHES, Loop, Turn, alternate, endless, lengthen, make_parts, our_loop, plain_loop, speed_rows
 from cramlit.packing import open_data
-from cramlit.plan import plan
+from cramlit.plan import get_card, plan
 from cramlit.precision import Precision
 from cramlit.savings import DenseHead, saving_rows, text_batches, without
 from cramlit.tables import shown, table1, table2, write_table1
@@ -83,7 +83,7 @@ def test_speed_rows_say_what_is_measured_and_what_is_projected(recipe, data, tmp
     table = table1(rows)
     assert table.loc['BERT-large, batch 4096', 'published optimised, days'] == '2.74' and table.loc['BERT-base, batch 256', 'published official, days'] == '5.85'
     assert table.loc['BERT-base, batch 128', 'published official, days'] == '' and table.loc['BERT-base, batch 128', 'plain, tokens/s'].startswith('≈')
-    assert 'eight' not in write_table1(rows, tmp_path)[0].read_text()
+    assert '2 × 64' in write_table1(rows, tmp_path)[0].read_text()
 
 
 def test_a_network_that_does_not_fit_is_left_out_with_the_reason(recipe, data, monkeypatch, tmp_path):
@@ -104,6 +104,25 @@ def test_savings_have_a_line_for_each_optimisation(recipe, data):
     assert list(table2(rows).index)[0] == 'the complete loop' and len(table2(rows)) == len(hours) + 1
 
 
+def test_without_a_compiler_the_compiled_step_is_left_out_with_the_reason(recipe, data, monkeypatch, tmp_path):
+    from cramlit.tables import write_table2
+    class Broken(torch.nn.Module):
+        def forward(self, *batch): raise RuntimeError('no compiler')
+    monkeypatch.setattr(torch, 'compile', lambda model: Broken())
+    rows = saving_rows(recipe, data, CPU, 60., dict(scale='tiny'), compiled=True, turns=1)
+    text = write_table2(rows, tmp_path)[0].read_text()
+    assert 'The compiled step was not timed: RuntimeError: no compiler' in text and 'sparse prediction' in text
+
+
+def test_several_devices_share_the_rows_and_not_the_update(recipe, data, monkeypatch):
+    turn = Turn(recipe, .5, 2.)
+    monkeypatch.setattr(bench, 'alternate', lambda *a: {'cramlit': [turn]})
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
+    rows = speed_rows(recipe, data, data.padded_vocab_size, CPU, {})
+    rate = next(r['value'] for r in rows if r['metric'] == 'tokens_per_second' and r['global_batch_size'] == 4096)
+    assert rate == pytest.approx(4096*32/(4096/8/32*.5 + 2))
+
+
 def test_kinds_look_different():
     row = dict(value=1., kind='measured')
     assert len({shown(row | dict(kind=k)) for k in ('measured', 'projected', 'planned')}) == 3
@@ -114,4 +133,6 @@ def test_a_plan_is_checked_against_the_device(recipe, monkeypatch):
     monkeypatch.setattr(bench, 'measured_step', lambda *a: (800., 50_000_000))
     found = {r['metric']: r['value'] for r in bench.check_plan(recipe, rows, CPU)}
     peak = next(r['value'] for r in rows if r['metric'] == 'peak_memory_bytes')
+    other = plan(recipe, 1, 60., get_card('h200'))
+    assert bench.check_plan(recipe, other, CPU) == []  # another card's plan is left alone
     assert found['plan_error_tokens_per_second'] == pytest.approx(25.) and found['plan_error_peak_memory_bytes'] == pytest.approx(100*(peak/5e7 - 1))

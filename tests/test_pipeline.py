@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_done_stages_are_skipped_and_one_can_be_forced(finished, capsys):
     before = table.stat().st_mtime_ns, weights.stat().st_mtime_ns
     assert main(['reproduce', '--scale', 'tiny', '--out', str(finished), '--json']) == 0
     out, err = capsys.readouterr()
-    assert err.count('skipped') == 12 and (table.stat().st_mtime_ns, weights.stat().st_mtime_ns) == before
+    assert err.count('skipped') == 14 and (table.stat().st_mtime_ns, weights.stat().st_mtime_ns) == before
     rows = [json.loads(line) for line in out.splitlines()]
     assert {'metric', 'value', 'unit'} <= rows[0].keys() and any(r['metric'] == 'average' for r in rows)
     assert main(['reproduce', '--scale', 'tiny', '--out', str(finished), '--force', 'table4_glue']) == 0
@@ -61,16 +62,24 @@ def test_report_draws_from_the_rows(finished, tmp_path):
     for name in ('loss_curve', 'search_grid', 'choices_by_time'): assert (tmp_path/'figures'/f'{name}.svg').exists()
 
 
+def pretend(ran, notebook, parameters):
+    "Note that a notebook was run, and write what it should make"
+    ran.append(f"{notebook.stem} {parameters.get('recipe', '')}".strip())
+    for name in STAGES[notebook.stem].makes:
+        Path(parameters['figures']).mkdir(parents=True, exist_ok=True)
+        (Path(parameters['figures'])/f'{name}.md').write_text(name)
+
+
 def test_a_failing_notebook_stops_only_what_needs_it(tmp_path, monkeypatch, capsys):
     import cramlit.pipeline as pipeline
     ran = []
     def run_notebook(notebook, output, **parameters):
-        ran.append(notebook.stem)
+        pretend(ran, notebook, parameters)
         if notebook.stem in ('pretrain', 'table2_savings'): raise CramlitError(f'{notebook.name} failed with ValueError: no. The executed copy shows where: {output}')
     monkeypatch.setattr(pipeline, 'run_notebook', run_notebook)
     assert main(['reproduce', '--scale', 'tiny', '--out', str(tmp_path)]) == 1
     err = capsys.readouterr().err
-    assert ran == ['prepare', 'pretrain', 'table1_time', 'table2_savings', 'table3_search', 'table5_choices', 'figure_choices', 'appendix_grids', 'appendix_hardware']
+    assert [r.split()[0] for r in ran] == [s for s in STAGES if s not in ('finetune', 'figure_pretraining', 'table4_glue')]
     assert '5 stages came to nothing' in err and str(tmp_path/'table2_savings'/'table2_savings.ipynb') in err and 'finetune 24hbert: not run, for want of pretrain' in err
     index = (tmp_path/'paper_figures'/'README.md').read_text()
     assert '**table2_savings is missing**: table2_savings.ipynb failed with ValueError' in index and '**table4_glue is missing**: not run, for want of finetune' in index
@@ -79,9 +88,32 @@ def test_a_failing_notebook_stops_only_what_needs_it(tmp_path, monkeypatch, caps
 def test_the_headline_is_a_part(tmp_path, monkeypatch):
     import cramlit.pipeline as pipeline
     ran = []
-    monkeypatch.setattr(pipeline, 'run_notebook', lambda notebook, output, **parameters: ran.append(notebook.stem))
+    monkeypatch.setattr(pipeline, 'run_notebook', lambda notebook, output, **parameters: pretend(ran, notebook, parameters))
     assert main(['reproduce', '--scale', 'tiny', '--headline', '--out', str(tmp_path)]) == 1  # these notebooks leave no rows
-    assert ran == ['prepare', 'pretrain', 'finetune', 'figure_pretraining', 'table4_glue']
+    assert [r.split()[0] for r in ran] == ['prepare', 'pretrain', 'finetune', 'figure_pretraining', 'table4_glue']
+
+
+def test_of_two_recipes_the_one_that_works_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    import cramlit.pipeline as pipeline
+    ran = []
+    def run_notebook(notebook, output, **parameters):
+        pretend(ran, notebook, parameters)
+        if (notebook.stem, parameters.get('recipe')) == ('pretrain', 'bert-base'): raise CramlitError('no')
+    monkeypatch.setattr(pipeline, 'run_notebook', run_notebook)
+    ws = workspace('tiny', tmp_path/'out', tmp_path/'figures', '24hbert,bert-base')
+    with pytest.raises(CramlitError, match='4 stages came to nothing'): pipeline.reproduce(ws)
+    assert 'finetune 24hbert' in ran and 'finetune bert-base' not in ran and {'search', 'table3_search', 'appendix_hardware'} <= set(ran)
+
+
+def test_what_was_deleted_is_made_again_and_what_is_elsewhere_too(tmp_path, monkeypatch):
+    import cramlit.pipeline as pipeline
+    ran = []
+    monkeypatch.setattr(pipeline, 'run_notebook', lambda notebook, output, **parameters: pretend(ran, notebook, parameters))
+    for figures in ('a', 'b'):
+        ws = workspace('tiny', tmp_path/'out', tmp_path/figures)
+        with pytest.raises(CramlitError, match='no result rows'): pipeline.reproduce(ws)
+    first, second = ran[:len(STAGES)], ran[len(STAGES):]
+    assert [r.split()[0] for r in first] == list(STAGES) and second == [s.name for s in STAGES.values() if s.makes]
 
 
 def test_only_the_paper_is_rehearsed(tmp_path, capsys):

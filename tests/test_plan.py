@@ -4,7 +4,7 @@ import json
 import pytest
 
 from cramlit.command import main
-from cramlit.config import UsageError
+from cramlit.config import UsageError, recipe_hash
 from cramlit.plan import CARDS, peak_memory, plan, room_for, training_flops
 from cramlit.scales import get_recipe
 
@@ -29,12 +29,15 @@ def test_a_plan_by_a_card(capsys):
 
 
 def test_a_plan_by_a_measured_rate(capsys, tmp_path):
-    rows = [dict(metric='tokens_per_second', value=v, unit='tokens/s', processes=2) for v in (900., 1000., 5000.)]
+    ids = dict(stage='pretrain', recipe='24hbert', recipe_hash=recipe_hash(get_recipe('24hbert', 'laptop')), processes=2)
+    rows = [dict(metric='tokens_per_second', value=v, unit='tokens/s', **ids) for v in (900., 1000., 5000.)]
     (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     code, row, err = run(capsys, *SMALL, '--measured', str(tmp_path/'rows.jsonl'), '--gpus', '4')
     assert code == 0, err
     assert row['tokens_per_second']['value'] == 2000 and row['tokens_per_second']['rests_on'] == 'a measured rate'
     assert row['energy_kwh']['value'] is None and row['cost']['value'] is None
+    code, _, err = run(capsys, '--scale', 'tiny', '--measured', str(tmp_path/'rows.jsonl'))
+    assert code == 2 and 'was measured with 24hbert' in err and 'Traceback' not in err
     recipe = get_recipe('24hbert', 'laptop')
     assert row['steps']['value'] == pytest.approx(2000*86400/recipe.packing.seq_len/recipe.batch.global_batch_size)
 

@@ -69,6 +69,30 @@ def test_a_trial_that_goes_nowhere_is_given_up_and_says_so(text, data, tmp_path)
     assert value['steps'] < 10 and 'headline' not in value and 'above 0.1' in rows[0]['stopped']
 
 
+def test_tables_and_figures_of_a_search_in_which_all_were_given_up(text, data, tmp_path):
+    from cramlit.gallery import report
+    trials = trials_of(text, (1e-3, 2e-3))
+    hopeless = [replace(t, settings=(*t.settings, 'validation.stop_loss=0.1', 'validation.stop_after=0.1', 'validation.every=0.2')) for t in trials]
+    for study in ('grid', 'choices'): run_trials(hopeless, study, data, tmp_path/'all'/study, replace(TRIALS, steps=10))
+    names = {p.name for p in report(tmp_path/'all', tmp_path/'figures')}
+    assert {'table3_search.md', 'search_grid.svg', 'table5_choices.md', 'choices_by_time.svg'} <= names and 'loss_against_task.svg' not in names
+    for name in ('table3_search', 'table5_choices'): assert (tmp_path/'figures'/f'{name}.md').read_text().count('Given up: ') == 2
+
+
+def test_a_run_given_up_in_several_processes_is_not_started_again(text, data, tmp_path, capfd):
+    small = ['corpus.holdout=0.1', f'corpus.source={text}', 'tokenizer.vocab_size=128', 'validation.max_sequences=64', 'batch.micro_batch_size=8',
+             'validation.stop_loss=0.1', 'validation.stop_after=0.1', 'validation.every=0.2']
+    args = ['pretrain', '--scale', 'tiny', '--data', str(data), '--out', str(tmp_path), '--steps', '10', '--nproc', '2', *(x for s in small for x in ('-o', s))]
+    assert main(args) == 1
+    err = capfd.readouterr().err
+    assert 'the run was given up: validation loss' in err and 'Traceback' not in err and err.count('on 2 × cpu') == 1 and (tmp_path/'model'/'config.json').exists()
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_before_the_first_run(text, data, tmp_path):
+    with pytest.raises(UsageError, match='cannot be shared by 8 processes'): run_trials(trials_of(text, (1e-3,)), 'grid', data, tmp_path, TRIALS, nproc=8)
+    assert not list(tmp_path.iterdir())
+
+
 def test_trials_in_several_processes_are_the_same_trials(text, data, tmp_path):
     trial, = trials_of(text, (1e-3,))
     trial = replace(trial, settings=(*trial.settings, 'batch.micro_batch_size=8', 'model.dropout=0', 'model.attention_dropout=0'))
@@ -86,6 +110,9 @@ def test_choices_change_what_they_say():
     assert changed['twice the batch'].batch.global_batch_size == 8192 and changed['LayerNorm after each block'].model.norm == 'post'
     small = changed['base instead of large'].model
     assert (small.num_layers, small.hidden_size, small.num_heads, small.intermediate_size) == (12, 768, 12, 3072) and base.hidden_size == 1024
+    assert 'no LayerNorm after the embeddings' not in {t.name for t in choice_trials('bert-base', 'paper', get_scale('paper').trials)}
+    with pytest.raises(UsageError, match='norm=post'): get_recipe('bert-base', 'tiny', ['model.embedding_norm=false'])
+    assert parse_grid('lr=1e-3,0.001', TRIALS).lrs == (1e-3,)
     assert 'LayerNorm after each block' not in {t.name for t in choice_trials('bert-base', 'paper', get_scale('paper').trials)}
 
 
