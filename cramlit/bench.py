@@ -259,7 +259,7 @@ def measured_step(
     S, K = recipe.packing.seq_len, recipe.masking.max_predictions
     r = override(recipe, [f'batch.micro_batch_size={micro_batch_size}', f'batch.global_batch_size={micro_batch_size}'])
     ids = torch.randint(vocab_size, (micro_batch_size, S), device=device)
-    text = torch.arange(S, device=device) < S - (torch.arange(micro_batch_size, device=device) == 0)[:, None]  # real batches have padding too
+    text = torch.arange(S, device=device) < S - (torch.arange(micro_batch_size, device=device) == 0).long()[:, None]  # real batches have padding too
     batch = Batch(ids, text, torch.arange(K, device=device).expand(micro_batch_size, K), ids[:, :K])
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     turns = alternate({'': lambda: our_loop(make_parts(r, vocab_size, device), repeat(batch))}, device, 1, 5)['']

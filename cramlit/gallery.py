@@ -156,6 +156,6 @@ def report(
         task = next((r['task'] for r in grid if r['metric'] == 'headline'), 'no task')
         files += [*write_table3(grid, task, out), *write_grid(grid, out)]
     if tried := of(stage='trial', study='choices'):
-        trials = next((p.parent for p in runs.rglob(f"trials/{tried[0]['folder']}")), None)
+        trials = next((p for p in sorted(runs.rglob('trials')) if all((p/r['folder']).exists() for r in tried)), None)
         files += write_table5(tried, out) + (write_choices(tried, trials, out) if trials else [])
     return files

@@ -86,8 +86,8 @@ def room_for(
     memory: float,    # bytes of the card
 ) -> int:             # sequences, a multiple of 8; 0 when not even 8 fit
     "The largest micro-batch that fits, along the line through two sizes"
-    small, large = (sum(peak_memory(recipe, vocab_size, n).values()) for n in (8, 32))
-    return max(0, int(8 + 24*(memory - RESERVED - small)/(large - small))//8*8)
+    small, large = (sum(peak_memory(recipe, vocab_size, n).values()) for n in (32, 64))
+    return max(0, int(32 + 32*(memory - RESERVED - small)/(large - small))//8*8)
 
 # %% ../nbs/15_plan.ipynb #16b62788
 @dataclass(frozen=True)
