@@ -250,6 +250,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cramlit.plan.forward_flops': ('plan.html#forward_flops', 'cramlit/plan.py'),
                               'cramlit.plan.get_card': ('plan.html#get_card', 'cramlit/plan.py'),
                               'cramlit.plan.measured_rate': ('plan.html#measured_rate', 'cramlit/plan.py'),
+                              'cramlit.plan.needs': ('plan.html#needs', 'cramlit/plan.py'),
                               'cramlit.plan.peak_memory': ('plan.html#peak_memory', 'cramlit/plan.py'),
                               'cramlit.plan.plan': ('plan.html#plan', 'cramlit/plan.py'),
                               'cramlit.plan.room_for': ('plan.html#room_for', 'cramlit/plan.py'),

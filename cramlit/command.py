@@ -189,7 +189,7 @@ def _show(rows: list[dict], as_json: bool):
     for r in rows:
         if as_json: print(json.dumps(r, ensure_ascii=False))
         elif r.get('seed') is None or r.get('stage') not in ('glue', 'trial'):  # single runs are many; their summary is enough to read
-            named = ' '.join(str(r[k]) for k in ('recipe', 'task', 'variant', 'split', 'trial', 'best_by') if r.get(k))
+            named = ' '.join(str(r[k]) for k in ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part') if r.get(k))
             value = '–' if r['value'] is None else f"{r['value']:,.4g}" if isinstance(r['value'], float) else f"{r['value']:,}"
             print(f"{named:48} {r['metric']:20} {value} {r['unit']}", file=sys.stderr)
 

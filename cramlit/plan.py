@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'RESERVED', 'CARDS', 'MFU', 'forward_flops', 'training_flops', 'peak_memory', 'room_for', 'Card', 'get_card',
-           'measured_rate', 'plan']
+           'measured_rate', 'needs', 'plan']
 
 # %% ../nbs/15_plan.ipynb #502c4198
 import statistics
@@ -133,6 +133,22 @@ def measured_rate(
     if not rates: raise CramlitError(f'{path} holds no tokens_per_second: give the rows.jsonl of a pretraining run')
     return statistics.median(rates)
 
+def needs(
+    recipe: Recipe,
+    vocab_size: int,        # rows of the word table
+    micro_batch_size: int,  # sequences
+    ids: dict,              # what identifies the rows
+) -> list[dict]:
+    "What does not depend on a card's speed: weights, operations and memory with their parts"
+    with torch.device('meta'): parameters = sum(p.numel() for p in MaskedLM(recipe.model, vocab_size).parameters())
+    flops, memory = forward_flops(recipe, vocab_size), peak_memory(recipe, vocab_size, micro_batch_size)
+    return [result_row('parameters', parameters, 'weights', **ids),
+            *(result_row('flops_per_token_part', 3*x, 'operations', **ids, part=part) for part, x in flops.items()),
+            result_row('flops_per_token', training_flops(recipe, vocab_size), 'operations', **ids),
+            *(result_row('peak_memory_part_bytes', x, 'bytes', **ids, part=part) for part, x in memory.items() if x),
+            result_row('peak_memory_bytes', sum(memory.values()), 'bytes', **ids, micro_batch_size=micro_batch_size),
+            result_row('micro_batch_size', micro_batch_size, 'sequences', **ids)]
+
 def plan(
     recipe: Recipe,
     gpus: int = 1,             # cards, or processes of the measured kind
@@ -149,15 +165,12 @@ def plan(
     vocab_size = padded_vocab(recipe.tokenizer.vocab_size)
     micro = min(room_for(recipe, vocab_size, card.memory*2**30), recipe.batch.global_batch_size) if card else recipe.batch.micro_batch_size
     if not micro: raise UsageError(f'{recipe.name} does not fit into the {card.memory} GB of a {card.name}, not even 8 rows at a time')
-    with torch.device('meta'): parameters = sum(p.numel() for p in MaskedLM(recipe.model, vocab_size).parameters())
     flops, S = training_flops(recipe, vocab_size), recipe.packing.seq_len
     tokens = gpus*(rate or mfu*card.tflops*1e12/flops)
     samples, hours = tokens*budget/S, gpus*budget/3600
     ids = dict(stage='plan', recipe=recipe.name, scale=scale, gpu=card.name if card else None, gpus=gpus)
     known, hangs = ids | dict(kind='computed'), ids | dict(kind='planned', rests_on='a measured rate' if rate else f'an assumed MFU of {mfu:g}')
-    return [result_row('parameters', parameters, 'weights', **known), result_row('flops_per_token', flops, 'operations', **known),
-            result_row('peak_memory_bytes', sum(peak_memory(recipe, vocab_size, micro).values()), 'bytes', **known, micro_batch_size=micro),
-            result_row('micro_batch_size', micro, 'sequences', **known), result_row('tokens_per_second', tokens, 'tokens/s', **hangs),
+    return [*needs(recipe, vocab_size, micro, known), result_row('tokens_per_second', tokens, 'tokens/s', **hangs),
             result_row('samples', samples, 'sequences', **hangs), result_row('steps', samples/recipe.batch.global_batch_size, 'steps', **hangs),
             result_row('days', budget/86400, 'days', **known), result_row('days_for_256m_samples', 256e6*S/tokens/86400, 'days', **hangs),
             result_row('energy_kwh', hours*card.watts/1000 if card else None, 'kWh', **hangs | dict(rests_on='board power, all the time')),

@@ -179,7 +179,8 @@ def write_table5(
     "Table 5, and what it says"
     mine = needed(rows, 'the choices', stage='trial', study='choices')
     t = trial_table(mine)
-    about = f'One change at a time, {t.seed.nunique()} seeds, {t.seconds.median():.0f} s each (median). Median over seeds, lowest and highest in parentheses.'
+    about = (f'One change at a time, {t.seed.nunique()} seeds, {t.seconds.median():.0f} s each (median). Median over seeds, lowest and highest in parentheses. '
+             'Base instead of large takes half the layers and three quarters of the width.')
     notes = [verdicts(rows), about, *_given_up(t), 'The values of the published table were not recovered.']
     return write_table(table5(rows), folder/'table5_choices', f'Table 5. Which choices matter, {_where(mine)}.', notes, mine)
 

@@ -28,6 +28,12 @@ def test_a_plan_by_a_card(capsys):
     assert row['peak_memory_bytes']['value'] < 12*2**30
 
 
+def test_the_parts_add_up():
+    rows = plan(get_recipe('24hbert', 'laptop'), card=CARDS['titan-v'])
+    total = lambda metric: sum(r['value'] for r in rows if r['metric'] == metric)
+    assert total('flops_per_token_part') == pytest.approx(total('flops_per_token')) and total('peak_memory_part_bytes') == total('peak_memory_bytes') > 0
+
+
 def test_a_plan_by_a_measured_rate(capsys, tmp_path):
     ids = dict(stage='pretrain', recipe='24hbert', recipe_hash=recipe_hash(get_recipe('24hbert', 'laptop')), processes=2)
     rows = [dict(metric='tokens_per_second', value=v, unit='tokens/s', **ids) for v in (900., 1000., 5000.)]
