@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'BATCHES', 'Loop', 'endless', 'plain_loop', 'Parts', 'make_parts', 'our_loop', 'JoinedRows', 'lengthen',
-           'seconds', 'Turn', 'alternate', 'spread', 'free_memory', 'fitting', 'shortage', 'speed_rows',
+           'seconds', 'devices', 'Turn', 'alternate', 'spread', 'free_memory', 'fitting', 'shortage', 'speed_rows',
            'measured_step', 'check_plan']
 
 # %% ../nbs/16_bench.ipynb #88c2c5dc
@@ -149,6 +149,10 @@ def seconds(
     work()
     wait(); return time.perf_counter() - start
 
+def devices() -> int:  # GPUs, or one CPU
+    "How many devices train together"
+    return max(1, torch.cuda.device_count())
+
 @dataclass(frozen=True)
 class Turn:
     "What a loop took when it was its turn"
@@ -163,6 +167,12 @@ class Turn:
         "What follows from the two times, at any batch size"
         G, B, S = batch or self.recipe.batch.global_batch_size, self.recipe.batch.micro_batch_size, self.recipe.packing.seq_len
         return G*S/(G/B*self.micro + self.update)
+
+    def together(
+        self,
+    ) -> float:  # tokens/s
+        "The rate of all devices: each has its share of a step's rows, and all of the update"
+        return devices()*self.rate(self.recipe.batch.global_batch_size/devices())
 
 def alternate(
     builders: dict[str, Callable[[], Loop]],  # name → makes a loop, which lives for one turn
@@ -204,7 +214,7 @@ def fitting(
     vocab_size: int,  # rows of the word table
     device: torch.device,
 ) -> Recipe:
-    "The recipe with its micro-batch halved until it fits, or a micro-batch of one row"
+    "The recipe with its micro-batch halved until it fits, as often as it can be halved"
     while shortage(recipe, vocab_size, device) and (micro := recipe.batch.micro_batch_size) % 2 == 0:
         recipe = override(recipe, [f'batch.micro_batch_size={micro//2}'])
     return recipe
@@ -230,7 +240,7 @@ def speed_rows(
     "The plain way and ours, side by side"
     recipe, m = fitting(recipe, vocab_size, device), recipe.model
     ids = ids | dict(stage='speed', recipe=recipe.name, shape=f'{m.num_layers} × {m.hidden_size}', micro_batch_size=recipe.batch.micro_batch_size,
-                     devices=max(1, torch.cuda.device_count()))
+                     devices=devices())
     if why := shortage(recipe, vocab_size, device):
         return [result_row('seconds_per_micro_batch', None, 's', **ids, variant=v, kind='measured', why=why) for v in ('plain', 'cramlit')]
     long, _ = lengthen(data, recipe, recipe.packing.seq_len//data.manifest['seq_len'])
@@ -275,8 +285,9 @@ def check_plan(
     about = planned['tokens_per_second']
     here = provenance()['hardware'].lower().replace(' ', '')
     if about['gpu'] and about['gpu'].replace('-', '') not in here: return []  # this is another card
-    rate, peak = measured_step(recipe, padded_vocab(recipe.tokenizer.vocab_size), int(planned['micro_batch_size']['value']), device)
     ids = dict(stage='plan', recipe=recipe.name, kind='measured')
+    try: rate, peak = measured_step(recipe, padded_vocab(recipe.tokenizer.vocab_size), int(planned['micro_batch_size']['value']), device)
+    except torch.OutOfMemoryError: return [result_row('measured_peak_memory_bytes', None, 'bytes', **ids, why='the planned micro-batch does not fit')]
     def compare(metric, plan, value, unit):
         error = None if value is None else 100*(plan/value - 1)
         return [result_row(f'measured_{metric}', value, unit, **ids), result_row(f'plan_error_{metric}', error, '%', **ids)]

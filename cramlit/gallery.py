@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from .config import Recipe, UsageError, override
-from .report import COLOURS, STYLE, read_log, write_curves, write_figure, write_table4
+from .report import COLOURS, STYLE, read_log, time_unit, write_curves, write_figure, write_table4
 from .results import read_rows
 from .scales import Trials
 from .schedule import lr_factor
@@ -55,16 +55,18 @@ def figure_choices(
     import matplotlib
     from matplotlib.figure import Figure
     (_, reference), *others = runs.items()
+    unit, size = time_unit(max(_looks(run)[0].max() for run in reference))
     rows = -(-len(others)//3)
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(7, .4 + 1.7*rows), layout='constrained')
         axes = fig.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).ravel()
         for ax, (name, mine) in zip(axes, others, strict=False):
-            for run in reference: ax.plot(*_looks(run), '-', color='0.7', lw=1)
-            for run in mine: ax.plot(*_looks(run), '-', color=COLOURS[0], lw=1)
+            for run, colour in [*((r, '0.7') for r in reference), *((r, COLOURS[0]) for r in mine)]:
+                seconds, losses = _looks(run)
+                ax.plot(seconds/size, losses, '-', color=colour, lw=1)
             ax.set_title(name, fontsize=8, loc='left')
         for ax in axes[len(others):]: ax.set_axis_off()
-        fig.supxlabel('time, seconds', fontsize=9); fig.supylabel('validation loss, nats', fontsize=9)
+        fig.supxlabel(f'time, {unit}', fontsize=9); fig.supylabel('validation loss, nats', fontsize=9)
     return fig
 
 # %% ../nbs/17b_gallery.ipynb #9d3717e1
@@ -76,7 +78,7 @@ def figure_schedules(
     import matplotlib
     from matplotlib.figure import Figure
     budget = t.steps or t.budget
-    unit, size = ('steps', 1) if t.steps else ('hours', 3600) if budget > 7200 else ('minutes', 60) if budget > 120 else ('seconds', 1)
+    unit, size = ('steps', 1) if t.steps else time_unit(budget)
     some = {n: override(recipe, s) for n, s in choices(recipe).items() if not s or s[0].startswith('schedule')}
     xs = [i/400 for i in range(401)]
     with matplotlib.rc_context(STYLE):
@@ -96,8 +98,9 @@ def figure_loss_task(
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):
-        fig = Figure(figsize=(2.4*len(tasks), 2.4), layout='constrained')
-        for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        fig = Figure(figsize=(2.4*max(1, len(tasks)), 2.4), layout='constrained')
+        if not tasks: fig.text(.5, .5, 'no trial was fine-tuned', ha='center')
+        for ax, task in zip(fig.subplots(1, len(tasks), squeeze=False)[0] if tasks else [], tasks, strict=True):
             known = table[table[task].notna()]
             ax.plot(known.validation_loss, known[task], 'o', ms=4, alpha=.7, color=COLOURS[0], mec='none')
             varied = known[task].nunique() > 1  # a constant has no ranks
@@ -133,15 +136,15 @@ def write_choices(
     "The panels of the choices, and loss against task"
     mine = needed(rows, 'the choices', stage='trial', study='choices')
     tasks = list(dict.fromkeys(r['task'] for r in mine if r['metric'] == 'headline'))
-    files = write_figure(figure_choices(trial_runs(mine, trials)), folder/'choices_by_time', mine)
-    return files + (write_figure(figure_loss_task(trial_table(mine), tasks), folder/'loss_against_task', mine) if tasks else [])
+    return [*write_figure(figure_choices(trial_runs(mine, trials)), folder/'choices_by_time', mine),
+            *write_figure(figure_loss_task(trial_table(mine), tasks), folder/'loss_against_task', mine)]
 
 # %% ../nbs/17b_gallery.ipynb #2c7d2f52
 def report(
     runs: str|Path,  # a folder with rows, such as `cramlit reproduce` leaves
     out: str|Path,   # where tables and figures go
 ) -> list[Path]:     # the files written
-    "The tables and figures that the rows below a folder allow, the appendix aside; raises `CramlitError` when there are no rows"
+    "The tables and figures that the rows below a folder allow, all but the appendix and the schedules; raises `CramlitError` when there are no rows"
     rows, runs, out = read_rows(runs), Path(runs), Path(out)
     scales = sorted({r['scale'] for r in rows if r.get('scale')})
     if len(scales) > 1: raise UsageError(f'{runs} holds results of the scales {", ".join(scales)}: give the folder of one of them')
@@ -153,7 +156,7 @@ def report(
     for stage, write in (('glue', write_table4), ('speed', write_table1), ('savings', write_table2)):
         if of(stage=stage): files += write(of(stage=stage), out)
     if grid := of(stage='trial', study='grid'):
-        task = next((r['task'] for r in grid if r['metric'] == 'headline'), 'no task')
+        task = next((r['task'] for r in grid if r['metric'] == 'headline'), '')
         files += [*write_table3(grid, task, out), *write_grid(grid, out)]
     if tried := of(stage='trial', study='choices'):
         trials = next((p for p in sorted(runs.rglob('trials')) if all((p/r['folder']).exists() for r in tried)), None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from .config import CramlitError, UsageError, digest, recipe_hash, unknown
 from .scales import get_recipe, get_scale
 
-from .results import atomic, provenance, read_rows
+from .results import atomic, provenance, read_rows, sha256
 
 # %% ../nbs/18_pipeline.ipynb #cf1dc3fd
 def parameters_of(
@@ -47,7 +47,7 @@ def run_notebook(
     except papermill.PapermillExecutionError as e:
         raise CramlitError(f'{notebook.name} failed with {e.ename}: {e.evalue}. The executed copy shows where: {output}') from None
     except (DeadKernelError, NoSuchKernel) as e:  # killed for lack of memory, or not installed
-        raise CramlitError(f'{notebook.name} lost its kernel: {type(e).__name__}: {e}. The executed copy shows how far it came: {output}') from None
+        raise CramlitError(f'{notebook.name} has no kernel: {type(e).__name__}: {e}. What was run of it is in {output}') from None
     return output
 
 # %% ../nbs/18_pipeline.ipynb #6d966f15
@@ -137,12 +137,17 @@ class Workspace:
         s, recipes = STAGES[stage], self.recipes_of(stage, recipe)
         return digest([code_of(paper_notebook(stage)), provenance()['versions'], self.scale, repr(get_scale(self.scale)),
                        [recipe_hash(get_recipe(r, self.scale)) for r in recipes], provenance()['hardware'] if s.timed else '',
+                       [sha256(p) for p in [self.figures/'submitted.csv'] if 'table4_glue' in s.makes and p.exists()],
                        [self.key(n, r) for n in s.needs for r in recipes]])
 
     def done(self, stage: str, recipe: str = '') -> bool:
         "Has this stage ended, and is everything it depends on still the same?"
         note = _note(self.folder(stage, recipe))
-        return note.get('done', False) and note['key'] == self.key(stage, recipe) and all(self.made(name) for name in STAGES[stage].makes)
+        return note.get('done', False) and note['key'] == self.key(stage, recipe) and note['made'] == self.sums(stage)
+
+    def sums(self, stage: str) -> dict[str, str]:
+        "Checksums of a stage's tables and figures; empty for one that is not there"
+        return {name: sha256(path) if (path := self.made(name)) else '' for name in STAGES[stage].makes}
 
     def made(self, name: str) -> Path|None:  # Markdown or SVG
         "The file of a table or figure, if there is one"
@@ -154,7 +159,7 @@ class Workspace:
         if _note(folder).get('key') != key: clear(folder)
         began, spent = time.monotonic(), _note(folder).get('seconds', 0.)
         def note(done):
-            with atomic(folder/'key.json') as f: json.dump(dict(key=key, done=done, seconds=spent + time.monotonic() - began), f)
+            with atomic(folder/'key.json') as f: json.dump(dict(key=key, done=done, made=self.sums(stage), seconds=spent + time.monotonic() - began), f)
         note(False)
         mine = dict(recipe=recipe) if STAGES[stage].recipes == 'each' else dict(recipes=','.join(self.recipes))
         if STAGES[stage].makes: mine |= dict(figures=str(self.figures))

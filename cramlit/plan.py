@@ -78,7 +78,7 @@ def peak_memory(
     return {PARTS[part.name]: size for part, size in peak.items() if part != 'Total'}
 
 # %% ../nbs/15_plan.ipynb #2bc5e0cb
-RESERVED = 0.8e9  # bytes: the context of CUDA and the workspaces of its libraries
+RESERVED = 0.8e9  # bytes: the context of CUDA and the workspaces of its libraries, or 4 % of a large card, which has less than its name says
 
 def room_for(
     recipe: Recipe,
@@ -87,7 +87,7 @@ def room_for(
 ) -> int:             # sequences, a multiple of 8; 0 when not even 8 fit
     "The largest micro-batch that fits, along the line through two sizes"
     small, large = (sum(peak_memory(recipe, vocab_size, n).values()) for n in (32, 64))
-    return max(0, int(32 + 32*(memory - RESERVED - small)/(large - small))//8*8)
+    return max(0, int(32 + 32*(memory - max(RESERVED, .04*memory) - small)/(large - small))//8*8)
 
 # %% ../nbs/15_plan.ipynb #16b62788
 @dataclass(frozen=True)
@@ -125,9 +125,10 @@ def measured_rate(
     recipe: Recipe,  # the one that is planned
 ) -> float:          # tokens/s of one process
     "The rate that a run had; raises `CramlitError` when the file holds none, `UsageError` when it is another recipe's"
-    rows = [r for r in read_rows(Path(path)) if r['metric'] == 'tokens_per_second' and r.get('stage') == 'pretrain']
-    other = {f"{r['recipe']} ({r['recipe_hash']})" for r in rows if r['recipe_hash'] != recipe_hash(recipe)}
-    if other: raise UsageError(f'{path} was measured with {", ".join(sorted(other))}, the plan is for {recipe.name} ({recipe_hash(recipe)}): '
+    found = [r for r in read_rows(Path(path)) if r['metric'] == 'tokens_per_second' and r.get('stage') == 'pretrain']
+    rows = [r for r in found if r['recipe_hash'] == recipe_hash(recipe)]
+    other = {f"{r['recipe']} ({r['recipe_hash']})" for r in found}
+    if other and not rows: raise UsageError(f'{path} was measured with {", ".join(sorted(other))}, the plan is for {recipe.name} ({recipe_hash(recipe)}): '
                                'give the same --recipe, --scale and -o')
     rates = [r['value']/r['processes'] for r in rows]
     if not rates: raise CramlitError(f'{path} holds no tokens_per_second: give the rows.jsonl of a pretraining run')
@@ -163,8 +164,10 @@ def plan(
     if not card and not rate: raise UsageError(f"name a card, or give a measured rate: --gpu {'|'.join(CARDS)} or --measured run/rows.jsonl")
     if not 0 < mfu <= 1 or min(gpus, budget) <= 0 or price < 0: raise UsageError('--gpus and --budget must be above 0, --mfu between 0 and 1, --price not below 0')
     vocab_size = padded_vocab(recipe.tokenizer.vocab_size)
-    micro = min(room_for(recipe, vocab_size, card.memory*2**30), recipe.batch.global_batch_size) if card else recipe.batch.micro_batch_size
-    if not micro: raise UsageError(f'{recipe.name} does not fit into the {card.memory} GB of a {card.name}, not even 8 rows at a time')
+    room, G = room_for(recipe, vocab_size, card.memory*2**30) if card else 0, recipe.batch.global_batch_size
+    micro = max((m for m in range(1, min(room, G) + 1) if G % (gpus*m) == 0), default=0) if card else recipe.batch.micro_batch_size
+    if card and not room: raise UsageError(f'{recipe.name} does not fit into the {card.memory} GB of a {card.name}, not even 8 rows at a time')
+    if not micro: raise UsageError(f'batch.global_batch_size={G} cannot be shared out among {gpus} cards')
     flops, S = training_flops(recipe, vocab_size), recipe.packing.seq_len
     tokens = gpus*(rate or mfu*card.tflops*1e12/flops)
     samples, hours = tokens*budget/S, gpus*budget/3600

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'PUBLISHED', 'NINE', 'PROTOCOL', 'STANDIN_NOTE', 'COLOURS', 'STYLE', 'published_csv', 'published',
            'origin', 'write_table', 'systems', 'table4', 'verdict', 'write_table4', 'write_figure', 'read_log',
-           'figure_loss', 'figure_lr', 'write_curves']
+           'time_unit', 'figure_loss', 'figure_lr', 'write_curves']
 
 # %% ../nbs/17_report.ipynb #4c9782db
 import json
@@ -195,10 +195,15 @@ def read_log(
     return pd.DataFrame([json.loads(l) for l in (run/'metrics.jsonl').read_text().splitlines()])
 
 # %% ../nbs/17_report.ipynb #6c79ab94
+def time_unit(
+    longest: float,  # seconds
+) -> tuple[str, int]:  # its name, and how many seconds it has
+    "The unit that suits an axis of time"
+    return ('hours', 3600) if longest > 7200 else ('minutes', 60) if longest > 120 else ('seconds', 1)
+
 def _axis(log: pd.DataFrame) -> tuple[pd.Series, str]:
     "Time in a unit that suits it"
-    longest = log.seconds.max()
-    unit, size = ('hours', 3600) if longest > 7200 else ('minutes', 60) if longest > 120 else ('seconds', 1)
+    unit, size = time_unit(log.seconds.max())
     return log.seconds/size, unit
 
 def figure_loss(

@@ -51,7 +51,7 @@ class Run:
     def log(self, **values):
         "Append one line to metrics.jsonl; only the main process writes"
         if not self.world.main: return
-        known = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        known = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in values.items()}
         line = dict(step=self.step, seconds=round(self.clock.seconds, 3), tokens=self.tokens, **known)
         with open(self.out/'metrics.jsonl', 'a') as f: f.write(json.dumps(line) + '\n')
 

@@ -57,7 +57,8 @@ _SMALL = ('corpus.holdout=0.02', 'validation.stop_loss=0')
 _TINY = ('corpus.max_documents=400', 'tokenizer.vocab_size=1024', 'packing.seq_len=32', 'model.num_layers=2', 'model.hidden_size=64', 'model.num_heads=2',
          'model.intermediate_size=256', 'model.max_positions=128', 'validation.every=0.5', 'validation.max_sequences=128')
 _TINY_TUNE = Finetune((1,), (32,), (1e-3,), 2, max_length=64, max_train=128, max_eval=128)
-_TINY_TRIALS = Trials(steps=10, batch_sizes=(32, 64), lrs=(1e-3, 2e-3), warmups=(.06,), seeds=2, tasks=('continuation',), finetune=replace(_TINY_TUNE, seeds=1))
+_TINY_TRIALS = Trials(steps=10, batch_sizes=(32, 64), lrs=(2e-3,), warmups=(.06,), lengths=(1., 2.), seeds=2,
+                      tasks=('continuation',), finetune=replace(_TINY_TUNE, seeds=1))
 _PAPER = Scale('paper', ('corpus.source=hub:wikimedia/wikipedia:20231101.en',))
 SCALES = {s.name: s for s in (
     Scale('tiny', _SMALL + _TINY + ('batch.global_batch_size=32', 'batch.micro_batch_size=32'), steps=30, processes=1, suite='stand-in', finetune=_TINY_TUNE,
@@ -72,10 +73,11 @@ SCALES = {s.name: s for s in (
           shapes=('batch.micro_batch_size=4',)),
     Scale('gpu', ('model.num_layers=12', 'model.hidden_size=768', 'model.num_heads=12', 'model.intermediate_size=3072', 'batch.micro_batch_size=256',
                   'validation.stop_loss=0'),
-          budget=3600., processes=1, finetune=Finetune((3, 5), (32,), (5e-5, 8e-5), 3), trials=Trials(600., batch_sizes=(1024, 2048, 4096), warmups=(0., .06))),
+          budget=3600., processes=1, finetune=Finetune((3, 5), (32,), (5e-5, 8e-5), 3),
+          trials=Trials(600., 0, ('validation.stop_loss=7.5', 'validation.stop_after=0.5'), (1024, 2048, 4096), warmups=(0., .06))),
     _PAPER,
-    replace(_PAPER, name='paper-rehearsal', overrides=_SMALL + _TINY + ('batch.global_batch_size=64', 'batch.micro_batch_size=4'), steps=12, processes=8,
-            suite='stand-in', finetune=_TINY_TUNE, trials=replace(_TINY_TRIALS, steps=4, batch_sizes=(32, 64), lrs=(2e-3,), seeds=1), shapes=_TINY),
+    replace(_PAPER, name='paper-rehearsal', overrides=_SMALL + _TINY + ('batch.global_batch_size=64', 'batch.micro_batch_size=4'), budget=30., processes=8,
+            suite='stand-in', finetune=_TINY_TUNE, trials=replace(_TINY_TRIALS, budget=15., steps=0, seeds=1), shapes=_TINY),
 )}
 
 # %% ../nbs/00b_scales.ipynb #74241e86

@@ -147,7 +147,7 @@ def trial_rows(
     model = export_all(folder/'run', study.data/'tokenizer')
     if rows[0]['stopped']: return mine
     check_length(model, t.finetune)
-    tasks = load_tasks(get_scale(trial.scale).suite, list(t.tasks))
+    tasks = load_tasks(get_scale(trial.scale).suite, list(t.tasks)) if t.tasks else []
     work = [job for task in tasks for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',))]
     scores = [r for r in run_grid(model, tasks, work, folder, {}) if r['metric'] == 'headline']
     return mine + [result_row('headline', r['value'], '%', **ids, task=r['task']) for r in scores]
@@ -176,9 +176,9 @@ def run_trials(
     "Run what has not been run; raises `UsageError` for settings that cannot be, `CramlitError` naming the trials that failed twice"
     out, study = Path(out), Study(name, Path(data), t, nproc or max(1, torch.cuda.device_count()))
     for trial in trials: rank_slice(trial.recipe, 0, 0, study.nproc)  # can every batch be shared out?
-    load_tasks(get_scale(trials[0].scale).suite, list(t.tasks))  # what cannot be had is missed before the first run
     folders = [out/'trials'/digest([recipe_hash(trial.recipe), trial.seed, t.budget, t.steps]) for trial in trials]
     missing = [delayed(run_trial)(trial, study, f) for trial, f in zip(trials, folders, strict=True) if not (f/'rows.jsonl').exists()]
+    if missing and t.tasks: load_tasks(get_scale(trials[0].scale).suite, list(t.tasks))  # what cannot be had is missed before the first run
     side_by_side(missing, len(trials), 'trials', one_by_one=study.nproc > 1)
     rows = [row for f in folders for row in read_rows(f/'rows.jsonl')]
     write_rows(out/'rows.jsonl', rows)
@@ -215,7 +215,7 @@ def search(
     out: str|Path,       # for trials and rows
     grid: str = '',      # other lists, as `parse_grid` reads them
     budget: float = 0.,  # seconds a trial; 0 = the scale's
-    nproc: int = 0,      # processes a trial; 0 = one for each GPU, one on a CPU
+    nproc: int = 0,      # processes a trial; 0 = the scale's, else one for each GPU, one on a CPU
 ) -> list[dict]:         # rows of all trials, then of the best
     "The grid, from text to the best of each batch size"
     t = parse_grid(grid, get_scale(scale).trials)

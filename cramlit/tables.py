@@ -85,7 +85,7 @@ def write_table1(
     shapes = {f"{_NAMES[r['recipe']]} is {r['shape']}" for r in mine}
     notes = [KINDS, *(['Measured: ' + '; '.join(times) + '.'] if times else []), *missing, 'Layers × hidden size: ' + ', '.join(sorted(shapes)) + '.',
              'Plain is stock transformers with default settings, 32-bit and dense head, in place of the official code.',
-             f"Days for 256 million sequences of 128 tokens on {mine[0]['devices']} device(s), without what several say to one another.",
+             f"Rates, and days for 256 million sequences of 128 tokens, of {mine[0]['devices']} device(s) together, without what several say to one another.",
              "Published: Izsak et al. (2021), Table 1, on 8 × Titan V."]
     return write_table(table1(rows), folder/'table1_time', f"Table 1. Training time on the hardware at hand, scale {mine[0]['scale']}.", notes, mine)
 
@@ -108,7 +108,7 @@ def write_table2(
     mine = needed(rows, 'the savings', stage='savings')
     notes = [KINDS, 'Each line is the complete loop without one optimisation, timed in turns with the complete one. Gained is what the slower loop would not have done '
              'of 24 hours of work. The compiled step is no part of the loop: its line has the rate with it. Sparse validation follows from the time of a row.',
-             *(f"The {r['optimisation']} was not timed: {r['why']}." for r in mine if r.get('why')),
+             *(f"Not timed: {r['optimisation']}, {r['why']}." for r in mine if r.get('why')), f"Rates of {mine[0]['devices']} device(s) together.",
              'The values of the published table were not recovered.']
     return write_table(table2(rows), folder/'table2_savings', f'Table 2. What each optimisation buys, {_where(mine)}.', notes, mine)
 
@@ -120,7 +120,7 @@ def table3(
     "The best configuration of each batch size, by loss and by the task"
     t = best(trial_table(needed(rows, 'the search', stage='trial', study='grid')), task)
     line = lambda r: {'peak LR': f'{r.lr:g}', 'warm-up': f'{r.warmup:.0%}', 'schedule, budgets': f'{r.schedule_length:g}', 'steps': f'{r.steps:,.0f}',
-                      'MLM loss, nats': f'{r.validation_loss:.3f}', f'{task}, %': '' if pd.isna(r.get(task)) else f'{r[task]:.1f}'}
+                      'MLM loss, nats': f'{r.validation_loss:.3f}', **({f'{task}, %': '' if pd.isna(r[task]) else f'{r[task]:.1f}'} if task in t else {})}
     names = [f"batch {r.global_batch_size}, best by {'loss' if r.best_by == 'validation_loss' else task}" for _, r in t.iterrows()]
     return pd.DataFrame([line(r) for _, r in t.iterrows()], index=names)
 
@@ -200,14 +200,14 @@ def pretraining_grid(
     "Every setting of pretraining and of its grid"
     def column(r, s): return _flat({k: v for k, v in asdict(r).items() if k != 'name'}) | _flat({'budget, s': '' if s.steps else s.budget, 'steps': s.steps or ''}) | {
         f'grid: {n}': _text(getattr(s.trials, f)) for n, f in (('batch', 'batch_sizes'), ('peak LR', 'lrs'), ('warm-up', 'warmups'), ('schedule, budgets', 'lengths'))}
-    return pd.DataFrame({f'{recipe.name} at {scale.name}': column(recipe, scale), f'{paper_recipe.name} at {paper_scale.name}': column(paper_recipe, paper_scale)})
+    return pd.DataFrame({f'{recipe.name} at {scale.name}': column(recipe, scale), f'{paper_recipe.name}, the paper': column(paper_recipe, paper_scale)})
 
 def finetuning_grid(
     scale: Scale,        # here
     paper_scale: Scale,  # and at the paper's scale
 ) -> pd.DataFrame:       # texts: setting × here, paper
     "Every setting of fine-tuning"
-    return pd.DataFrame({scale.name: _flat(asdict(scale.finetune)), paper_scale.name: _flat(asdict(paper_scale.finetune))})
+    return pd.DataFrame({scale.name: _flat(asdict(scale.finetune)), 'the paper': _flat(asdict(paper_scale.finetune))})
 
 # %% ../nbs/17a_tables.ipynb #6b604501
 def hardware(
@@ -228,7 +228,7 @@ def rate_of(
     rows: list[dict],  # of the bench
     recipe: str,       # bert-base | bert-large
     batch: int,        # rows a step
-) -> float:            # tokens/s of our loop on one device; 0 when the network was not timed
+) -> float:            # tokens/s of our loop on all devices; 0 when the network was not timed
     "The rate at a batch size, the nearest of those in Table 1"
     at = {r['global_batch_size']: r['value'] for r in rows if r['recipe'] == recipe and r['variant'] == 'cramlit' and r['metric'] == 'tokens_per_second'}
     return at[min(at, key=lambda G: abs(G - batch))] if at else 0.

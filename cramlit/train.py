@@ -198,7 +198,7 @@ def train(
                 run.stopped = run.stopped or hopeless(loss, fraction, recipe)
             if due(before, fraction, recipe.checkpoint.every) and fraction < 1: keep()
     loss = look()
-    run.log(validation_loss=loss)
+    run.log(validation_loss=loss, **(dict(stopped=run.stopped) if run.stopped else {}))
     keep(); run.saver.wait()
     return loss
 

@@ -7,6 +7,7 @@ from cramlit.bench import BATCHES, Loop, Turn, alternate, endless, lengthen, mak
 from cramlit.packing import open_data
 from cramlit.plan import get_card, plan
 from cramlit.precision import Precision
+from cramlit.results import provenance
 from cramlit.savings import DenseHead, saving_rows, text_batches, without
 from cramlit.tables import shown, table1, table2, write_table1
 from cramlit.train import loss_of
@@ -111,16 +112,17 @@ def test_without_a_compiler_the_compiled_step_is_left_out_with_the_reason(recipe
     monkeypatch.setattr(torch, 'compile', lambda model: Broken())
     rows = saving_rows(recipe, data, CPU, 60., dict(scale='tiny'), compiled=True, turns=1)
     text = write_table2(rows, tmp_path)[0].read_text()
-    assert 'The compiled step was not timed: RuntimeError: no compiler' in text and 'sparse prediction' in text
+    assert 'Not timed: compiled step, RuntimeError: no compiler.' in text and 'sparse prediction' in text
 
 
 def test_several_devices_share_the_rows_and_not_the_update(recipe, data, monkeypatch):
+    provenance()  # asks for the names of the cards, and keeps them
     turn = Turn(recipe, .5, 2.)
     monkeypatch.setattr(bench, 'alternate', lambda *a: {'cramlit': [turn]})
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 8)
     rows = speed_rows(recipe, data, data.padded_vocab_size, CPU, {})
     rate = next(r['value'] for r in rows if r['metric'] == 'tokens_per_second' and r['global_batch_size'] == 4096)
-    assert rate == pytest.approx(4096*32/(4096/8/32*.5 + 2))
+    assert rate == pytest.approx(4096*32/(4096/8/32*.5 + 2)) and turn.together() == pytest.approx(8*4*32/(4/32*.5 + 2))
 
 
 def test_kinds_look_different():

@@ -112,6 +112,10 @@ def test_what_was_deleted_is_made_again_and_what_is_elsewhere_too(tmp_path, monk
     for figures in ('a', 'b'):
         ws = workspace('tiny', tmp_path/'out', tmp_path/figures)
         with pytest.raises(CramlitError, match='no result rows'): pipeline.reproduce(ws)
+    assert ws.done('table1_time') and ws.done('table4_glue')
+    (tmp_path/'b'/'table1_time.md').write_text('of another workspace')
+    (tmp_path/'b'/'submitted.csv').write_text('x')
+    assert not ws.done('table1_time') and not ws.done('table4_glue') and ws.done('table2_savings')
     first, second = ran[:len(STAGES)], ran[len(STAGES):]
     assert [r.split()[0] for r in first] == list(STAGES) and second == [s.name for s in STAGES.values() if s.makes]
 
@@ -124,8 +128,9 @@ def test_only_the_paper_is_rehearsed(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_rehearsal_walks_the_path_of_eight_cards(tmp_path):
     assert main(['reproduce', '--scale', 'paper', '--rehearse', '--out', str(tmp_path)]) == 0
-    for rows in (tmp_path/'24hbert'/'pretrain'/'rows.jsonl', *(tmp_path/'table3_search'/'trials').glob('*/run/rows.jsonl')):
-        assert {json.loads(line)['processes'] for line in rows.read_text().splitlines()} == {8}
+    runs = [tmp_path/'24hbert'/'pretrain'/'rows.jsonl', *tmp_path.glob('search/trials/*/run/rows.jsonl'), *tmp_path.glob('choices/trials/*/run/rows.jsonl')]
+    assert len(runs) == 1 + 4 + 9
+    for rows in runs: assert {json.loads(line)['processes'] for line in rows.read_text().splitlines()} == {8}
     assert 'is missing' not in (tmp_path/'paper_figures'/'README.md').read_text()
 
 

@@ -65,6 +65,12 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     assert n > 8 and fits == [True, False]
 
 
+def test_the_micro_batch_shares_out_the_global_batch():
+    value = lambda **more: {r['metric']: r['value'] for r in plan(get_recipe('24hbert'), card=CARDS['titan-v'], **more)}['micro_batch_size']
+    assert value(gpus=8) == 32  # 40 would fit, and do not divide 512
+    with pytest.raises(UsageError, match='cannot be shared out among 5 cards'): value(gpus=5)
+
+
 def test_operations_by_hand():
     recipe = get_recipe('24hbert', 'laptop', ['model.num_layers=1', 'model.hidden_size=4', 'model.num_heads=1', 'model.intermediate_size=8',
                                               'packing.seq_len=16', 'masking.max_predictions=4'])

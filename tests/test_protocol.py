@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from joblib import effective_n_jobs, parallel_config
 
@@ -14,7 +15,7 @@ from cramlit.gallery import report
 from cramlit.glue import Examples, Task
 from cramlit.hub import export_run
 from cramlit.protocol import average, bag_of_words, jobs, load_tasks, majority, run_jobs, run_suite, summary
-from cramlit.report import table4, verdict, write_table4
+from cramlit.report import NINE, PUBLISHED, table4, verdict, write_table4
 from cramlit.results import write_rows
 from cramlit.scales import Finetune
 from cramlit.train import pretrain
@@ -129,6 +130,17 @@ def test_what_was_not_measured_is_an_empty_cell(tmp_path):
     text = write_table4(rows, tmp_path)[0].read_text()
     assert 'nan' not in text and 'None' not in text and 'abc+changes' in text
     assert 'not distinguishable on x' in verdict(rows, '24hbert')
+
+
+def test_the_average_over_nine_numbers_and_submitted_scores(tmp_path):
+    ids = dict(stage='glue', suite='glue', scale='paper', recipe='24hbert', variant='pretrained', aggregate='median', seeds=1, versions={}, hardware='a machine')
+    rows = [dict(metric=metric, task=task, split=split, value=80. + i, unit='%', **ids) for i, (task, split, metric) in enumerate(PUBLISHED)]
+    columns = ','.join(PUBLISHED.values())
+    (tmp_path/'submitted.csv').write_text(f'row,{columns}\nours,{",".join(["70"]*9)}\n')
+    write_table4(rows, tmp_path)
+    line = pd.read_csv(tmp_path/'table4_glue.csv', index_col=0).loc[NINE[2]]
+    assert line['24hbert, pretrained'] == 84. and line['ours (test, submitted)'] == 70. and line['published: BERT-base (test)'] == 79.6
+    assert NINE[2] not in table4(rows[1:]).index or table4(rows[1:]).loc[NINE[2], '24hbert, pretrained'] == ''
 
 
 def test_two_recipes_have_rows_of_their_own():

@@ -35,6 +35,15 @@ def test_same_seed_same_weights_other_seed_others(recipe, data, tmp_path):
     assert all(torch.equal(wa[k], wb[k]) for k in wa)
 
 
+def test_time_spent_survives_a_restart(recipe, data, tmp_path):
+    (tmp_path/'run').mkdir(); (tmp_path/'run'/'stop').touch()  # the wish to stop, as a launcher leaves it
+    with pytest.raises(Interrupted): pretrain(recipe, data, tmp_path/'run', budget=5)
+    lines = lambda: [json.loads(line) for line in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]
+    before, spent = len(lines()), json.loads((checkpoints(tmp_path/'run'/'checkpoints')[-1]/'state.json').read_text())['state']['spent']
+    pretrain(recipe, data, tmp_path/'run', budget=5)
+    assert 0 < spent <= lines()[before]['seconds']
+
+
 def test_budget_is_kept_with_validation_and_saving(recipe, data, tmp_path, monkeypatch):
     import cramlit.train as train
     real, rates = train.set_lr, []
