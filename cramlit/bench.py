@@ -168,9 +168,7 @@ class Turn:
         G, B, S = batch or self.recipe.batch.global_batch_size, self.recipe.batch.micro_batch_size, self.recipe.packing.seq_len
         return G*S/(G/B*self.micro + self.update)
 
-    def together(
-        self,
-    ) -> float:  # tokens/s
+    def together(self) -> float:  # tokens/s
         "The rate of all devices: each has its share of a step's rows, and all of the update"
         return devices()*self.rate(self.recipe.batch.global_batch_size/devices())
 
@@ -201,9 +199,7 @@ def spread(
 SAMPLES = 256e6               # sequences of 128 tokens, as in the paper's Table 1
 BATCHES = (128, 256, 4096, 8192, 16384)
 
-def free_memory(
-    device: torch.device,
-) -> float:  # bytes
+def free_memory(device: torch.device) -> float:  # bytes
     "What could be used now"
     if device.type != 'cuda': return psutil.virtual_memory().available
     torch.cuda.empty_cache()  # what torch keeps for later counts as free

@@ -63,10 +63,10 @@ def _version(package: str) -> str:
 # %% ../nbs/00a_results.ipynb #7dbcec84
 @cache
 def provenance() -> dict:  # git, versions, hardware
-    "Where a number comes from: the commit (empty outside a checkout), whether it was changed since, versions and hardware"
+    "Where a number comes from: the commit (empty outside a checkout), whether it was changed since (its tables and figures aside), versions and hardware"
     import torch
     gpu = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return dict(commit=_git('rev-parse', 'HEAD')[:12], dirty=bool(_git('status', '--porcelain')),
+    return dict(commit=_git('rev-parse', 'HEAD')[:12], dirty=bool(_git('status', '--porcelain', '--', ':/', ':(exclude,top)paper_figures')),
         versions={'python': platform.python_version(), **{p: _version(p) for p in ('cramlit', 'torch', 'transformers', 'tokenizers', 'datasets')}},
         hardware=' + '.join(gpu) if gpu else f'{os.cpu_count()} × {_cpu()}')
 

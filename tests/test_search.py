@@ -10,7 +10,7 @@ from cramlit.config import CramlitError, UsageError
 from cramlit.scales import get_recipe, get_scale
 from cramlit.search import choice_trials, grid_trials, parse_grid, run_trials, trial_table
 
-TRIALS = replace(get_scale('tiny').trials, steps=2, tasks=())
+TRIALS = replace(get_scale('tiny').trials, steps=2, lengths=(1.,), tasks=())
 
 
 def trials_of(text, lrs):
@@ -21,7 +21,7 @@ def trials_of(text, lrs):
 
 def test_a_search_from_text_to_table_and_map(tmp_path, capsys):
     out = tmp_path/'out'
-    args = ['search', '--scale', 'tiny', '--grid', 'batch=16,32 lr=1e-3 warmup=0.06', '--budget', '2s', '--out', str(out), '--json']
+    args = ['search', '--scale', 'tiny', '--grid', 'batch=16,32 lr=1e-3 warmup=0.06 length=1', '--budget', '2s', '--out', str(out), '--json']
     assert main(args) == 0
     printed, err = capsys.readouterr()
     rows = [json.loads(line) for line in printed.splitlines()]
