@@ -106,7 +106,7 @@ def figure_loss_task(
             varied = known[task].nunique() > 1  # a constant has no ranks
             rank = f"ρ = {known.validation_loss.corr(known[task], method='spearman'):.2f}, " if varied else ''
             ax.set(xlabel='MLM loss, nats', ylabel=f'{task}, %')
-            ax.annotate(f'{rank}{len(known)} trials', (.97, .97), xycoords='axes fraction', ha='right', va='top', fontsize=8)
+            ax.set_title(f'{rank}{len(known)} trials', fontsize=8, loc='right')
     return fig
 
 # %% ../nbs/17b_gallery.ipynb #b2faff73
