@@ -2,13 +2,14 @@
 import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from cramlit import search as s
 from cramlit.command import main
 from cramlit.config import CramlitError, UsageError
 from cramlit.scales import get_recipe, get_scale
-from cramlit.search import choice_trials, grid_trials, parse_grid, run_trials, trial_table
+from cramlit.search import best, choice_trials, grid_trials, parse_grid, run_trials, trial_table
 
 TRIALS = replace(get_scale('tiny').trials, steps=2, lengths=(1.,), tasks=())
 
@@ -133,6 +134,13 @@ def test_rows_of_trials_do_not_mix_with_those_of_a_run(tmp_path):
     write_rows(tmp_path/'a'/'rows.jsonl', [result_row('x', 1, '')])
     write_rows(tmp_path/'a'/'trials'/'b'/'rows.jsonl', [result_row('x', 2, '')])
     assert [r['value'] for r in read_rows(tmp_path)] == [1] and [r['value'] for r in read_rows(tmp_path/'a'/'trials')] == [2]
+
+
+def test_best_is_the_lowest_loss_and_the_highest_score():
+    table = pd.DataFrame(dict(trial=list('abcd'), global_batch_size=[32, 32, 64, 64], validation_loss=[5., 4., 6., None], mnli=[80., 70., None, None]))
+    found = best(table, 'mnli')
+    assert list(zip(found.trial, found.best_by, strict=True)) == [('b', 'validation_loss'), ('a', 'mnli'), ('c', 'validation_loss')]
+    assert list(best(table.drop(columns='mnli'), 'mnli').trial) == ['b', 'c']
 
 
 def test_an_unknown_axis_is_a_usage_error():
