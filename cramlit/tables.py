@@ -110,7 +110,7 @@ def write_table2(
              'of 24 hours of work. The compiled step is no part of the loop: its line has the rate with it. Sparse validation follows from the time of a row.',
              *(f"Not timed: {r['optimisation']}, {r['why']}." for r in mine if r.get('why')), f"Rates of {mine[0]['devices']} device(s) together.",
              'The values of the published table were not recovered.']
-    return write_table(table2(rows), folder/'table2_savings', f'Table 2. What each optimisation buys, {_where(mine)}.', notes, mine)
+    return write_table(table2(rows).assign(published=''), folder/'table2_savings', f'Table 2. What each optimisation buys, {_where(mine)}.', notes, mine)
 
 # %% ../nbs/17a_tables.ipynb #8db4d5a5
 def table3(
@@ -139,7 +139,7 @@ def write_table3(
     given_up = t[t.stopped != '']
     notes = [f'{len(t)} trials of {t.seconds.median():.0f} s each (median); {len(given_up)} given up early. One seed each, so small differences mean little.',
              *_given_up(t), 'The values of the published table were not recovered.']
-    return write_table(table3(rows, task), folder/'table3_search', f'Table 3. Best configurations of each batch size, {_where(mine)}.', notes, mine)
+    return write_table(table3(rows, task).assign(published=''), folder/'table3_search', f'Table 3. Best configurations of each batch size, {_where(mine)}.', notes, mine)
 
 # %% ../nbs/17a_tables.ipynb #55fc7745
 def _over_seeds(values: pd.Series, digits: int) -> str:
@@ -182,7 +182,7 @@ def write_table5(
     about = (f'One change at a time, {t.seed.nunique()} seeds, {t.seconds.median():.0f} s each (median). Median over seeds, lowest and highest in parentheses. '
              'Base instead of large takes half the layers and three quarters of the width.')
     notes = [verdicts(rows), about, *_given_up(t), 'The values of the published table were not recovered.']
-    return write_table(table5(rows), folder/'table5_choices', f'Table 5. Which choices matter, {_where(mine)}.', notes, mine)
+    return write_table(table5(rows).assign(published=''), folder/'table5_choices', f'Table 5. Which choices matter, {_where(mine)}.', notes, mine)
 
 # %% ../nbs/17a_tables.ipynb #c1b947b6
 def _flat(d: dict, prefix: str = '') -> dict[str, str]:
