@@ -165,10 +165,12 @@ def verdicts(
     if t.seed.nunique() < 2: return 'With one seed no difference can be told from chance.'
     loss = {name: list(t[t.trial == name].validation_loss.fillna(float('inf'))) for name in dict.fromkeys(t.trial)}
     first, *others = loss
-    lower = [n for n in others if max(loss[n]) < min(loss[first])]
-    higher = [n for n in others if min(loss[n]) > max(loss[first])]
-    rest = [n for n in others if n not in lower + higher]
-    found = {'lower loss than the recipe as it is, beyond the seeds': lower, 'higher loss, beyond the seeds': higher, 'not to be told apart': rest}
+    early = [n for n in others if (t[t.trial == n].stopped != '').any()]
+    lower = [n for n in others if n not in early and max(loss[n]) < min(loss[first])]
+    higher = [n for n in others if n not in early and min(loss[n]) > max(loss[first])]
+    rest = [n for n in others if n not in lower + higher + early]
+    found = {'lower loss than the recipe as it is, beyond the seeds': lower, 'higher loss, beyond the seeds': higher, 'not to be told apart': rest,
+             'given up early at least once, and so not compared': early}
     text = '; '.join(f'{word}: {", ".join(names)}' for word, names in found.items() if names)
     return text[:1].upper() + text[1:] + '.'
 
