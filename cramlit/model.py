@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import Model as ModelConfig
 from .masking import IGNORE
+from .ops import Dropout, attention
 
 # %% ../nbs/06_model.ipynb #9d611f12
 def linear(
@@ -45,7 +46,7 @@ class Embeddings(nn.Module):
         self.word = nn.Embedding(vocab_size, cfg.hidden_size)
         if self.absolute: self.position, self.segment = nn.Embedding(cfg.max_positions, cfg.hidden_size), nn.Embedding(2, cfg.hidden_size)
         self.norm = norm(cfg, cfg.embedding_norm)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
 
     def forward(
         self,
@@ -140,7 +141,7 @@ class SelfAttention(nn.Module):
         if asking is None: q, k, v = self.project(x, slice(3))
         else: (q,), (k, v) = self.project(asking, slice(1)), self.project(x, slice(1, 3))
         if view.keys is not None: q, k = rotate(q, view.queries), rotate(k, view.keys)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask, dropout_p=self.dropout if self.training else 0.)
+        y = attention(q, k, v, view.mask, self.dropout if self.training else 0.)
         return self.out(y.transpose(1, 2).flatten(2))
 
 # %% ../nbs/06_model.ipynb #4a43fb0c
@@ -165,7 +166,7 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = norm(cfg, cfg.first_norm or not first), norm(cfg)
         self.attention = SelfAttention(cfg)
         self.up, self.down = linear(cfg, H, inner*(1 + self.gated)), linear(cfg, inner, H)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
 
     def ffn(
         self,

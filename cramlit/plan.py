@@ -20,6 +20,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from .config import CramlitError, Recipe, UsageError, recipe_hash, unknown
 from .distributed import Gradients
 from .model import MaskedLM
+from .ops import Dropout
 from .optim import make_optimizer
 from .results import read_rows, result_row
 from .tokenizer import padded_vocab
@@ -43,13 +44,13 @@ def training_flops(
     return 3*sum(forward_flops(recipe, vocab_size).values())
 
 # %% ../nbs/15_plan.ipynb #3cbc8413
-class _Dropout(nn.Dropout):
+class _Dropout(Dropout):
     "Dropout as GPUs do it: what is kept for the backward pass is one byte for each number"
     def forward(self, x): return torch.native_dropout(x, self.p, self.training)[0]
 
 def _replace_dropout(module: nn.Module):
     for name, child in module.named_children():
-        if type(child) is nn.Dropout: setattr(module, name, _Dropout(child.p))
+        if type(child) is Dropout: setattr(module, name, _Dropout(child.p))
         else: _replace_dropout(child)
 
 PARTS = dict(PARAM='weights', GRAD='gradients', OPT='moments', ACT='activations', TEMP='temporary', BUFFER='buffers', OTH='other')
