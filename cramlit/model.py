@@ -123,14 +123,24 @@ class SelfAttention(nn.Module):
         self.qkv = linear(cfg, cfg.hidden_size, 3*cfg.hidden_size)
         self.out = linear(cfg, cfg.hidden_size, cfg.hidden_size)
 
+    def heads(
+        self,
+        x: Tensor,        # [B, S, parts·H]
+        parts: int = 3,   # queries, keys, values
+    ) -> Tensor:          # [parts, B, A, S, D]
+        "What the projection gave, by parts and heads"
+        return x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+
     def project(
         self,
-        x: Tensor,     # [B, S, H]
-        thirds: slice, # of the projection: 0 queries, 1 keys, 2 values
-    ) -> Tensor:       # [thirds, B, A, S, D]
-        "Some thirds of the fused projection, by heads"
-        w, b = self.qkv.weight.view(3, -1, x.shape[2])[thirds], None if self.qkv.bias is None else self.qkv.bias.view(3, -1)[thirds].flatten()
-        return F.linear(x, w.flatten(0, 1), b).view(*x.shape[:2], len(w), self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x: Tensor,    # [B, S, H]
+        asking: Tensor|None,  # [B, Q, H], the tokens that look; None = all of x
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [B, A, Q, D], and twice [B, A, S, D]
+        "Queries, keys and values; tokens that do not ask need no queries"
+        if asking is None: return tuple(self.heads(self.qkv(x)))
+        H = x.shape[2]
+        (wq, wkv), (bq, bkv) = self.qkv.weight.split([H, 2*H]), (None, None) if self.qkv.bias is None else self.qkv.bias.split([H, 2*H])
+        return *self.heads(F.linear(asking, wq, bq), 1), *self.heads(F.linear(x, wkv, bkv), 2)
 
     def forward(
         self,
@@ -138,8 +148,7 @@ class SelfAttention(nn.Module):
         view: View,      # what may be looked at
         asking: Tensor|None = None,  # [B, Q, H], the tokens that look; None = all of x
     ) -> Tensor:         # [B, Q, H], or [B, S, H]
-        if asking is None: q, k, v = self.project(x, slice(3))
-        else: (q,), (k, v) = self.project(asking, slice(1)), self.project(x, slice(1, 3))
+        q, k, v = self.project(x, asking)
         if view.keys is not None: q, k = rotate(q, view.queries), rotate(k, view.keys)
         y = attention(q, k, v, view.mask, self.dropout if self.training else 0.)
         return self.out(y.transpose(1, 2).flatten(2))
