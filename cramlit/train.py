@@ -52,10 +52,10 @@ def validate(
 # %% ../nbs/11_train.ipynb #34fe37e8
 def set_lr(
     optimizer: torch.optim.Optimizer,  # changed in place
-    lr: float,
+    factor: float,  # of the schedule, 0..1
 ):
-    "One learning rate for all groups"
-    for group in optimizer.param_groups: group['lr'] = lr
+    "Every group's learning rate is the same fraction of its own peak"
+    for group in optimizer.param_groups: group['lr'] = factor*group['peak']
 
 def seed_dropout(
     run: Run,
@@ -114,7 +114,7 @@ def train(
 ) -> float:                # validation loss at the end, nats
     "Train until the budget is spent; raises `Interrupted` when a signal stopped it, after saving"
     recipe, clock, world = run.recipe, run.clock, run.world
-    optimizer, grads = make_optimizer(model, recipe.optim), Gradients(model)
+    optimizer, grads = make_optimizer(model, recipe.optim, world.rank, world.size), Gradients(model)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision.scaled)
     ahead = Ahead(lambda step: list(train_batches(run.data, recipe, step, world.rank, world.size)), world.device)
     resume(run, model, optimizer, scaler)
@@ -124,15 +124,15 @@ def train(
     micro = micro_step(model, recipe, precision, scaler, grads)
     with progress(run, log_every) as show, heed_signals(run.out/'stop') as asked:
         while fraction < 1 and not run.stopped:
-            before, lr = fraction, recipe.optim.lr*lr_factor(fraction/recipe.schedule.length, recipe.schedule.warmup)
-            set_lr(optimizer, lr); seed_dropout(run)
+            before, factor = fraction, lr_factor(fraction/recipe.schedule.length, recipe.schedule.warmup)
+            set_lr(optimizer, factor); seed_dropout(run)
             accumulate(micro, ahead(run.step), grads)
             loss, seconds, stop = grads.exchange(world, clock.seconds, asked())
             norm = update(grads, optimizer, scaler, recipe.optim.clip)
             run.step += 1
             fraction = clock.fraction(run.step, seconds)
             count_skips(run, loss, norm, 1. if math.isfinite(norm) else scaler.get_scale())  # asking for the scale makes the host wait
-            show(loss, lr)
+            show(loss, factor*recipe.optim.lr)
             keep_milestones(run, model, before, fraction)
             if stop: keep(); leave(run)
             if due(before, fraction, recipe.validation.every) and fraction < 1:
