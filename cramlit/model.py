@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import Model as ModelConfig
 from .masking import IGNORE
-from .ops import Dropout, attention
+from .ops import Dropout, attention, summed_cross_entropy
 
 # %% ../nbs/06_model.ipynb #9d611f12
 def linear(
@@ -267,7 +267,7 @@ class MaskedLM(nn.Module):
         labels: Tensor,               # int64 [B, K], `IGNORE` in unused slots
     ) -> Tensor:                      # a scalar: the SUM of the cross-entropies over the predicted tokens, in nats
         logits = self.logits(input_ids, attention_mask, positions)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction='sum')
+        return summed_cross_entropy(logits.flatten(0, 1), labels.flatten(), IGNORE)
 
 # %% ../nbs/06_model.ipynb #37cec5dd
 def _init(m: nn.Module, std: float):
