@@ -107,9 +107,9 @@ def _rows(f) -> Iterator[str]:
     from fastcore.docments import docments
     for name, d in docments(f, full=True).items():
         if name == 'self' or (name == 'return' and not (_annotation(d.anno) and callable(d.anno)) and not d.docment): continue
-        default = '' if d.default is inspect.Parameter.empty else _code(repr(d.default))
+        default = '' if d.default is inspect.Parameter.empty else f'={d.default!r}'
         meaning = re.sub(r'`([^`]*)`', lambda m: _code(m[1]), d.docment or '').replace('|', '&#124;').replace('\n', ' ')
-        yield f'| {"**returns**" if name == "return" else _code(name)} | {_annotation(d.anno)} | {default} | {meaning} |'
+        yield f'| {"**returns**" if name == "return" else _code(name + default)} | {_annotation(d.anno)} | {meaning} |'
 
 def signature(
     name: str,
@@ -141,7 +141,7 @@ def offers(
     "Signature, one line and table of all that is public in a module"
     for name, f in public(module):
         yield f'### `{name}` {{ #offers-{name} }}\n\n{_fence(signature(name, f), "{.python}")}\n{first_line(f)}\n'
-        if rows := list(_rows(f)): yield '\n'.join(['| argument | type | default | meaning |', '|---|---|---|---|', *rows, ''])
+        if rows := list(_rows(f)): yield '\n'.join(['| argument | type | meaning |', '|---|---|---|', *rows, ''])
 
 # %% ../nbs/21_site.ipynb #b24d5382
 STABILITY = {
@@ -153,8 +153,9 @@ STABILITY = {
 def api_page(
     chapters: dict[str, str],  # module → its page
 ) -> str:                      # markdown
-    "All public names on one page, each with its one line and the word for its module"
+    "All public names on one page, each with its one line and the word for its module; raises `CramlitError` for a module without one"
     word = {module: word for word, modules in STABILITY.items() for module in modules}
+    if left := sorted(set(chapters) - set(word)): raise CramlitError(f'say in STABILITY what may be relied on in {", ".join(left)}')
     parts = ['# Public names', '> What the package offers, module by module, and what may be relied on',
              '**stable**: stays within a minor version. **provisional**: may change with the next one. **internal**: may change at any time.']
     for module, path in chapters.items():
@@ -166,7 +167,8 @@ def api_page(
 # %% ../nbs/21_site.ipynb #94acfaf5
 GROUPS = {'00': 'Ground', '01': 'Text', '06': 'Network and optimiser', '09': 'Training', '12': 'Evaluation', '14': 'Choices and costs', '17': 'Results and commands'}
 STYLE = '''.md-typeset img { background: white; border-radius: .2rem }
-.md-typeset .shown { overflow-x: auto; margin-top: -.6em }
+.md-typeset .shown { margin-top: -.6em }
+.md-typeset td code { white-space: nowrap }
 .md-typeset .shown pre > code { background: transparent; border-left: .15rem solid var(--md-default-fg-color--lighter) }
 .md-typeset div.math { overflow: auto hidden; padding: .3em 0 .8em }
 .md-typeset h2 code, .md-typeset h3 code { overflow-wrap: anywhere }
@@ -229,7 +231,9 @@ def build_site(
     with tempfile.TemporaryDirectory() as tmp:
         (Path(tmp)/'mkdocs.yml').write_text(json.dumps(site_config(write_pages(root, Path(tmp)/'docs'))))  # JSON is YAML
         done = subprocess.run([sys.executable, '-m', 'zensical', 'build', '--strict'], cwd=tmp, capture_output=True, text=True)
-        if done.returncode: raise CramlitError(f'the site could not be built:\n{done.stdout}{done.stderr}')
+        if done.returncode:
+            why = re.sub(r'\x1b\[[\d;]*m', '', done.stdout) + ''.join(done.stderr.splitlines(keepends=True)[-1:])  # colours, and a traceback of theirs
+            raise CramlitError(f'the site could not be built:\n{why}')
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(Path(tmp)/'site', out)
     return out
