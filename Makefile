@@ -9,7 +9,7 @@ OUT    ?= runs/laptop
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
 
-.PHONY: help env reproduce reproduce-all test test-slow export clean-notebooks lint readme execute
+.PHONY: help env reproduce reproduce-all test test-slow export clean-notebooks lint types readme execute docs
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -47,6 +47,12 @@ clean-notebooks: env  ## strip what must not be committed from the notebooks
 
 lint: env  ## ruff on notebooks, package and tests
 	$(BIN)/ruff check nbs cramlit tests
+
+types: env  ## mypy on the package
+	$(BIN)/mypy
+
+docs: env  ## the chapters and results as a site in _docs; then: python -m http.server -d _docs
+	$(BIN)/python -c 'from cramlit.docs_site import build_site; build_site(".", "_docs")'
 
 readme: env  ## README.md from nbs/index.ipynb
 	$(BIN)/python -m nbconvert --to markdown --log-level ERROR --output ../README.md nbs/index.ipynb

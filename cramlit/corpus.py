@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 from xml.etree import ElementTree
 
 from .config import CramlitError, UsageError
@@ -42,7 +43,10 @@ def _member(archive: Path, name: str) -> bytes:
     try:
         if archive.suffix == '.whl':
             with zipfile.ZipFile(archive) as z: return z.read(next(n for n in z.namelist() if n.endswith(name)))
-        with tarfile.open(archive) as t: return t.extractfile(next(m for m in t if m.isfile() and m.name.endswith(name))).read()
+        with tarfile.open(archive) as t:
+            file = t.extractfile(next(m for m in t if m.isfile() and m.name.endswith(name)))
+            assert file is not None  # it is only for what is no file
+            return file.read()
     except StopIteration: raise CramlitError(f'{archive.name} has no member {name}') from None
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as e: raise CramlitError(f'{archive.name} is damaged ({e}): fetch it again') from None
 
@@ -64,7 +68,7 @@ def fetch_member(
 # %% ../nbs/01_corpus.ipynb #5f18173c
 ENWIK8 = '2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8'  # sha256 of the 100,000,000 bytes
 
-def _unpacked(path: Path) -> io.BufferedIOBase:
+def _unpacked(path: Path) -> io.BufferedIOBase|IO[bytes]:
     "A file's content, whether it is plain, gzipped or the only member of a zip"
     if path.suffix == '.gz': return gzip.open(path)
     if path.suffix != '.zip': return open(path, 'rb')

@@ -64,7 +64,7 @@ def stream_rows(
     sep: int,                   # id put between documents
 ) -> Iterator[list[int]]:       # token ids of a row, [CLS] and [SEP] not yet around them
     "Full blocks across documents; at most one incomplete row, the last, is dropped"
-    full, buffer = cfg.seq_len - 2, []
+    full, buffer = cfg.seq_len - 2, list[int]()
     for ids in docs:
         buffer += [sep, *ids] if buffer else ids
         while len(buffer) >= full: yield buffer[:full]; buffer = buffer[full:]
@@ -87,7 +87,7 @@ def write_shards(
     vocab_size: int,            # decides between two and four bytes a token
 ) -> dict:                      # rows, tokens, files with their checksums
     "Write rows shard by shard, holding one in memory"
-    dtype, rows, files, tokens = np.uint16 if vocab_size < 1 << 16 else np.uint32, iter(rows), [], 0
+    dtype, rows, files, tokens = np.uint16 if vocab_size < 1 << 16 else np.uint32, iter(rows), list[dict](), 0
     while shard := list(islice(rows, SHARD_ROWS)):
         a, path = _array(shard, seq_len, ids, dtype), folder/f'{split}-{len(files):05}.npy'
         with atomic(path, 'wb') as f: np.save(f, a)
@@ -233,7 +233,8 @@ def _build(recipe: Recipe, tmp: Path) -> dict:
         if not splits[split]['rows']: raise CramlitError(f'the {split} split is too small for a single row of {recipe.packing.seq_len} tokens')
     (tmp/'train.jsonl.gz').unlink()
     seq_len = recipe.packing.seq_len
-    entropy = unigram_cross_entropy(*(Rows(tmp, splits[s], seq_len) for s in splits), len(tok), ids)
+    train, held_out = (Rows(tmp, split, seq_len) for split in splits.values())
+    entropy = unigram_cross_entropy(train, held_out, len(tok), ids)
     return dict(format=1, **_settings(recipe), seq_len=seq_len, vocab_size=len(tok), padded_vocab_size=padded_vocab(len(tok)), special_ids=ids,
                 tokenizer_sha256=sha256(tmp/'tokenizer'/'tokenizer.json'), documents=dict(counts), splits=splits, unigram_entropy=entropy)
 

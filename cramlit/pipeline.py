@@ -91,8 +91,8 @@ def paper_notebook(
 def _imports(source: str) -> set[str]:
     "The modules of this package that a piece of code imports, inside functions too"
     tree = ast.parse('\n'.join('' if l.lstrip().startswith(('%', '!')) else l for l in source.splitlines()))
-    froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
-    return {n.module.removeprefix('cramlit.') for n in froms if n.level or n.module.startswith('cramlit.')}
+    froms = [(n.module, n.level) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
+    return {name.removeprefix('cramlit.') for name, level in froms if level or name.startswith('cramlit.')}
 
 def _code(notebook: Path) -> str:
     cells = json.loads(notebook.read_text())['cells']

@@ -28,8 +28,8 @@ VALIDATION = 0.2  # of the groups of a task
 Example = tuple[str, str, str|None, int|float]  # group, first, second, label
 
 def _examples(rows: list[Example]) -> Examples:
-    first, second, labels = [r[1] for r in rows], [r[2] for r in rows], [r[3] for r in rows]
-    return Examples(first, second if rows and second[0] is not None else None, labels)
+    first, second, labels = [r[1] for r in rows], [r[2] for r in rows if r[2] is not None], [r[3] for r in rows]
+    return Examples(first, second or None, labels)
 
 def split(
     rows: list[Example],  # each with the group it belongs to
@@ -48,7 +48,9 @@ def ratings(
                         'additional_resources/hutto_ICWSM_2014.tar.gz')
     with tarfile.open(path) as t:
         for kind in kinds:
-            for line in t.extractfile(f'hutto_ICWSM_2014/{kind}_GroundTruth.txt').read().decode('utf-8').splitlines():
+            file = t.extractfile(f'hutto_ICWSM_2014/{kind}_GroundTruth.txt')
+            assert file is not None  # it is only for what is no file
+            for line in file.read().decode('utf-8').splitlines():
                 number, rating, text = line.split('\t', 2)
                 yield f'{kind} {number}', float(rating), ' '.join(text.split())
 
@@ -77,7 +79,7 @@ def verses(
 ) -> dict[int, str]:  # book·10⁶ + chapter·10³ + verse → text
     "One Bible, read as data out of its package: nothing of it is run"
     path = fetch_member(f'pythonbible-{version}==0.0.2', digest, f'pythonbible_{version}/plain_text_readers_bible.py', source=False)
-    call = next(n.value for n in ast.parse(path.read_text('utf-8')).body if isinstance(n, ast.Assign))
+    call = next(n.value for n in ast.parse(path.read_text('utf-8')).body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Call))
     text, start, end = (ast.literal_eval(a) for a in call.args[1:4])
     return {v: ' '.join(text[start[v]:end[v]].replace('<p>', ' ').split()) for v in start if v in end}
 
@@ -125,7 +127,7 @@ def continuations(
     prefix: str,             # of the names of the groups
 ) -> list[Example]:          # 0 = the next sentence, 1 = from the same text, 2 = from another
     "Every other sentence of each text with one of three companions"
-    rng, rows = np.random.default_rng(1), []
+    rng, rows = np.random.default_rng(1), list[Example]()
     long = [t for t in texts if len(t) >= 6]
     for n, t in enumerate(long):
         for i in range(0, len(t) - 1, 2):
@@ -164,7 +166,7 @@ def damage(
 
 def acceptability() -> Task:
     "Is a sentence as it was written (1), or damaged in one place (0)?"
-    rng, rows = np.random.default_rng(2), []
+    rng, rows = np.random.default_rng(2), list[Example]()
     for n, text in enumerate(_held_out()):
         for s in text:
             if not re.fullmatch(r'[A-Z].*[a-z]\.', s): continue

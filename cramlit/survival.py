@@ -58,7 +58,7 @@ def kill_again_and_again(
 ) -> dict[str, int]:   # how many kills, and how many of them fell into a save
     "Run to the end through so many SIGKILLs"
     rng, done, in_save = random.Random(seed), 0, 0
-    newest = lambda: (checkpoints(out/'checkpoints') or [None])[-1]
+    newest = lambda: [None, *checkpoints(out/'checkpoints')][-1]
     saving = lambda: list(out.glob('checkpoints/.step-*.tmp'))
     while True:
         before, process = [newest(), None], start(data, out, every*(kills + 1)*4, every, settings)

@@ -60,6 +60,7 @@ def test_settings_and_pyproject_agree(settings, toml):
     assert '>=' + settings['min_python'] == project['requires-python']
     assert settings['requirements'].split() == project['dependencies']
     assert settings['dev_requirements'].split() == project['optional-dependencies']['dev']
+    assert settings['docs_requirements'].split() == project['optional-dependencies']['docs']
     assert settings['console_scripts'] == f"cramlit={project['scripts']['cramlit']}"
     assert settings['nbs_path'] == nbdev['nbs_path'] and settings['lib_path'] == nbdev['lib_path'] and settings['readme_nb'] == nbdev['readme_nb']
     assert settings['allowed_cell_metadata_keys'].split() == nbdev['allowed_cell_metadata_keys'] == ['tags']
@@ -75,7 +76,7 @@ def locked():
 def test_lock_pins_every_requirement_and_torch(toml):
     from packaging.requirements import Requirement
     pins = {name.lower().replace('_', '-'): version for name, version in locked().items()}
-    for text in toml['project']['dependencies'] + toml['project']['optional-dependencies']['dev']:
+    for text in toml['project']['dependencies'] + sum(toml['project']['optional-dependencies'].values(), []):
         r = Requirement(text)
         if r.name != 'pip': assert r.specifier.contains(pins[r.name]), r
     assert pins['torch'] == '2.13.0'
