@@ -58,11 +58,12 @@ def pretrain(
 ) -> list[dict]:
     "Train a recipe for a budget, and save it as a stock transformers model in OUT/model"
     from cramlit.distributed import processes
-    from cramlit.hub import export_all
+    from cramlit.hub import export_all, family
     from cramlit.schedule import parse_budget
     from cramlit.train import pretrain as train
     from cramlit.train import pretrain_in
     r = get_recipe(recipe, scale, [*(Override or []), *([f'seed={seed}'] if seed is not None else [])])
+    family(r.model)  # raises when there is no stock model to save it as
     s = get_scale(scale)
     if budget and steps: raise UsageError('give --budget or --steps, not both')
     if steps < 0: raise UsageError(f'--steps {steps}: expected a number above zero')
