@@ -62,9 +62,8 @@ def pretrain(
     from cramlit.schedule import parse_budget
     from cramlit.train import pretrain as train
     from cramlit.train import pretrain_in
-    r = get_recipe(recipe, scale, [*(Override or []), *([f'seed={seed}'] if seed is not None else [])])
+    r, s = get_recipe(recipe, scale, [*(Override or []), *([f'seed={seed}'] if seed is not None else [])]), get_scale(scale)
     family(r.model)  # raises when there is no stock model to save it as
-    s = get_scale(scale)
     if budget and steps: raise UsageError('give --budget or --steps, not both')
     if steps < 0: raise UsageError(f'--steps {steps}: expected a number above zero')
     seconds, steps = (parse_budget(budget), 0) if budget else (0., steps) if steps else (s.budget, s.steps)

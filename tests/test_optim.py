@@ -24,6 +24,7 @@ def take_steps(numbers, rank=0, size=1, folder=None):
     for n in numbers:
         torch.manual_seed(100 + n)
         grads.flat.copy_(torch.randn_like(grads.flat))
+        for g in optimizer.param_groups: g['lr'] = g['peak']*(1 - n/6)
         optimizer.step()
     return model, optimizer
 
