@@ -37,7 +37,8 @@ def test_it_learns_and_leaves_as_a_stock_modernbert(modern):
 
 def test_it_is_fine_tuned_by_stock_classes(modern, tmp_path):
     tok, classifier = AutoTokenizer.from_pretrained(modern/'run'/'model'), AutoModelForSequenceClassification.from_pretrained(modern/'run'/'model', num_labels=3)
-    assert classifier(**tok('the river walks', 'a stone house', return_tensors='pt')).logits.shape == (1, 3)
+    pair = tok('the river walks', 'a stone house', return_tensors='pt')
+    assert set(pair) == {'input_ids', 'attention_mask'} and classifier(**pair).logits.shape == (1, 3)
     assert torch.equal(classifier.model.layers[0].attn.Wqkv.weight, AutoModelForMaskedLM.from_pretrained(modern/'run'/'model').model.layers[0].attn.Wqkv.weight)
     assert main(['glue', '--model', str(modern/'run'/'model'), '--scale', 'tiny', '--tasks', 'sentence_rating', '--out', str(tmp_path/'glue')]) == 0
 
