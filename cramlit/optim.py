@@ -24,7 +24,7 @@ def parameter_groups(
     return [dict(params=[p for p in params if p.ndim > 1], weight_decay=weight_decay),
             dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/07_optim.ipynb #10e21e88
+# %% ../nbs/07_optim.ipynb #d9dea8ec
 def adamw(
     groups: list[dict],  # as `parameter_groups` gave them
     cfg: Optim,          # learning rate, betas, eps
@@ -32,14 +32,14 @@ def adamw(
     "Fused AdamW"
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
 
-# %% ../nbs/07_optim.ipynb #2b06c332
+# %% ../nbs/07_optim.ipynb #8e060f2e
 def hidden_matrices(
     model: MaskedLM,
 ) -> list[tuple[nn.Parameter, int]]:  # each with the number of its parts, one below the other
     "The matrices inside the blocks"
     return [pair for b in model.blocks for pair in ((b.attention.qkv.weight, 3), (b.attention.out.weight, 1), (b.up.weight, 1 + b.gated), (b.down.weight, 1))]
 
-# %% ../nbs/07_optim.ipynb #3f22eca2
+# %% ../nbs/07_optim.ipynb #24de692d
 class MuonAdamW(torch.optim.Optimizer):
     "Muon for the groups that have `parts`, AdamW for the others"
     def __init__(
