@@ -60,6 +60,7 @@ def test_settings_and_pyproject_agree(settings, toml):
     assert '>=' + settings['min_python'] == project['requires-python']
     assert settings['requirements'].split() == project['dependencies']
     assert settings['dev_requirements'].split() == project['optional-dependencies']['dev']
+    assert settings['track_requirements'].split() == project['optional-dependencies']['track']
     assert settings['console_scripts'] == f"cramlit={project['scripts']['cramlit']}"
     assert settings['nbs_path'] == nbdev['nbs_path'] and settings['lib_path'] == nbdev['lib_path'] and settings['readme_nb'] == nbdev['readme_nb']
     assert settings['allowed_cell_metadata_keys'].split() == nbdev['allowed_cell_metadata_keys'] == ['tags']
