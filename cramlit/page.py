@@ -157,7 +157,7 @@ def _guesses(word: str, guesses: Iterable[tuple[str, float]]) -> str:
     named = [(f'<b>{escape(w)}</b>' if w == word else escape(w), p) for w, p in guesses]
     return '<br>'.join(f'{w} <small>{p:.0%}</small>' for w, p in named)
 
-def _spread(lines: list, most: int = 5) -> list:
+def _spread(lines: list, most: int = 4) -> list:
     "At most so many, the first and the last among them"
     return lines if len(lines) <= most else [lines[round(i*(len(lines) - 1)/(most - 1))] for i in range(most)]
 

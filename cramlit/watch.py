@@ -102,7 +102,7 @@ def watch(
     "Show a run until it is over or the reader has seen enough; raises `UsageError` when the folder is no run"
     console, view = Console(highlight=False), read_run(folder)
     try:
-        if console.is_terminal and not once:
+        if console.file.isatty() and not once:
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while state(view := read_run(folder)) not in ('finished', 'given up'):
                     live.update(Frame(view), refresh=True)
