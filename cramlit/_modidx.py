@@ -41,6 +41,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'cramlit.checkpoint.write_checkpoint': ('checkpoint.html#write_checkpoint', 'cramlit/checkpoint.py')},
             'cramlit.command': { 'cramlit.command._show': ('command.html#_show', 'cramlit/command.py'),
                                  'cramlit.command._usage': ('command.html#_usage', 'cramlit/command.py'),
+                                 'cramlit.command.finish': ('command.html#finish', 'cramlit/command.py'),
                                  'cramlit.command.given_up': ('command.html#given_up', 'cramlit/command.py'),
                                  'cramlit.command.glue': ('command.html#glue', 'cramlit/command.py'),
                                  'cramlit.command.main': ('command.html#main', 'cramlit/command.py'),
