@@ -99,8 +99,8 @@ def resume(
         scaler.load_state_dict(state['scaler'])
     if not run.world.main: return
     for path in (run.out/n for n in LOGS if (run.out/n).exists()):
-        kept = [l for l in path.read_text().splitlines() if state and json.loads(l)['step'] <= run.step]
-        with atomic(path) as f: f.writelines(l + '\n' for l in kept)
+        whole = [l for l in path.read_text().splitlines(keepends=True) if l.endswith('\n')]  # a kill may have cut the last one
+        with atomic(path) as f: f.writelines(l for l in whole if state and json.loads(l)['step'] <= run.step)
 
 def save(
     run: Run,

@@ -83,7 +83,8 @@ def last_step(
 ) -> int:       # -1 when nothing was logged yet
     "How far the log of a run has come"
     path = out/'metrics.jsonl'
-    return max((json.loads(l)['step'] for l in path.read_text().splitlines()), default=-1) if path.exists() else -1
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(l)['step'] for l in lines if l.endswith('\n')), default=-1)  # a kill may have cut the last one
 
 # %% ../nbs/10b_track.ipynb #65767734
 class Tracker:
