@@ -9,6 +9,7 @@ __all__ = ['curve', 'numbers', 'Frame', 'watch']
 import time
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -21,15 +22,11 @@ from .page import View, duration, explain, progress, read_run, state
 # %% ../nbs/17d_watch.ipynb #7451008c
 _BITS = ((0, 1, 2, 6), (3, 4, 5, 7))  # of the dots in the left and the right column of a character, from the top
 
-def _columns(xs: list[float], ys: list[float], n: int) -> list[float|None]:
-    "The mean of the values in each of n columns; where there is none, that of the column before"
-    first, span, bins = xs[0], (xs[-1] - xs[0]) or 1., [[] for _ in range(n)]
-    for x, y in zip(xs, ys, strict=True): bins[min(n - 1, int((x - first)/span*n))].append(y)
-    means, known = [], None
-    for b in bins:
-        known = sum(b)/len(b) if b else known
-        means.append(known)
-    return means
+def _columns(xs: list[float], ys: list[float], n: int) -> np.ndarray:
+    "The mean of the values in each of n columns, and straight lines across those that have none"
+    place = np.minimum(n - 1, (n*(np.array(xs) - xs[0])/((xs[-1] - xs[0]) or 1.)).astype(int))
+    known = np.unique(place)
+    return np.interp(range(n), known, [np.array(ys)[place == k].mean() for k in known])
 
 def curve(
     xs: list[float],  # ascending, at least one
@@ -40,7 +37,7 @@ def curve(
     "Draw a curve with Braille characters"
     columns, low = _columns(xs, ys, 2*width), min(ys)
     step = (4*height - 1)/((max(ys) - low) or 1.)
-    rows = [4*height - 1 - round((y - low)*step) for y in columns]
+    rows = [4*height - 1 - round(float(y - low)*step) for y in columns]
     cells = [[0]*width for _ in range(height)]
     for x, (a, b) in enumerate(zip([rows[0], *rows], rows, strict=False)):
         for y in range(min(a, b) + (a < b), max(a, b) + (a <= b)): cells[y//4][x//2] |= 1 << _BITS[x % 2][y % 4]
