@@ -92,7 +92,8 @@ def validation_share(
 ) -> list[float]:    # of the budget, by each of a few batches
     "How much of the budget validation takes, from the time of a few batches; several devices share the rows"
     batches = list(islice(validation_batches(data, parts.recipe), 3))
-    with torch.no_grad(): one = [seconds(lambda b=b: loss_of(parts.model.eval(), b.to(parts.device), parts.precision), parts.device)/len(b.labels) for b in batches]
+    look = lambda b: lambda: loss_of(parts.model.eval(), b.to(parts.device), parts.precision)
+    with torch.no_grad(): one = [seconds(look(b), parts.device)/len(b.labels) for b in batches]
     parts.model.train()
     return [min(1., t*rows/parts.recipe.validation.every/budget/devices()) for t in one]
 
@@ -117,8 +118,8 @@ def saving_rows(
     "What each optimisation buys, one taken out at a time"
     parts = make_parts(recipe, data.padded_vocab_size, device)
     loops, ids = without(parts, data), ids | dict(stage='savings', recipe=recipe.name, devices=devices())
-    faster = lambda: our_loop(replace(parts, model=quick), endless(data, recipe))
     quick, why = torch.compile(parts.model) if compiled else None, {}
+    faster = lambda: our_loop(replace(parts, model=quick), endless(data, recipe))
     if compiled: why[COMPILED] = failure(faster().micro)
     if why.get(COMPILED) == '': loops[COMPILED] = faster
     if MIXED not in loops: why[MIXED] = parts.precision.reason

@@ -29,6 +29,7 @@ from .results import read_rows, write_rows
 from .run import Run, check_run, claim, count_skips, due, hopeless, keep_milestones, result_rows, resume, save
 from .schedule import Clock, lr_factor
 from .step import accumulate, loss_of, micro_step, predictions, update
+from .track import watched
 
 # %% ../nbs/11_train.ipynb #17835f17
 @torch.no_grad()
@@ -163,6 +164,7 @@ def pretrain(
     budget: float = 0.,   # seconds, validation and saving included
     steps: int = 0,       # optimiser steps instead; the clock is not asked then
     scale: str = '',      # for the record
+    track: str = '',      # trackio | tensorboard | wandb: a tracker that sees the log too
 ) -> list[dict]:          # result rows, also in out/rows.jsonl
     "Train a recipe for a budget, or go on where an interrupted run stopped; a finished run is not run again"
     with join_world() as world:
@@ -175,7 +177,7 @@ def pretrain(
         if world.main: print(f'{recipe.name} on {world.size} × {world.device.type} in {str(precision.dtype)[6:]}: {precision.reason}', file=sys.stderr)
         torch.manual_seed(recipe.seed)
         model = MaskedLM(recipe.model, run.data.padded_vocab_size).to(world.device)
-        rows = result_rows(run, train(run, model, precision), precision)
+        with watched(run, model, precision, track): rows = result_rows(run, train(run, model, precision), precision)
         if world.main: write_rows(run.out/'rows.jsonl', rows)
         return rows
 

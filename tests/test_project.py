@@ -61,6 +61,7 @@ def test_settings_and_pyproject_agree(settings, toml):
     assert settings['requirements'].split() == project['dependencies']
     assert settings['dev_requirements'].split() == project['optional-dependencies']['dev']
     assert settings['docs_requirements'].split() == project['optional-dependencies']['docs']
+    assert settings['track_requirements'].split() == project['optional-dependencies']['track']
     assert settings['console_scripts'] == f"cramlit={project['scripts']['cramlit']}"
     assert settings['nbs_path'] == nbdev['nbs_path'] and settings['lib_path'] == nbdev['lib_path'] and settings['readme_nb'] == nbdev['readme_nb']
     assert settings['allowed_cell_metadata_keys'].split() == nbdev['allowed_cell_metadata_keys'] == ['tags']

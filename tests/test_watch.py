@@ -1,0 +1,343 @@
+"What others see of a run: trackers, guesses, its page, and the view in a terminal"
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import pexpect
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cramlit.track as track
+import cramlit.train as train
+from cramlit.checkpoint import checkpoints
+from cramlit.command import main
+from cramlit.config import UsageError, override
+from cramlit.distributed import World
+from cramlit.packing import open_data
+from cramlit.page import page, read_run, state, write_page
+from cramlit.precision import Precision
+from cramlit.run import Run
+from cramlit.schedule import Clock
+
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def break_off_at(monkeypatch, call):
+    "Make the training loop fail once, at its n-th step"
+    real, calls = train.accumulate, []
+
+    def broken(*args):
+        calls.append(1)
+        if len(calls) == call: raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, 'accumulate', broken)
+
+
+@pytest.fixture(scope='module')
+def often(recipe):
+    return override(recipe, ['validation.every=0.25', 'checkpoint.every=0.25'])
+
+
+@pytest.fixture(scope='module')
+def done(often, data, tmp_path_factory):
+    "A finished run"
+    out = tmp_path_factory.mktemp('runs')/'run'
+    train.pretrain(often, data, out, steps=40, scale='tiny')
+    return out
+
+
+@pytest.fixture
+def going(done, tmp_path):
+    "The same run as it looked before it ended"
+    shutil.copytree(done, tmp_path/'run')
+    (tmp_path/'run'/'rows.jsonl').unlink()
+    (tmp_path/'run'/'metrics.jsonl').touch()
+    return tmp_path/'run'
+
+
+def scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    return EventAccumulator(str(folder), size_guidance={'scalars': 0}).Reload()
+
+
+def test_tensorboard_has_every_line_once_though_the_run_was_broken_off(often, data, tmp_path, monkeypatch):
+    break_off_at(monkeypatch, 8)
+    with pytest.raises(KeyboardInterrupt): train.pretrain(often, data, tmp_path/'run', steps=12, track='tensorboard')
+    train.pretrain(often, data, tmp_path/'run', steps=12, track='tensorboard')
+    seen, log = scalars(tmp_path/'run'/'tensorboard'), lines(tmp_path/'run'/'metrics.jsonl')
+    got = [(e.step, e.value) for e in seen.Scalars('validation_loss')]
+    assert got == [(x['step'], pytest.approx(x['validation_loss'])) for x in log if 'validation_loss' in x]
+    assert [s for s, _ in got] == [0, 3, 6, 9, 12]
+    assert 'configuration' in str(seen.Tags()['tensors'])
+
+
+def test_steps_that_are_taken_again_are_not_logged_again(often, data, tmp_path, monkeypatch):
+    "The log goes beyond the last checkpoint when the run dies: its lines are dropped, but the tracker has them"
+    often = override(often, ['checkpoint.every=0.5'])
+    break_off_at(monkeypatch, 11)
+    with pytest.raises(KeyboardInterrupt): train.pretrain(often, data, tmp_path/'run', steps=12, track='tensorboard')
+    for name in ('metrics.jsonl', 'samples.jsonl'):
+        with open(tmp_path/'run'/name, 'a') as f: f.write('{"step": 10, "sec')  # what a kill may leave
+    train.pretrain(often, data, tmp_path/'run', steps=12, track='tensorboard')
+    steps = [e.step for e in scalars(tmp_path/'run'/'tensorboard').Scalars('validation_loss')]
+    assert steps == [0, 3, 6, 9, 12]
+    samples = [x['step'] for x in lines(tmp_path/'run'/'samples.jsonl')]
+    assert samples == sorted(samples) and len(samples) == 5*len(set(map(str, (x['tokens'] for x in lines(tmp_path/'run'/'samples.jsonl')))))
+
+
+READ_TRACKIO = '''
+import json, trackio
+from trackio.sqlite_storage import SQLiteStorage
+runs = list(trackio.Api().runs('cramlit'))
+print(json.dumps([(r.name, r.config, SQLiteStorage.get_logs('cramlit', r.name, run_id=r.id)) for r in runs]))
+'''
+
+
+def test_trackio_continues_one_run(often, data, tmp_path):
+    pytest.importorskip('trackio')
+    env = os.environ | dict(TRACKIO_DIR=str(tmp_path/'trackio'), HF_HUB_OFFLINE='1', HF_TOKEN='hf_' + 'secret'*5)
+    code = (f'from cramlit.train import pretrain; from cramlit.config import recipe_from_dict; import json, sys; '
+            f'pretrain(recipe_from_dict(json.load(open({str(tmp_path/"recipe.json")!r}))), {str(data)!r}, {str(tmp_path/"run")!r}, steps=12, track="trackio")')
+    (tmp_path/'recipe.json').write_text(json.dumps(asdict(often)))
+    (tmp_path/'run').mkdir(); (tmp_path/'run'/'stop').touch()  # the wish to stop after the first step
+    first = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    assert 'Interrupted' in first.stderr and first.stdout == ''
+    second = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    assert second.returncode == 0 and second.stdout == '', second.stderr
+    (name, config, logs), = json.loads(subprocess.run([sys.executable, '-c', READ_TRACKIO], env=env, capture_output=True, text=True, check=True).stdout)
+    assert name.startswith('run-') and config['recipe']['optim']['lr'] == often.optim.lr and 'secret' not in str(config)
+    want = [(x['step'], x['validation_loss']) for x in lines(tmp_path/'run'/'metrics.jsonl') if 'validation_loss' in x]
+    assert [(x['step'], x['validation_loss']) for x in logs if 'validation_loss' in x] == want and len(want) == 5
+
+
+FAKE_WANDB = '''
+calls = []
+def Settings(**how): return how
+def init(**how):
+    calls.append(('init', how))
+    return Run()
+class Run:
+    def log(self, values, step): calls.append(('log', step, values))
+    def finish(self): calls.append(('finish',))
+'''
+
+
+def test_wandb_is_offline_and_keeps_its_id(often, data, tmp_path, monkeypatch):
+    (tmp_path/'wandb.py').write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    break_off_at(monkeypatch, 8)
+    with pytest.raises(KeyboardInterrupt): train.pretrain(often, data, tmp_path/'run', steps=12, track='wandb')
+    train.pretrain(often, data, tmp_path/'run', steps=12, track='wandb')
+    import wandb
+    begun = [c[1] for c in wandb.calls if c[0] == 'init']
+    assert len(begun) == 2 and begun[0]['id'] == begun[1]['id'] and {b['mode'] for b in begun} == {'offline'} and begun[0]['config']['steps'] == 12
+    assert [c[1] for c in wandb.calls if c[0] == 'log' and 'validation_loss' in c[2]] == [0, 3, 6, 9, 12]
+    assert [c[0] for c in wandb.calls].count('finish') == 2
+    monkeypatch.delitem(sys.modules, 'wandb')
+
+
+@pytest.mark.parametrize('given, says', [('trackoi', "Did you mean 'trackio'?"), ('wandb', 'pip install wandb')])
+def test_a_tracker_that_is_not_there_is_a_mistake_before_anything_is_done(given, says, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(track, 'find_spec', lambda name: None)
+    assert main(['pretrain', '--data', str(data), '--out', str(tmp_path/'run'), '--track', given]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path/'run').exists()
+
+
+def test_trackio_shall_not_send_anything_away(monkeypatch):
+    monkeypatch.setattr(track, 'find_spec', lambda name: True)
+    track.check_tracker('trackio')
+    monkeypatch.setenv('TRACKIO_SPACE_ID', 'someone/space')
+    with pytest.raises(UsageError, match='TRACKIO_SPACE_ID is set'): track.check_tracker('trackio')
+    track.check_tracker('wandb')
+
+
+@pytest.mark.parametrize('when', ['open', 'write', 'close'])
+def test_a_failing_tracker_is_said_once_and_training_goes_on(when, often, data, tmp_path, monkeypatch, capsys):
+    def fail(*args): raise OSError(28, 'No space left on device')
+    nothing = lambda *args: None
+    opener = fail if when == 'open' else lambda *args: (fail if when == 'write' else nothing, fail if when == 'close' else nothing)
+    monkeypatch.setitem(track.TRACKERS, 'tensorboard', opener)
+    rows = train.pretrain(often, data, tmp_path/'run', steps=4, track='tensorboard')
+    assert capsys.readouterr().err.count('tensorboard failed (OSError: [Errno 28] No space left on device)') == 1
+    assert next(r['value'] for r in rows if r['metric'] == 'steps') == 4
+
+
+def test_only_the_main_process_is_watched(often, data, tmp_path):
+    run = Run(often, open_data(data), tmp_path, Clock(steps=4), world=World(rank=1, size=2))
+    with track.watched(run, None, Precision(torch.float32, ''), 'tensorboard'): assert run.listeners == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_guessing_changes_no_weight(done, often, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'watched', lambda *args: nullcontext())
+    train.pretrain(often, data, tmp_path/'unseen', steps=40, scale='tiny')
+    a, b = (load_file(checkpoints(r/'checkpoints')[-1]/'model.safetensors') for r in (done, tmp_path/'unseen'))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path/'unseen'/'samples.jsonl').exists()
+
+
+def test_guesses_are_about_held_out_sentences(done, data, text):
+    from cramlit.packing import read_documents
+    held = ' '.join(d.text for d in read_documents(data/'holdout.jsonl.gz')).lower()
+    samples = lines(done/'samples.jsonl')
+    assert [s['step'] for s in samples[::6]] == [0, 10, 20, 30, 40]
+    for s in samples:
+        words = iter(s['words'])
+        assert ' '.join(next(words) if t == '[MASK]' else t for t in s['tokens']).replace(' ##', '').replace(' .', '.') in held
+        assert all(1 >= sum(p for _, p in g) > 0 and [p for _, p in g] == sorted((p for _, p in g), reverse=True) for g in s['guesses'])
+
+
+class Structure(HTMLParser):
+    "Open tags must be closed in order; what would be loaded, ids and texts are collected"
+    def __init__(self):
+        super().__init__()
+        self.open, self.loaded, self.ids, self.text, self.tags = [], [], [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag not in ('meta', 'br', 'link', 'img'): self.open.append(tag)
+        self.loaded += [v for k, v in attrs if k.rpartition(':')[2] in ('src', 'href') and not v.startswith('#')]
+        self.ids += [v for k, v in attrs if k == 'id']
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag: self.open.pop()
+
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+
+    def handle_data(self, data): self.text.append(data)
+
+
+def parsed(html):
+    p = Structure(); p.feed(html); p.close()
+    assert p.open == [] and p.loaded == [] and len(p.ids) == len(set(p.ids)) and not p.tags & {'script', 'link', 'img', 'iframe', 'object'}
+    assert not re.findall(r'@import|url\((?!#)', html)
+    return p
+
+
+def test_the_page_of_a_finished_run_stands_alone_and_has_its_numbers(done):
+    html = write_page(done).read_text()
+    text = ' '.join(parsed(html).text)
+    rows = {r['metric']: r for r in lines(done/'rows.jsonl')}
+    for value in (f"{rows['validation_loss']['value']:.3f}", f"{rows['unigram_entropy']['value']:.3f}", f"{rows['tokens']['value']:,}",
+                  rows['steps']['hardware'], rows['steps']['recipe_hash'], 'optim.lr', 'step-00000040', 'own files'): assert value in text, value
+    assert html.count('<svg') == html.count('</svg>') == 3 and 'width=device-width' in html
+    assert write_page(done).read_text() == html
+
+
+def test_special_characters_stay_characters(going):
+    info = json.loads((going/'run.json').read_text())
+    info['recipe'] |= dict(name='<script>alert("a&b")</script>', corpus=info['recipe']['corpus'] | dict(source='<img src=x onerror=y>'))
+    (going/'run.json').write_text(json.dumps(info))
+    odd = dict(step=40, seconds=1., tokens=['<b>', '[MASK]', '&amp;'], words=['</td>'], guesses=[[['<i>', .5], ['</td>', .2]]])
+    (going/'samples.jsonl').write_text(json.dumps(odd) + '\n')
+    html = page(read_run(going))
+    p = parsed(html)
+    text = ''.join(p.text)
+    for s in ('<script>alert("a&b")</script>', '<img src=x onerror=y>', '<b>', '&amp;', '</td>', '<i>'): assert s in text, s
+
+
+def test_pages_of_runs_that_are_not_over(going):
+    assert 'running' in ''.join(parsed(page(read_run(going))).text)
+    with open(going/'metrics.jsonl', 'a') as f: f.write('{"step": 41, "sec')  # a line under way
+    assert read_run(going).log[-1]['step'] == 40
+    for name in ('metrics.jsonl', 'samples.jsonl'): (going/name).unlink()
+    shutil.rmtree(going/'checkpoints')
+    assert 'starting' in ''.join(parsed(page(read_run(going))).text)
+
+
+def test_how_a_run_stands(going, done):
+    assert state(read_run(done)) == 'finished' and state(read_run(going)) == 'running'
+    os.utime(going/'metrics.jsonl', (time.time() - 3600,)*2)
+    assert state(read_run(going)) == 'quiet'
+    rows = lines(done/'rows.jsonl')
+    (going/'rows.jsonl').write_text(''.join(json.dumps(r | dict(stopped='the validation loss is nan', value=None)) + '\n' for r in rows))
+    assert state(read_run(going)) == 'given up' and 'the validation loss is nan' in ''.join(parsed(page(read_run(going))).text)
+
+
+def watch(*args, **env):
+    return subprocess.run([sys.executable, '-m', 'cramlit.command', 'watch', *map(str, args)], capture_output=True, text=True, timeout=60,
+                          env=os.environ | dict(PYTHONIOENCODING='utf-8') | env)
+
+
+def test_in_a_pipe_it_is_one_frame_of_plain_text(going, done):
+    for folder, word in ((going, 'running'), (done, 'finished')):
+        shown = watch(folder, COLUMNS='70')
+        assert shown.returncode == 0 and word in shown.stdout and '\x1b' not in shown.stdout + shown.stderr
+        loss = [x['validation_loss'] for x in lines(folder/'metrics.jsonl') if 'validation_loss' in x][-1]
+        assert f'{loss:.3f} at step 40' in shown.stdout and 'step-00000040' in shown.stdout and any('\u2800' < c < '\u28ff' for c in shown.stdout)
+        assert all(len(line) <= 70 for line in shown.stdout.splitlines()[1:])
+    ascii_only = watch(done, PYTHONIOENCODING='ascii')
+    assert ascii_only.returncode == 0 and ascii_only.stdout.isascii() and 'finished' in ascii_only.stdout
+
+
+@pytest.mark.parametrize('option', ['--once', '--html', '--json'])
+def test_what_is_no_run_is_a_mistake(option, tmp_path, capsys):
+    for folder in (tmp_path, tmp_path/'nowhere'):
+        assert main(['watch', str(folder), option]) == 2
+        out, err = capsys.readouterr()
+        assert 'is no run' in err and out == ''
+    (tmp_path/'run.json').write_text('{')
+    assert main(['watch', str(tmp_path), option]) == 2 and os.listdir(tmp_path) == ['run.json']
+
+
+def test_rows_and_the_page_by_command(done, capsys):
+    (done/'report.html').unlink(missing_ok=True)
+    assert main(['watch', str(done), '--html']) == 0 and (done/'report.html').exists()
+    capsys.readouterr()
+    assert main(['watch', str(done), '--json']) == 0
+    rows = {r['metric']: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert rows['step']['value'] == 40 and rows['step']['state'] == 'finished' and rows['budget_spent']['value'] == 1
+
+
+@pytest.fixture
+def terminal():
+    children = []
+
+    def start(*args, **env):
+        child = pexpect.spawn(sys.executable, ['-m', 'cramlit.command', 'watch', *map(str, args)], dimensions=(30, 90), timeout=30, encoding='utf-8',
+                              env={k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm-256color') | env)
+        children.append(child)
+        return child
+    yield start
+    for c in children: c.close(force=True)
+
+
+def test_on_a_terminal_it_follows_the_run_and_ctrl_c_leaves(going, terminal):
+    child = terminal(going)
+    child.expect('running'); child.expect('at step 40')
+    with open(going/'metrics.jsonl', 'a') as f: f.write(json.dumps(dict(step=41, seconds=99., tokens=1, validation_loss=1.234)) + '\n')
+    child.expect(r'1\.234 at step 41')
+    child.setwinsize(30, 50)
+    child.expect('\u2501{50}'); child.expect('tokens a second')  # the bar is as wide as the terminal
+    child.sendintr()
+    child.expect(pexpect.EOF); child.wait()
+    assert child.exitstatus == 0 and 'Traceback' not in child.before and '\x1b[?1049l' in child.before, 'the screen is given back'
+
+
+def test_on_a_terminal_it_ends_with_the_run(going, done, terminal):
+    child = terminal(going)
+    child.expect('running')
+    shutil.copy(done/'rows.jsonl', going/'rows.jsonl')
+    child.expect('finished'); child.expect(pexpect.EOF); child.wait()
+    assert child.exitstatus == 0
+
+
+def test_no_color_is_heeded(done, terminal):
+    colours = re.compile(r'\x1b\[[0-9;]*3[0-9][0-9;]*m')
+    for env, coloured in (({}, True), (dict(NO_COLOR='1'), False)):
+        child = terminal(done, '--once', **env)
+        child.expect(pexpect.EOF)
+        assert 'finished' in child.before and bool(colours.search(child.before)) == coloured
