@@ -18,10 +18,11 @@ import torch
 from joblib import delayed
 
 from .config import Recipe, UsageError, digest, recipe_hash, unknown
+from .finetune import check_length
 from .hub import export_all
 from .loader import rank_slice
 from .packing import prepare
-from .protocol import check_length, jobs, load_tasks, run_grid, side_by_side, twice
+from .protocol import jobs, load_tasks, run_grid, side_by_side, twice
 from .results import read_rows, result_row, write_rows
 from .scales import Trials, get_recipe, get_scale
 from .train import pretrain, pretrain_in
@@ -146,7 +147,7 @@ def trial_rows(
     mine = [result_row(r['metric'], r['value'], r['unit'], **ids) for r in rows]
     model = export_all(folder/'run', study.data/'tokenizer')
     if rows[0]['stopped']: return mine
-    check_length(model, t.finetune)
+    check_length(model, t.finetune.max_length)
     tasks = load_tasks(get_scale(trial.scale).suite, list(t.tasks)) if t.tasks else []
     work = [job for task in tasks for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',))]
     scores = [r for r in run_grid(model, tasks, work, folder, {}) if r['metric'] == 'headline']
