@@ -105,8 +105,8 @@ def _protocol(suite: str, scale: str, seeds: int) -> str:
     return (f"Suite `{suite}` under the protocol of scale `{scale}`: each task was fine-tuned with all combinations of epochs ({listed(f.epochs)}), batch "
             f"({listed(f.batch_sizes)}) and learning rate ({listed(f.lrs)}), {seeds} seed{'s' if seeds > 1 else ''} each, weight decay {f.weight_decay:g}, "
             f"{f.warmup:.0%} warm-up, at most {f.max_length} tokens, on {f'at most {f.max_train:,}' if f.max_train else 'all'} training examples. "
-            "Shown is the median over seeds of the best configuration, chosen on the same validation set, with the lowest and the highest seed. *from-scratch* is the same network without "
-            "pretraining, under the same protocol.")
+            "Shown is the median over seeds of the best configuration, chosen on the same validation set, with the lowest and the highest seed. *from-scratch* is "
+            "the same network without pretraining, under the same protocol.")
 
 _KEYS = ['task', 'split', 'metric', 'labels_from']
 
