@@ -204,7 +204,7 @@ def _reason(e: Exception) -> str:
     "Why sending failed, without a word that came from outside"
     status = getattr(getattr(e, 'response', None), 'status_code', None)
     if status: return _REASONS.get(status, f'the hub answered with status {status}')
-    return f'the hub cannot be reached ({type(e).__name__}): check the network'
+    return f'the hub cannot be reached, or answers as no hub does ({type(e).__name__}): check the network'
 
 def push(
     folder: str|Path,     # made by `give`
