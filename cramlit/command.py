@@ -132,6 +132,7 @@ def search(
     budget: str = '',         # time for each trial: 90s, 6m, 24h; default: the scale's
     data: str = '',           # folder made by `cramlit prepare`; default: made in OUT/data
     nproc: int = 0,           # processes a trial; default: the scale's, else one for each GPU, one on a CPU
+    glue_dir: str = '',       # local copy of GLUE, parquet or TSV; default: the hub
     out: Needed = None,       # folder for the trials; finished ones are not run again
     json: bool = False,       # one JSON object a line on standard output
 ) -> list[dict]:
@@ -140,7 +141,7 @@ def search(
     from cramlit.schedule import parse_budget
     from cramlit.search import search as run
     from cramlit.tables import write_table3
-    rows = run(recipe, scale, data, out, grid, parse_budget(budget) if budget else 0., nproc)
+    rows = run(recipe, scale, data, out, grid, parse_budget(budget) if budget else 0., nproc, glue_dir)
     for path in [*write_table3(rows, get_scale(scale).trials.tasks[0], Path(out)), *write_grid(rows, Path(out))]: print(path, file=sys.stderr)
     return rows
 
