@@ -47,6 +47,14 @@ def given_up(
     if 'WORLD_SIZE' not in os.environ: raise CramlitError(why)
     print(f'cramlit: {why}', file=sys.stderr)
 
+def _length(budget: str, steps: int, scale: str) -> tuple[float, int]:
+    "Seconds, or steps, of a run: as asked for, or as the scale has them"
+    from cramlit.schedule import parse_budget
+    if budget and steps: raise UsageError('give --budget or --steps, not both')
+    if steps < 0: raise UsageError(f'--steps {steps}: expected a number above zero')
+    s = get_scale(scale)
+    return (parse_budget(budget), 0) if budget else (0., steps) if steps else (s.budget, s.steps)
+
 def pretrain(
     recipe: str = '24hbert',  # 24hbert | bert-base | bert-large
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
@@ -63,17 +71,13 @@ def pretrain(
     "Train a recipe for a budget, and save it as a stock transformers model in OUT/model"
     from cramlit.distributed import processes
     from cramlit.hub import export_all
-    from cramlit.schedule import parse_budget
     from cramlit.start import start_from
     from cramlit.train import pretrain as train
     from cramlit.train import pretrain_in
     settings = [*(Override or []), *([f'seed={seed}'] if seed is not None else [])]
     r, weights = start_from(init, data, get_recipe(recipe, scale), settings) if init else (get_recipe(recipe, scale, settings), None)
-    s = get_scale(scale)
-    if budget and steps: raise UsageError('give --budget or --steps, not both')
-    if steps < 0: raise UsageError(f'--steps {steps}: expected a number above zero')
-    seconds, steps = (parse_budget(budget), 0) if budget else (0., steps) if steps else (s.budget, s.steps)
-    rank, size = processes(nproc or s.processes)
+    seconds, steps = _length(budget, steps, scale)
+    rank, size = processes(nproc or get_scale(scale).processes)
     given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=steps, seed=seed)
     options = [x for k, v in given.items() if v not in ('', None) for x in (f'--{k}', str(v))] + [x for o in Override or [] for x in ('-o', o)]
     if rank is None: rows = pretrain_in(size, options, r, data, out, seconds, steps, scale)

@@ -7,7 +7,7 @@ __all__ = ['describe_source', 'public', 'public_recipe', 'in_words', 'as_values'
            'give', 'push']
 
 # %% ../nbs/12a_share.ipynb #6de1e0c1
-import json, os, shutil
+import json, os, shutil, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -188,6 +188,9 @@ def give(
     part = to.with_name(f'.{to.name}.part')
     try:
         export_run(run, run/'model', part)
+        if (to/'README.md').exists() and weights_digest(to) == weights_digest(part):
+            print(f'{to} is there with these weights and left as it is; to have its card made anew, delete the folder', file=sys.stderr)
+            return to
         _dress(part, run, name or to.name, scores)
         shutil.rmtree(to, ignore_errors=True)
         os.replace(part, to)

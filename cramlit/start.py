@@ -90,7 +90,9 @@ def load_weights(
     "Weights to start from; raises `CramlitError` when some are missing, or our network computes something else with them"
     from transformers import AutoModelForMaskedLM
     how = dict(trust_remote_code=False, use_safetensors=True, local_files_only=True, dtype=torch.float32, output_loading_info=True)
-    with quiet(): stock, seen = AutoModelForMaskedLM.from_pretrained(str(folder), **how)
+    try:
+        with quiet(): stock, seen = AutoModelForMaskedLM.from_pretrained(str(folder), **how)
+    except (OSError, RuntimeError, ValueError) as e: raise CramlitError(f'the weights in {folder} cannot be loaded: {str(e).splitlines()[0]}') from None
     if lacking := sorted(seen['missing_keys']):
         raise CramlitError(f'{folder} lacks weights that a masked language model needs, {lacking[0]} among {len(lacking)}: it was saved for another purpose')
     try: model, _ = from_stock(stock)

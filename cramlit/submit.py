@@ -114,6 +114,8 @@ def submit(
     seeds: int = 0,       # a configuration; 0 = the scale's
 ) -> list[dict]:          # rows of the evaluation, and one for each file: how many answers, and whose
     "Evaluate on GLUE, answer its test sets, and write the zip; raises `CramlitError` before any training when a test set is missing"
+    if seeds < 0: raise UsageError(f'--seeds {seeds}: expected a number above zero')
+    if Path(to).is_dir(): raise UsageError(f'{to} is a folder: name the zip to write')
     model, seeds, ids = Path(model), seeds or scale.finetune.seeds, identify(model, scale, 'glue')
     tasks = submission_tasks(glue_dir)
     judged = [replace(t, test={}) for t in tasks]

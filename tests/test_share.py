@@ -98,7 +98,12 @@ def test_what_cannot_leave_is_one_line_and_nothing_is_lost(run, gift, tmp_path, 
     (tmp_path/'bare'/'rows.jsonl').unlink()
     code, err = export('--run', tmp_path/'bare', '--to', tmp_path/'new')
     assert code == 1 and 'is not finished' in err and not (tmp_path/'new').exists()
-    assert export('--run', run, '--to', gift)[0] == 0 and not list(gift.parent.glob('.*'))  # a gift may be made anew
+    before = (gift/'README.md').read_text()
+    (gift/'README.md').write_text(before + 'The text is mine.\n')
+    code, err = export('--run', run, '--to', gift)
+    assert code == 0 and 'left as it is' in err and 'The text is mine.' in (gift/'README.md').read_text() and not list(gift.parent.glob('.*'))
+    (gift/'README.md').unlink()
+    assert export('--run', run, '--to', gift)[0] == 0 and (gift/'README.md').read_text() == before
 
 
 class Hub(BaseHTTPRequestHandler):

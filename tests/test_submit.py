@@ -74,6 +74,8 @@ def test_what_is_missing_is_named_before_any_training(model, tmp_path, capsys):
     err = capsys.readouterr().err
     assert all(m in err for m in ('qnli: no test set', 'mnli: no test_mismatched set', 'wnli: ', 'train.tsv is missing', 'AX: ')) and 'cola' not in err
     assert not (tmp_path/'out').exists() and not (tmp_path/'out.zip').exists()
+    for more in (['--submit', str(tmp_path)], ['--seeds', '-1']): assert glue(model, root, tmp_path/'out', '--submit', str(tmp_path/'out.zip'), *more) == 2
+    capsys.readouterr()
     for more in (['--tasks', 'cola'], ['--suite', 'stand-in']):
         assert glue(model, root, tmp_path/'out', '--submit', str(tmp_path/'out.zip'), *more) == 2
         assert 'all tasks of GLUE' in capsys.readouterr().err
