@@ -32,8 +32,8 @@ from .packing import Data
 from .plan import peak_memory
 from .precision import Precision, choose_precision
 from .results import provenance, result_row
+from .step import add_gradients, update
 from .tokenizer import padded_vocab
-from .train import add_gradients, update
 
 # %% ../nbs/16_bench.ipynb #5f56a31c
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def plain_loop(
     def micro():
         b = next(batches).to(device)
         labels = torch.full_like(b.input_ids, IGNORE).scatter(1, b.positions, b.labels)
-        model(input_ids=b.input_ids, attention_mask=b.attention_mask.long(), labels=labels).loss.backward()
+        model(input_ids=b.input_ids, attention_mask=b.attention_mask, labels=labels).loss.backward()
     def finish():
         optimizer.step()
         optimizer.zero_grad()
@@ -100,7 +100,7 @@ def our_loop(
     grads, optimizer = parts.grads, parts.optimizer
     scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.precision.scaled)
     def micro():
-        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH): add_gradients(parts.model, next(batches), 1, parts.precision, scaler, grads)
+        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH): add_gradients(parts.model, next(batches).to(parts.device), 1, parts.precision, scaler, grads)
     def finish():
         for group in optimizer.param_groups: group['fused'], group['foreach'] = fused, False
         grads.exchange(World(device=parts.device), 0., False)

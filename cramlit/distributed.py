@@ -55,14 +55,16 @@ def _meeting_place() -> dist.Store:
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    "Join the processes that torchrun started, by NCCL on GPUs and by gloo on CPUs; without torchrun one is alone"
+    "Join the processes that torchrun started, by NCCL on GPUs, by gloo on CPUs and where processes share a GPU; without torchrun one is alone"
     rank, size = processes(1)
     device = pick_device()
     if size == 1: yield World(device=device); return
-    if device.type == 'cuda':
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+    cards = torch.cuda.device_count()
+    if cards:
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']) % cards)
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=_meeting_place(), rank=rank, world_size=size)
+    one_each = int(os.environ['LOCAL_WORLD_SIZE']) <= cards  # NCCL refuses two processes on one card
+    dist.init_process_group('nccl' if one_each else 'gloo', store=_meeting_place(), rank=rank, world_size=size)
     yield World(rank, size, device)
     dist.destroy_process_group()  # not after an error: the others may be gone, and waiting for them would hang
 

@@ -120,13 +120,13 @@ def train_classifier(
     "AdamW, 6 % warm-up, linear decay, over length-bucketed batches"
     rng, lengths = np.random.default_rng(job.seed), np.array([len(i) for i in encoded.columns['input_ids']])
     labels = torch.tensor(encoded.labels, device=device, dtype=torch.float32 if model.config.num_labels == 1 else torch.int64)
-    optimizer = torch.optim.AdamW(parameter_groups(model, job.weight_decay), lr=job.lr, fused=True)
+    optimizer = torch.optim.AdamW([g | dict(peak=job.lr) for g in parameter_groups(model, job.weight_decay)], lr=job.lr, fused=True)
     precision = choose_precision(device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaled)
     batches = [b for _ in range(job.epochs) for b in buckets(lengths, job.batch_size, rng)]
     model.train()
     for step, b in enumerate(batches):
-        set_lr(optimizer, job.lr*lr_factor(step/len(batches), job.warmup))
+        set_lr(optimizer, lr_factor(step/len(batches), job.warmup))
         with autocast(device, precision): loss = model(**collate(encoded, b, pad, device), labels=labels[torch.from_numpy(b).to(device)]).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer); scaler.update()

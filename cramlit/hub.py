@@ -8,7 +8,7 @@ __all__ = ['family', 'name_map', 'stock_state', 'our_state', 'stock_config', 'ou
 
 # %% ../nbs/12_hub.ipynb #aace1623
 import json, os, shutil
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,32 +21,46 @@ from .model import MaskedLM
 from .tokenizer import load_tokenizer, padded_vocab
 
 # %% ../nbs/12_hub.ipynb #746515bf
+_OURS = {  # what each family is made of
+    'bert': dict(norm='post', embedding_norm=True, first_norm=True, position='absolute', ffn='gelu', window=0),
+    'roberta-prelayernorm': dict(norm='pre', embedding_norm=True, first_norm=True, position='absolute', ffn='gelu', window=0),
+    'megatron-bert': dict(norm='pre', embedding_norm=False, first_norm=True, position='absolute', ffn='gelu', window=0),
+    'modernbert': dict(norm='pre', embedding_norm=True, first_norm=False, position='rotary', ffn='geglu'),
+}
+
 def family(
     cfg: ModelConfig,  # shape of the network
 ) -> str:              # the `model_type` of transformers
-    "Which stock architecture computes the same function"
-    if cfg.norm == 'post': return 'bert'
-    return 'roberta-prelayernorm' if cfg.embedding_norm else 'megatron-bert'
+    "Which stock architecture computes the same function; raises `UsageError` when none does"
+    lacks = {name: [f'model.{k}={v}' for k, v in parts.items() if getattr(cfg, k) != v] for name, parts in _OURS.items()}
+    nearest = min(lacks, key=lambda name: len(lacks[name]))
+    if lacks[nearest]: raise UsageError(f'no stock class of transformers computes this network, so it cannot be exported; the nearest, {nearest}, needs '
+                                        f'{", ".join(lacks[nearest])}. cramlit.train.pretrain trains it all the same')
+    return nearest
 
 # %% ../nbs/12_hub.ipynb #523a48e1
+_BERT_TABLES = {f'embeddings.{a}': f'embeddings.{b}_embeddings' for a, b in (('word', 'word'), ('position', 'position'), ('segment', 'token_type'))}
+_BERT_BLOCK = {'attention.qkv': 'attention.self.{part}', 'attention.out': 'attention.output.dense', 'up': 'intermediate.dense', 'down': 'output.dense'}
 _BERT_HEAD = {'head.transform': 'cls.predictions.transform.dense', 'head.norm': 'cls.predictions.transform.LayerNorm', 'head': 'cls.predictions'}
-_FAMILIES = {  # family: (prefix, LayerNorms of a block, LayerNorms outside, head)
-    'roberta-prelayernorm': ('roberta_prelayernorm', ('attention.LayerNorm', 'intermediate.LayerNorm'),
-        {'embeddings.norm': 'embeddings.LayerNorm', 'final_norm': 'LayerNorm'},
+_FAMILIES = {  # family: (prefix, where its blocks are, names in a block, outside, in the head)
+    'roberta-prelayernorm': ('roberta_prelayernorm', 'encoder.layer', _BERT_BLOCK | {'attention_norm': 'attention.LayerNorm', 'ffn_norm': 'intermediate.LayerNorm'},
+        _BERT_TABLES | {'embeddings.norm': 'embeddings.LayerNorm', 'final_norm': 'LayerNorm'},
         {'head.transform': 'lm_head.dense', 'head.norm': 'lm_head.layer_norm', 'head': 'lm_head'}),
-    'megatron-bert': ('bert', ('attention.ln', 'ln'), {'final_norm': 'encoder.ln'}, _BERT_HEAD),
-    'bert': ('bert', ('attention.output.LayerNorm', 'output.LayerNorm'), {'embeddings.norm': 'embeddings.LayerNorm'}, _BERT_HEAD),
+    'megatron-bert': ('bert', 'encoder.layer', _BERT_BLOCK | {'attention_norm': 'attention.ln', 'ffn_norm': 'ln'},
+        _BERT_TABLES | {'final_norm': 'encoder.ln'}, _BERT_HEAD),
+    'bert': ('bert', 'encoder.layer', _BERT_BLOCK | {'attention_norm': 'attention.output.LayerNorm', 'ffn_norm': 'output.LayerNorm'},
+        _BERT_TABLES | {'embeddings.norm': 'embeddings.LayerNorm'}, _BERT_HEAD),
+    'modernbert': ('model', 'layers', {'attention.qkv': 'attn.Wqkv', 'attention.out': 'attn.Wo', 'attention_norm': 'attn_norm', 'ffn_norm': 'mlp_norm',
+        'up': 'mlp.Wi', 'down': 'mlp.Wo'}, {'embeddings.word': 'embeddings.tok_embeddings', 'embeddings.norm': 'embeddings.norm', 'final_norm': 'final_norm'},
+        {'head.transform': 'head.dense', 'head.norm': 'head.norm', 'head': 'decoder'}),
 }
 
 def name_map(
     cfg: ModelConfig,  # shape of the network
 ) -> dict[str, str]:   # our module → the stock module
-    "Which of our modules goes by which stock name; the fused projection has a `{part}` for query, key, value"
-    prefix, (attention_norm, ffn_norm), outer, head = _FAMILIES[family(cfg)]
-    block = {'attention.qkv': 'attention.self.{part}', 'attention.out': 'attention.output.dense', 'attention_norm': attention_norm,
-             'ffn_norm': ffn_norm, 'up': 'intermediate.dense', 'down': 'output.dense'}
-    body = {f'embeddings.{a}': f'embeddings.{b}_embeddings' for a, b in (('word', 'word'), ('position', 'position'), ('segment', 'token_type'))}
-    body |= outer | {f'blocks.{i}.{a}': f'encoder.layer.{i}.{b}' for i in range(cfg.num_layers) for a, b in block.items()}
+    "Which of our modules goes by which stock name; a projection that is cut in three has `{part}` for query, key, value"
+    prefix, blocks, block, outer, head = _FAMILIES[family(cfg)]
+    body = outer | {f'blocks.{i}.{a}': f'{blocks}.{i}.{b}' for i in range(cfg.num_layers) for a, b in block.items()}
     return {a: f'{prefix}.{b}' for a, b in body.items()} | head
 
 # %% ../nbs/12_hub.ipynb #e1925eb2
@@ -64,9 +78,11 @@ def stock_state(
     names, out = name_map(cfg), {}
     for name, w in state.items():
         module, kind = name.rsplit('.', 1)
-        if module.endswith('qkv'): out |= {f'{names[module].format(part=p)}.{kind}': c.clone() for p, c in zip(_PARTS, w.chunk(3), strict=True)}
+        if '{part}' in names[module]: out |= {f'{names[module].format(part=p)}.{kind}': c.clone() for p, c in zip(_PARTS, w.chunk(3), strict=True)}
         elif module == 'embeddings.position': out[f'{names[module]}.{kind}'] = torch.cat([w.new_zeros(_position_offset(cfg), w.shape[1]), w])
         else: out[f'{names[module]}.{kind}'] = w
+    if not cfg.bias and family(cfg) != 'modernbert':
+        out |= {n[:-6] + 'bias': w.new_zeros(len(w)) for n, w in out.items() if n.endswith('.weight') and not n.endswith('_embeddings.weight')}
     return out
 
 def our_state(
@@ -78,12 +94,25 @@ def our_state(
     for name in MaskedLM(cfg, 1).state_dict():
         module, kind = name.rsplit('.', 1)
         theirs = f'{name_map(cfg)[module]}.{kind}'
-        if module.endswith('qkv'): out[name] = torch.cat([state[theirs.format(part=p)] for p in _PARTS])
+        if '{part}' in theirs: out[name] = torch.cat([state[theirs.format(part=p)] for p in _PARTS])
         elif module == 'embeddings.position': out[name] = state[theirs][_position_offset(cfg):]
         else: out[name] = state[theirs]
     return out
 
 # %% ../nbs/12_hub.ipynb #2e699cac
+def _bert_settings(cfg: ModelConfig) -> dict:
+    return dict(hidden_act='gelu', hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.attention_dropout, type_vocab_size=2,
+                layer_norm_eps=cfg.layer_norm_eps, max_position_embeddings=cfg.max_positions + _position_offset(cfg))
+
+def _modernbert_settings(cfg: ModelConfig) -> dict:
+    rope = lambda theta: dict(rope_type='default', rope_theta=theta)
+    kinds = ['sliding_attention' if cfg.window and i % cfg.global_every else 'full_attention' for i in range(cfg.num_layers)]
+    return dict(hidden_activation='gelu', classifier_activation='gelu', embedding_dropout=cfg.dropout, mlp_dropout=cfg.dropout,
+                attention_dropout=cfg.attention_dropout, norm_eps=cfg.layer_norm_eps, max_position_embeddings=cfg.max_positions,
+                attention_bias=cfg.bias, mlp_bias=cfg.bias, norm_bias=cfg.bias, classifier_bias=cfg.bias, decoder_bias=True,
+                local_attention=cfg.window or 128, global_attn_every_n_layers=cfg.global_every, layer_types=kinds,
+                rope_parameters=dict(full_attention=rope(cfg.rope_theta), sliding_attention=rope(cfg.local_rope_theta)))
+
 def stock_config(
     cfg: ModelConfig,         # shape of the network
     vocab_size: int,          # rows of the word table
@@ -91,25 +120,34 @@ def stock_config(
 ):                            # a transformers PretrainedConfig
     "The stock configuration of the same function"
     from transformers import AutoConfig
-    return AutoConfig.for_model(family(cfg), vocab_size=vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers,
-        num_attention_heads=cfg.num_heads, intermediate_size=cfg.intermediate_size, hidden_act='gelu', hidden_dropout_prob=cfg.dropout,
-        attention_probs_dropout_prob=cfg.attention_dropout, max_position_embeddings=cfg.max_positions + _position_offset(cfg),
-        type_vocab_size=2, initializer_range=cfg.initializer_range, layer_norm_eps=cfg.layer_norm_eps, tie_word_embeddings=True,
-        pad_token_id=special['pad'], bos_token_id=special['cls'], eos_token_id=special['sep'])
+    name = family(cfg)
+    settings = _modernbert_settings(cfg) | dict(cls_token_id=special['cls'], sep_token_id=special['sep']) if name == 'modernbert' else _bert_settings(cfg)
+    return AutoConfig.for_model(name, vocab_size=vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads, intermediate_size=cfg.intermediate_size, initializer_range=cfg.initializer_range, tie_word_embeddings=True,
+        pad_token_id=special['pad'], bos_token_id=special['cls'], eos_token_id=special['sep'], **settings)
 
-_OURS = {'roberta-prelayernorm': dict(norm='pre', embedding_norm=True), 'megatron-bert': dict(norm='pre', embedding_norm=False),
-         'bert': dict(norm='post', embedding_norm=True)}
+def _from_modernbert(stock) -> dict:
+    "The fields that its configuration has under other names"
+    local, rope = 'sliding_attention' in stock.layer_types, stock.rope_parameters
+    every = next((i for i, kind in enumerate(stock.layer_types) if i and kind == 'full_attention'), stock.num_hidden_layers)
+    return dict(max_positions=stock.max_position_embeddings, dropout=stock.mlp_dropout, attention_dropout=stock.attention_dropout, layer_norm_eps=stock.norm_eps,
+                bias=stock.norm_bias, window=stock.local_attention if local else 0, global_every=getattr(stock, 'global_attn_every_n_layers', every),
+                rope_theta=rope['full_attention']['rope_theta'], local_rope_theta=rope['sliding_attention']['rope_theta'])
 
 def our_config(
     stock,           # a transformers PretrainedConfig
 ) -> ModelConfig:
     "The shape of our model for a stock configuration; raises `UsageError` for an architecture that is not ours"
     if stock.model_type not in _OURS: raise UsageError(f'a {stock.model_type} model cannot be read: known are {", ".join(_OURS)}')
-    if stock.hidden_act != 'gelu': raise UsageError(f'hidden_act={stock.hidden_act} cannot be read: only gelu is')
     cfg = ModelConfig(stock.num_hidden_layers, stock.hidden_size, stock.num_attention_heads, stock.intermediate_size, **_OURS[stock.model_type],
-        max_positions=1, dropout=stock.hidden_dropout_prob, attention_dropout=stock.attention_probs_dropout_prob,
-        layer_norm_eps=stock.layer_norm_eps, initializer_range=stock.initializer_range)
-    return ModelConfig(**asdict(cfg) | dict(max_positions=stock.max_position_embeddings - _position_offset(cfg)))
+                      initializer_range=stock.initializer_range)
+    if stock.model_type == 'modernbert': cfg, settings = replace(cfg, **_from_modernbert(stock)), _modernbert_settings
+    else: cfg, settings = replace(cfg, max_positions=stock.max_position_embeddings - _position_offset(cfg), dropout=stock.hidden_dropout_prob,
+                                  attention_dropout=stock.attention_probs_dropout_prob, layer_norm_eps=stock.layer_norm_eps), _bert_settings
+    for name, ours in settings(cfg).items():
+        theirs = getattr(stock, name, ours)
+        if 'dropout' not in name and theirs != ours: raise UsageError(f'{name}={theirs} cannot be read: only {ours} is')
+    return cfg
 
 # %% ../nbs/12_hub.ipynb #b4c81927
 def to_stock(
@@ -161,6 +199,7 @@ def export_run(
     if padded_vocab(len(tok)) != info['vocab_size']:
         raise CramlitError(f"the tokenizer in {tokenizer} has {len(tok)} entries, the model of {run} {info['vocab_size']}: they do not belong together")
     tok.model_max_length = recipe.model.max_positions
+    if recipe.model.position == 'rotary': tok.model_input_names = ['input_ids', 'attention_mask']  # there are no segments
     tmp = to.with_name(f'.{to.name}.tmp')
     shutil.rmtree(tmp, ignore_errors=True)
     try:

@@ -19,7 +19,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from .config import CramlitError, Recipe, UsageError, recipe_hash, unknown
 from .distributed import Gradients
+from .masking import count_predictions
 from .model import MaskedLM
+from .ops import Dropout
 from .optim import make_optimizer
 from .results import read_rows, result_row
 from .tokenizer import padded_vocab
@@ -31,9 +33,10 @@ def forward_flops(
 ) -> dict[str, float]:  # operations a token, by part
     "The forward pass of one token, line by line"
     m, S = recipe.model, recipe.packing.seq_len
-    L, H, I, predicted = m.num_layers, m.hidden_size, m.intermediate_size, recipe.masking.max_predictions/S
-    return {'queries, keys, values': L*2*3*H*H, 'scores and weighted sum': L*2*2*S*H, 'attention output': L*2*H*H, 'feed-forward': L*2*2*H*I,
-            'head, transformation': predicted*2*H*H, 'head, words': predicted*2*H*vocab_size}
+    L, H, I, p = m.num_layers, m.hidden_size, m.intermediate_size, int(count_predictions(S, recipe.masking))/S
+    layers = L - 1 + p  # the last one works for the predicted tokens only, apart from keys and values
+    return {'queries, keys, values': (layers + 2*L)*2*H*H, 'scores and weighted sum': layers*2*2*S*H, 'attention output': layers*2*H*H,
+            'feed-forward': layers*2*(3 if m.ffn == 'geglu' else 2)*H*I, 'head, transformation': p*2*H*H, 'head, words': p*2*H*vocab_size}
 
 def training_flops(
     recipe: Recipe,
@@ -43,13 +46,13 @@ def training_flops(
     return 3*sum(forward_flops(recipe, vocab_size).values())
 
 # %% ../nbs/15_plan.ipynb #3cbc8413
-class _Dropout(nn.Dropout):
+class _Dropout(Dropout):
     "Dropout as GPUs do it: what is kept for the backward pass is one byte for each number"
     def forward(self, x): return torch.native_dropout(x, self.p, self.training)[0]
 
 def _replace_dropout(module: nn.Module):
     for name, child in module.named_children():
-        if type(child) is nn.Dropout: setattr(module, name, _Dropout(child.p))
+        if type(child) is Dropout: setattr(module, name, _Dropout(child.p))
         else: _replace_dropout(child)
 
 PARTS = dict(PARAM='weights', GRAD='gradients', OPT='moments', ACT='activations', TEMP='temporary', BUFFER='buffers', OTH='other')
@@ -62,7 +65,7 @@ def peak_memory(
     dtype: torch.dtype = torch.float16,  # of the products
 ) -> dict[str, int]:         # bytes of each part at the moment when all of it is most
     "What one process needs for a training step; no device is touched"
-    S, K = recipe.packing.seq_len, recipe.masking.max_predictions
+    S, K = recipe.packing.seq_len, int(count_predictions(recipe.packing.seq_len, recipe.masking))
     with FakeTensorMode():
         model = MaskedLM(replace(recipe.model, attention_dropout=0.), vocab_size)
         _replace_dropout(model)

@@ -26,7 +26,7 @@ from .packing import Data
 from .precision import Precision
 from .results import result_row
 from .tokenizer import load_tokenizer
-from .train import loss_of
+from .step import loss_of
 
 # %% ../nbs/16a_savings.ipynb #4d57a5e7
 class DenseHead(nn.Module):

@@ -7,7 +7,7 @@ __all__ = ['SCALES', 'Finetune', 'Trials', 'Scale', 'get_scale', 'get_recipe', '
 
 # %% ../nbs/00b_scales.ipynb #d563c6ac
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .config import RECIPES, Recipe, override, unknown, validate
 
@@ -44,6 +44,7 @@ class Scale:
     "How much of a recipe to run"
     name: str
     overrides: tuple[str, ...] = ()  # what shrinks
+    own: dict[str, tuple[str, ...]] = field(default_factory=dict)  # recipe → what is different for it alone, applied after `overrides`
     budget: float = 24*3600.  # seconds of pretraining, validation and saving included
     steps: int = 0            # optimiser steps instead of seconds; 0 = by the clock
     processes: int = 0        # that train together; 0 = one for each GPU, one on a CPU
@@ -66,6 +67,8 @@ SCALES = {s.name: s for s in (
     Scale('laptop', _SMALL + ('tokenizer.vocab_size=4096', 'packing.seq_len=32', 'model.num_layers=2', 'model.hidden_size=128',
           'model.num_heads=2', 'model.intermediate_size=512', 'model.max_positions=128', 'batch.global_batch_size=128', 'batch.micro_batch_size=128',
           'validation.every=0.05', 'validation.max_sequences=2048'),
+          own={'modern': ('packing.seq_len=64', 'model.num_layers=3', 'model.hidden_size=192', 'model.num_heads=3', 'batch.global_batch_size=64',
+                          'batch.micro_batch_size=64')},
           budget=360., processes=1, suite='stand-in', finetune=Finetune((8,), (32,), (3e-4, 1e-3), 3, max_length=64, max_train=1000, max_eval=1000),
           trials=Trials(30., 0, ('validation.every=0.2', 'validation.max_sequences=512', 'validation.stop_loss=6.6', 'validation.stop_after=0.5'),
                         (32, 64, 128), (1e-3, 2e-3, 4e-3), (0., .06),
@@ -73,6 +76,7 @@ SCALES = {s.name: s for s in (
           shapes=('batch.micro_batch_size=4',)),
     Scale('gpu', ('model.num_layers=12', 'model.hidden_size=768', 'model.num_heads=12', 'model.intermediate_size=3072', 'batch.micro_batch_size=256',
                   'validation.stop_loss=0'),
+          own={'modern': ('model.intermediate_size=2048',), 'cramming': ('model.num_layers=16', 'model.intermediate_size=1536')},
           budget=3600., processes=1, finetune=Finetune((3, 5), (32,), (5e-5, 8e-5), 3),
           trials=Trials(600., 0, ('validation.stop_loss=7.5', 'validation.stop_after=0.5'), (1024, 2048, 4096), warmups=(0., .06))),
     _PAPER,
@@ -89,13 +93,14 @@ def get_scale(
     return SCALES[name]
 
 def get_recipe(
-    name: str,                        # 24hbert | bert-base | bert-large
+    name: str,                        # 24hbert | bert-base | bert-large | modern | cramming | mosaicbert
     scale: str = 'paper',             # how much of it
     overrides: Iterable[str] = (),    # applied last, so that the user has the last word
 ) -> Recipe:
     "A named recipe at a scale, with overrides, checked; raises `UsageError`"
     if name not in RECIPES: raise unknown('recipe', name, RECIPES)
-    return validate(override(RECIPES[name], (*get_scale(scale).overrides, *overrides)))
+    s = get_scale(scale)
+    return validate(override(RECIPES[name], (*s.overrides, *s.own.get(name, ()), *overrides)))
 
 def get_shape(
     name: str,    # bert-base | bert-large

@@ -10,7 +10,7 @@ from cramlit.precision import Precision
 from cramlit.results import provenance
 from cramlit.savings import DenseHead, saving_rows, text_batches, without
 from cramlit.tables import shown, table1, table2, write_table1
-from cramlit.train import loss_of
+from cramlit.step import loss_of
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')

@@ -9,12 +9,15 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from cramlit.command import main
 from cramlit.config import CramlitError, Model, UsageError
-from cramlit.hub import export_run, family, from_stock, load_run, to_stock
+from cramlit.hub import export_run, family, from_stock, load_run, our_config, to_stock
 from cramlit.model import MaskedLM
 from cramlit.train import pretrain
 
 SPECIAL = dict(pad=0, cls=2, sep=3)
-SHAPES = {'roberta-prelayernorm': dict(norm='pre', embedding_norm=True), 'megatron-bert': dict(norm='pre', embedding_norm=False), 'bert': dict(norm='post')}
+ROTARY = dict(first_norm=False, position='rotary', ffn='geglu', rope_theta=500.)
+SHAPES = [('roberta-prelayernorm', dict(norm='pre', embedding_norm=True)), ('megatron-bert', dict(norm='pre', embedding_norm=False)), ('bert', dict(norm='post')),
+          ('modernbert', dict(bias=False, **ROTARY)), ('modernbert', dict(bias=True, **ROTARY)),
+          ('modernbert', dict(window=4, local_rope_theta=50., bias=False, **ROTARY)), ('modernbert', dict(window=6, global_every=2, **ROTARY))]
 
 
 def shaken(model):
@@ -25,9 +28,9 @@ def shaken(model):
     return model.eval()
 
 
-@pytest.mark.parametrize('name', SHAPES)
-def test_logits_equal_the_stock_class_with_padding_and_both_ways(name):
-    cfg = Model(3, 32, 4, 64, max_positions=20, **SHAPES[name])
+@pytest.mark.parametrize('name, parts', SHAPES)
+def test_logits_equal_the_stock_class_with_padding_and_both_ways(name, parts):
+    cfg = Model(3, 32, 4, 64, max_positions=20, **parts)
     ours = shaken(MaskedLM(cfg, 64))
     stock = to_stock(ours, cfg, SPECIAL)
     assert family(cfg) == name == stock.config.model_type
@@ -39,6 +42,28 @@ def test_logits_equal_the_stock_class_with_padding_and_both_ways(name):
         assert (a - b)[mask].abs().max() < 1e-4 and a[mask].std() > .1
         back, cfg2 = from_stock(stock)
         assert cfg2 == cfg and all(torch.equal(x, y) for x, y in zip(ours.state_dict().values(), back.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize('parts', [dict(norm='pre'), dict(norm='pre', embedding_norm=False), dict(norm='post')])
+def test_a_network_without_biases_leaves_with_zeros(parts):
+    cfg = Model(2, 32, 4, 64, max_positions=20, bias=False, **parts)
+    ours, ids = shaken(MaskedLM(cfg, 64)), torch.arange(5, 25)[None]
+    with torch.no_grad(): assert (ours.logits(ids, None) - to_stock(ours, cfg, SPECIAL)(input_ids=ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('changed, says', [
+    (dict(layer_types=['full_attention', 'full_attention', 'sliding_attention']), 'layer_types'), (dict(norm_bias=True), 'attention_bias=False'),
+    (dict(hidden_activation='relu'), 'hidden_activation=relu'), (dict(decoder_bias=False), 'decoder_bias=False'), (dict(mlp_bias=True), 'mlp_bias=True'),
+])
+def test_a_modernbert_that_is_not_ours_is_refused(changed, says):
+    from transformers import AutoConfig
+    stock = AutoConfig.for_model('modernbert', vocab_size=64, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, pad_token_id=0, **changed)
+    with pytest.raises(UsageError, match=says): our_config(stock)
+
+
+@pytest.mark.parametrize('parts', [dict(ffn='geglu'), dict(position='rotary'), dict(first_norm=False), dict(norm='post', **ROTARY), dict(embedding_norm=False, **ROTARY)])
+def test_a_network_without_a_twin_is_refused(parts):
+    with pytest.raises(UsageError, match='no stock class of transformers computes this network'): family(Model(**parts))
 
 
 @pytest.fixture(scope='module')

@@ -2,9 +2,14 @@
 import json
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cramlit.command import main
 from cramlit.config import UsageError, recipe_hash
+from cramlit.model import MaskedLM
 from cramlit.plan import CARDS, peak_memory, plan, room_for, training_flops
 from cramlit.scales import get_recipe
 
@@ -71,11 +76,26 @@ def test_the_micro_batch_shares_out_the_global_batch():
     with pytest.raises(UsageError, match='cannot be shared out among 5 cards'): value(gpus=5)
 
 
-def test_operations_by_hand():
-    recipe = get_recipe('24hbert', 'laptop', ['model.num_layers=1', 'model.hidden_size=4', 'model.num_heads=1', 'model.intermediate_size=8',
-                                              'packing.seq_len=16', 'masking.max_predictions=4'])
-    layer = 2*3*16 + 2*2*16*4 + 2*16 + 2*2*4*8
-    assert training_flops(recipe, 100) == pytest.approx(3*(layer + .25*(2*16 + 2*4*100)))
+@pytest.mark.parametrize('name, matrices', [('24hbert', 2), ('modern', 3)])
+def test_operations_by_hand(name, matrices):
+    recipe = get_recipe(name, 'laptop', ['model.num_layers=2', 'model.hidden_size=4', 'model.num_heads=1', 'model.intermediate_size=8',
+                                         'packing.seq_len=16', 'masking.rate=0.25', 'masking.max_predictions=9'])
+    rest = 2*16 + 2*2*16*4 + 2*16 + 2*matrices*4*8  # queries, attention, its output, feed-forward: for all tokens, then for a quarter of them
+    assert training_flops(recipe, 100) == pytest.approx(3*(2*2*2*16 + 1.25*rest + .25*(2*16 + 2*4*100)))
+
+
+@pytest.mark.parametrize('name, settings', [('24hbert', []), ('bert-base', []), ('modern', []), ('modern', ['model.window=8']), ('cramming', ['model.num_layers=1'])])
+def test_operations_as_torch_counts_them(name, settings):
+    recipe = get_recipe(name, 'tiny', settings)
+    ids, positions = torch.zeros(2, 32, dtype=torch.int64), torch.zeros(2, round(32*recipe.masking.rate), dtype=torch.int64)
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        MaskedLM(recipe.model, 128)(ids, None, positions, positions).backward()
+    assert counter.get_total_flops()/2/32 == pytest.approx(training_flops(recipe, 128))
+
+
+def test_a_plan_of_the_modern_recipe():
+    rows = {r['metric']: r['value'] for r in plan(get_recipe('modern'), 8, card=CARDS['titan-v'])}
+    assert 3.2e8 < rows['parameters'] < 3.5e8 and rows['micro_batch_size'] >= 16
 
 
 def test_every_card_has_a_source():
