@@ -65,8 +65,7 @@ def pretrain(
     from cramlit.hub import export_all
     from cramlit.schedule import run_length
     from cramlit.start import start_from
-    from cramlit.train import pretrain as train
-    from cramlit.train import pretrain_in
+    from cramlit.train import pretrain as train, pretrain_in
     settings = [*(Override or []), *([f'seed={seed}'] if seed is not None else [])]
     r, weights = start_from(init, data, get_recipe(recipe, scale), settings) if init else (get_recipe(recipe, scale, settings), None)
     s = get_scale(scale)
@@ -232,8 +231,7 @@ def export(
     json: bool = False,     # one JSON object a line on standard output
 ) -> list[dict]:
     "Make a folder of a run to give away, and send it to the hub"
-    from cramlit.share import give
-    from cramlit.share import push as send
+    from cramlit.share import give, push as send
     folder = give(run, to, scores, push)
     print(send(folder, push, private) if push else folder, file=sys.stderr)
     return [result_row('files_written', len(list(folder.iterdir())), 'files', stage='export', sent_to=push)]

@@ -108,7 +108,11 @@ def test_weights_without_the_head_are_refused(auto, tmp_path):
 
 def test_a_network_that_ours_does_not_compute_is_refused(tmp_path):
     stock('bert', tmp_path/'bert', type_vocab_size=1)
-    with pytest.raises(CramlitError, match='have no place in our network'): load_weights(tmp_path/'bert', 128)
+    with pytest.raises(CramlitError, match='type_vocab_size=1 cannot be read|have no place in our network'): load_weights(tmp_path/'bert', 128)
+    stock('bert', tmp_path/'other')
+    config = tmp_path/'other'/'config.json'
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(intermediate_size=48)))
+    with pytest.raises(CramlitError, match='other cannot be loaded'): load_weights(tmp_path/'other', 128)
     stock('roberta-prelayernorm', tmp_path/'roberta', pad_token_id=1)
     with pytest.raises(CramlitError, match='does not compute'): load_weights(tmp_path/'roberta', 128)
 
