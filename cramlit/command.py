@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Needed', 'Settings', 'SHAPES', 'COMMANDS', 'prepare', 'given_up', 'finish', 'pretrain', 'glue', 'plan', 'search',
-           'bench', 'watch', 'verify', 'torture', 'reproduce', 'report', 'run_command', 'main']
+           'bench', 'watch', 'verify', 'torture', 'reproduce', 'report', 'export', 'run_command', 'main']
 
 # %% ../nbs/19_command.ipynb #9e0c00e4
 import json, os, sys
@@ -25,13 +25,16 @@ def prepare(
     source: Annotated[str, {'nargs': '+'}] = None,  # enwik8, hub:NAME[:CONFIG], or files and folders (.txt .jsonl .jsonl.gz .parquet); default: the recipe's
     recipe: str = '24hbert',  # 24hbert | bert-base | bert-large
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
+    init: str = '',           # folder of a stock model to go on from later: its tokenizer and its shape count
     out: Needed = None,       # folder to make
     Override: Settings = None,  # change one setting, such as -o packing.seq_len=64
     json: bool = False,       # one JSON object a line on standard output
 ) -> list[dict]:
     "Turn text into a tokenizer and token shards"
     from cramlit.packing import prepare as pack
-    r = get_recipe(recipe, scale, [*([f'corpus.source={os.pathsep.join(source)}'] if source else []), *(Override or [])])
+    from cramlit.start import recipe_from
+    settings = [*([f'corpus.source={os.pathsep.join(source)}'] if source else []), *(Override or [])]
+    r = recipe_from(init, get_recipe(recipe, scale), settings) if init else get_recipe(recipe, scale, settings)
     manifest = pack(r, Path(out))
     ids = dict(stage='prepare', recipe=r.name, scale=scale)
     counts = [result_row(f'{split}_{k}', manifest['splits'][split][k], k, **ids) for split in ('train', 'validation') for k in ('rows', 'tokens')]
@@ -61,6 +64,7 @@ def pretrain(
     recipe: str = '24hbert',  # 24hbert | bert-base | bert-large
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
     data: Needed = None,      # folder made by `cramlit prepare`
+    init: str = '',           # folder of a stock model to go on from; default: random weights
     out: Needed = None,       # folder of the run; an interrupted run there is continued
     budget: str = '',         # time to train: 90s, 6m, 24h; default: the scale's
     steps: int = 0,           # optimiser steps instead of time
@@ -72,22 +76,23 @@ def pretrain(
 ) -> list[dict]:
     "Train a recipe for a budget, and save it as a stock transformers model in OUT/model, with OUT/report.html"
     from cramlit.distributed import processes
-    from cramlit.hub import export_all, family
-    from cramlit.schedule import parse_budget
+    from cramlit.hub import family
+    from cramlit.schedule import run_length
+    from cramlit.start import start_from
     from cramlit.track import check_tracker
     from cramlit.train import pretrain as train
     from cramlit.train import pretrain_in
     check_tracker(track)
-    r, s = get_recipe(recipe, scale, [*(Override or []), *([f'seed={seed}'] if seed is not None else [])]), get_scale(scale)
+    settings = [*(Override or []), *([f'seed={seed}'] if seed is not None else [])]
+    r, weights = start_from(init, data, get_recipe(recipe, scale), settings) if init else (get_recipe(recipe, scale, settings), None)
     family(r.model)  # raises when there is no stock model to save it as
-    if budget and steps: raise UsageError('give --budget or --steps, not both')
-    if steps < 0: raise UsageError(f'--steps {steps}: expected a number above zero')
-    seconds, steps = (parse_budget(budget), 0) if budget else (0., steps) if steps else (s.budget, s.steps)
+    s = get_scale(scale)
+    seconds, steps = run_length(budget, steps, s)
     rank, size = processes(nproc or s.processes)
-    given = dict(recipe=recipe, scale=scale, data=data, out=out, budget=budget, steps=steps, seed=seed, track=track)
+    given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=steps, seed=seed, track=track)
     options = [x for k, v in given.items() if v not in ('', None) for x in (f'--{k}', str(v))] + [x for o in Override or [] for x in ('-o', o)]
     if rank is None: rows = pretrain_in(size, options, r, data, out, seconds, steps, scale)
-    else: rows = train(r, data, out, seconds, steps, scale, track)
+    else: rows = train(r, data, out, seconds, steps, scale, track, weights)
     return [] if rank else finish(out, data, rows)
 
 def glue(
@@ -97,11 +102,15 @@ def glue(
     tasks: str = '',          # a,b: only these; default: all of the suite
     seeds: int = 0,           # seeds a configuration; default: the scale's
     scale: str = 'laptop',    # whose fine-tuning grid: tiny | laptop | gpu | paper
+    submit: str = '',         # zip of answers to the test sets to write, for the benchmark's server; only all of the suite glue
     out: Needed = None,       # folder for predictions and rows; finished jobs there are not run again
     json: bool = False,       # one JSON object a line on standard output
 ) -> list[dict]:
     "Fine-tune a model on every task, beside baselines and the same network from scratch"
     from cramlit.protocol import evaluate
+    from cramlit.submit import submit as answer
+    if submit and (suite != 'glue' or tasks): raise UsageError('--submit takes all tasks of GLUE: give --suite glue and no --tasks')
+    if submit: return answer(model, out, get_scale(scale), submit, glue_dir, seeds)
     return evaluate(model, out, get_scale(scale), suite, glue_dir, [t.strip() for t in tasks.split(',') if t.strip()], seeds)
 
 # %% ../nbs/19_command.ipynb #72912ce2
@@ -135,6 +144,7 @@ def search(
     budget: str = '',         # time for each trial: 90s, 6m, 24h; default: the scale's
     data: str = '',           # folder made by `cramlit prepare`; default: made in OUT/data
     nproc: int = 0,           # processes a trial; default: the scale's, else one for each GPU, one on a CPU
+    glue_dir: str = '',       # local copy of GLUE, parquet or TSV; default: the hub
     out: Needed = None,       # folder for the trials; finished ones are not run again
     json: bool = False,       # one JSON object a line on standard output
 ) -> list[dict]:
@@ -143,7 +153,7 @@ def search(
     from cramlit.schedule import parse_budget
     from cramlit.search import search as run
     from cramlit.tables import write_table3
-    rows = run(recipe, scale, data, out, grid, parse_budget(budget) if budget else 0., nproc)
+    rows = run(recipe, scale, data, out, grid, parse_budget(budget) if budget else 0., nproc, glue_dir)
     for path in [*write_table3(rows, get_scale(scale).trials.tasks[0], Path(out)), *write_grid(rows, Path(out))]: print(path, file=sys.stderr)
     return rows
 
@@ -241,7 +251,21 @@ def report(
     from cramlit.gallery import report as write
     return [result_row('files_written', len(write(runs, out)), 'files', stage='report')]
 
-COMMANDS = {f.__name__: f for f in (prepare, pretrain, glue, reproduce, report, plan, search, bench, watch, verify, torture)}
+def export(
+    run: Needed = None,     # folder of a finished run
+    to: Needed = None,      # folder to make: stock files, tokenizer, model card
+    scores: str = '',       # rows of `cramlit glue`, or their folder; default: looked for in and beside the run
+    push: str = '',         # OWNER/NAME of a repository on the hub to send the folder to, made if missing
+    private: bool = False,  # the repository is not to be public
+    json: bool = False,     # one JSON object a line on standard output
+) -> list[dict]:
+    "Make a folder of a run to give away, and send it to the hub"
+    from cramlit.share import give, push as send
+    folder = give(run, to, scores, push)
+    print(send(folder, push, private) if push else folder, file=sys.stderr)
+    return [result_row('files_written', len(list(folder.iterdir())), 'files', stage='export', sent_to=push)]
+
+COMMANDS = {f.__name__: f for f in (prepare, pretrain, glue, export, reproduce, report, plan, search, bench, watch, verify, torture)}
 
 # %% ../nbs/19_command.ipynb #969d2d3d
 def _usage() -> str:

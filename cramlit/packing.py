@@ -27,7 +27,7 @@ from .tokenizer import load_tokenizer, padded_vocab, special_ids, train_tokenize
 # %% ../nbs/03_packing.ipynb #35c48dd2
 _ABBREVIATIONS = ('mr mrs ms dr prof st sr jr vs etc no vol fig approx ca cf gen col sgt lt capt rev hon gov sen rep inc ltd co corp dept univ '
                   'jan feb mar apr jun jul aug sep sept oct nov dec e.g i.e b c d r p pp').split()
-_END = re.compile(r'(?<=[.!?])(["\')\]]*)\s+(?=["\'(\[]?[A-Z0-9])|\n+')
+_END = re.compile(r'(?<=[.!?])(["\')\]]*)\s+(?=["\'(\[«„¿¡]?[^\W_a-z])|(?<=[。！？])(?=[^\s”」』）])|\n+')
 _NO_END = re.compile(rf'(?:^|[\s(])(?:{"|".join(map(re.escape, _ABBREVIATIONS))}|[A-Z])\.$', re.I)
 
 def sentences(
@@ -37,7 +37,7 @@ def sentences(
     out, start = [], 0
     for m in _END.finditer(text):
         piece = text[start:m.end(1) if m[1] is not None else m.start()]
-        if '\n' not in m[0] and _NO_END.search(piece[-12:]): continue
+        if '\n' not in m[0] and (_NO_END.search(piece[-12:]) or text[m.end():m.end()+2].lstrip('"\'([«„¿¡')[:1].islower()): continue
         out.append(piece.strip()); start = m.end()
     return [s for s in [*out, text[start:].strip()] if s]
 

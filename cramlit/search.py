@@ -18,10 +18,11 @@ import torch
 from joblib import delayed
 
 from .config import Recipe, UsageError, digest, recipe_hash, unknown
+from .finetune import check_length
 from .hub import export_all
 from .loader import rank_slice
 from .packing import prepare
-from .protocol import check_length, jobs, load_tasks, run_grid, side_by_side, twice
+from .protocol import jobs, load_tasks, run_grid, side_by_side, twice
 from .results import read_rows, result_row, write_rows
 from .scales import Trials, get_recipe, get_scale
 from .train import pretrain, pretrain_in
@@ -112,6 +113,7 @@ class Study:
     data: Path    # prepared text
     trials: Trials
     nproc: int    # processes a trial
+    glue_dir: str = ''  # a local copy of GLUE; empty: the hub
 
 def train_trial(
     trial: Trial,
@@ -146,8 +148,8 @@ def trial_rows(
     mine = [result_row(r['metric'], r['value'], r['unit'], **ids) for r in rows]
     model = export_all(folder/'run', study.data/'tokenizer')
     if rows[0]['stopped']: return mine
-    check_length(model, t.finetune)
-    tasks = load_tasks(get_scale(trial.scale).suite, list(t.tasks)) if t.tasks else []
+    check_length(model, t.finetune.max_length)
+    tasks = load_tasks(get_scale(trial.scale).suite, list(t.tasks), study.glue_dir) if t.tasks else []
     work = [job for task in tasks for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',))]
     scores = [r for r in run_grid(model, tasks, work, folder, {}) if r['metric'] == 'headline']
     return mine + [result_row('headline', r['value'], '%', **ids, task=r['task']) for r in scores]
@@ -172,13 +174,14 @@ def run_trials(
     out: str|Path,  # holds trials/NAME for each, and rows.jsonl of all
     t: Trials,
     nproc: int = 0, # processes a trial; 0 = one for each GPU, one on a CPU
+    glue_dir: str = '',  # a local copy of GLUE; empty: the hub
 ) -> list[dict]:    # rows of all trials
     "Run what has not been run; raises `UsageError` for settings that cannot be, `CramlitError` naming the trials that failed twice"
-    out, study = Path(out), Study(name, Path(data), t, nproc or max(1, torch.cuda.device_count()))
+    out, study = Path(out), Study(name, Path(data), t, nproc or max(1, torch.cuda.device_count()), glue_dir)
     for trial in trials: rank_slice(trial.recipe, 0, 0, study.nproc)  # can every batch be shared out?
     folders = [out/'trials'/digest([recipe_hash(trial.recipe), trial.seed, t.budget, t.steps]) for trial in trials]
     missing = [delayed(run_trial)(trial, study, f) for trial, f in zip(trials, folders, strict=True) if not (f/'rows.jsonl').exists()]
-    if missing and t.tasks: load_tasks(get_scale(trials[0].scale).suite, list(t.tasks))  # what cannot be had is missed before the first run
+    if missing and t.tasks: load_tasks(get_scale(trials[0].scale).suite, list(t.tasks), glue_dir)  # what cannot be had is missed before the first run
     side_by_side(missing, len(trials), 'trials', one_by_one=study.nproc > 1)
     rows = [row for f in folders for row in read_rows(f/'rows.jsonl')]
     write_rows(out/'rows.jsonl', rows)
@@ -216,6 +219,7 @@ def search(
     grid: str = '',      # other lists, as `parse_grid` reads them
     budget: float = 0.,  # seconds a trial; 0 = the scale's
     nproc: int = 0,      # processes a trial; 0 = the scale's, else one for each GPU, one on a CPU
+    glue_dir: str = '',  # a local copy of GLUE; empty: the hub
 ) -> list[dict]:         # rows of all trials, then of the best
     "The grid, from text to the best of each batch size"
     t = parse_grid(grid, get_scale(scale).trials)
@@ -223,7 +227,7 @@ def search(
     trials = grid_trials(base, scale, t)
     recipes = [trial.recipe for trial in trials]  # a bad value is found before the first run
     if not data: prepare(recipes[0], Path(out)/'data')
-    rows = run_trials(trials, 'grid', data or Path(out)/'data', out, t, nproc or get_scale(scale).processes)
+    rows = run_trials(trials, 'grid', data or Path(out)/'data', out, t, nproc or get_scale(scale).processes, glue_dir)
     lines = best(trial_table(rows), t.tasks[0]).to_dict('records')
     return rows + [result_row('best', line[line['best_by']], 'nats' if line['best_by'] == 'validation_loss' else '%', stage='search', recipe=base, scale=scale,
                               trial=line['trial'], best_by=line['best_by'], global_batch_size=line['global_batch_size']) for line in lines]

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import Interrupted, Recipe, UsageError
@@ -26,7 +26,7 @@ from .optim import make_optimizer
 from .packing import Data, open_data
 from .precision import Precision, choose_precision
 from .results import read_rows, write_rows
-from .run import Run, check_run, claim, count_skips, due, hopeless, keep_milestones, result_rows, resume, save
+from .run import Run, check_run, claim, count_skips, due, fingerprint, hopeless, keep_milestones, result_rows, resume, save
 from .schedule import Clock, lr_factor
 from .step import accumulate, loss_of, micro_step, predictions, update
 from .track import watched
@@ -165,10 +165,11 @@ def pretrain(
     steps: int = 0,       # optimiser steps instead; the clock is not asked then
     scale: str = '',      # for the record
     track: str = '',      # trackio | tensorboard | wandb: a tracker that sees the log too
+    weights: dict[str, Tensor]|None = None,  # to start from, as `MaskedLM` names them; None = random ones
 ) -> list[dict]:          # result rows, also in out/rows.jsonl
     "Train a recipe for a budget, or go on where an interrupted run stopped; a finished run is not run again"
     with join_world() as world:
-        run = Run(recipe, open_data(data), Path(out), Clock(budget, steps), scale, world)
+        run = Run(recipe, open_data(data), Path(out), Clock(budget, steps), scale, world, init=fingerprint(weights) if weights else '')
         check_run(run)
         if world.main: claim(run)
         world.tell(0.)  # the others wait here until the folder is the run's own
@@ -177,6 +178,7 @@ def pretrain(
         if world.main: print(f'{recipe.name} on {world.size} × {world.device.type} in {str(precision.dtype)[6:]}: {precision.reason}', file=sys.stderr)
         torch.manual_seed(recipe.seed)
         model = MaskedLM(recipe.model, run.data.padded_vocab_size).to(world.device)
+        if weights: model.load_state_dict(weights)
         with watched(run, model, precision, track): rows = result_rows(run, train(run, model, precision), precision)
         if world.main: write_rows(run.out/'rows.jsonl', rows)
         return rows

@@ -9,8 +9,8 @@ from cramlit.plan import get_card, plan
 from cramlit.precision import Precision
 from cramlit.results import provenance
 from cramlit.savings import DenseHead, saving_rows, text_batches, without
-from cramlit.tables import shown, table1, table2, write_table1
 from cramlit.step import loss_of
+from cramlit.tables import shown, table1, table2, write_table1
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')

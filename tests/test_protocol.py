@@ -2,15 +2,19 @@
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from joblib import effective_n_jobs, parallel_config
 
 import cramlit.protocol as protocol
 from cramlit.command import main
-from cramlit.config import CramlitError
+from cramlit.config import CramlitError, UsageError
+from cramlit.finetune import check_length, classifier, collate, encode, load_parts
 from cramlit.gallery import report
 from cramlit.glue import Examples, Task
 from cramlit.hub import export_run
@@ -86,6 +90,54 @@ def test_a_failing_job_is_tried_twice_and_the_others_go_on(model, tmp_path, monk
     tried.clear()
     with parallel_config('threading', n_jobs=1), pytest.raises(CramlitError): run_jobs(work, model, ['bad', 'once', 'good'], tmp_path)
     assert tried == [7, 7]
+
+
+SMALL = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+STOCK = {  # architecture: settings, token id of padding, positions for text
+    'bert': (SMALL | dict(max_position_embeddings=48), 0, 48), 'distilbert': (dict(dim=32, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=48), 0, 48),
+    'electra': (SMALL | dict(embedding_size=16, max_position_embeddings=48), 0, 48), 'albert': (SMALL | dict(embedding_size=16, max_position_embeddings=48), 0, 48),
+    'roberta': (SMALL | dict(type_vocab_size=1, max_position_embeddings=50), 1, 48), 'roberta-prelayernorm': (SMALL | dict(max_position_embeddings=49), 0, 48),
+    'mpnet': (SMALL | dict(max_position_embeddings=50), 1, 48), 'deberta-v2': (SMALL | dict(max_position_embeddings=48), 0, 48),
+    'modernbert': (SMALL | dict(max_position_embeddings=48, global_attn_every_n_layers=1), 0, 48)}
+
+
+def stock_folder(name, folder):
+    "A small random model as stock transformers saves it, with a tokenizer whose padding token has the id that the model expects"
+    from transformers import AutoConfig, AutoModelForMaskedLM, BertTokenizerFast
+    settings, pad, _ = STOCK[name]
+    special = ['[CLS]', '[PAD]', '[SEP]', '[UNK]', '[MASK]'] if pad else ['[PAD]', '[CLS]', '[SEP]', '[UNK]', '[MASK]']
+    tok = BertTokenizerFast(vocab={w: i for i, w in enumerate([*special, 'the', 'old', 'river', 'stone', *map(str, range(10)), *(f'##{i}' for i in range(10))])})
+    ids = dict(pad_token_id=pad, bos_token_id=tok.cls_token_id, eos_token_id=tok.sep_token_id, cls_token_id=tok.cls_token_id, sep_token_id=tok.sep_token_id)
+    AutoModelForMaskedLM.from_config(AutoConfig.for_model(name, vocab_size=len(tok), **ids, **settings)).save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_any_stock_folder_is_fine_tuned_up_to_its_last_position(name, tmp_path):
+    folder, room = stock_folder(name, tmp_path/name), STOCK[name][2]
+    check_length(folder, room)
+    with pytest.raises(UsageError, match=f'has {room} positions'): check_length(folder, room + 1)
+    e = Examples(['the old river '*40, 'stone', 'the river']*4, ['the old stone '*40, 'old', 'the stone']*4, [0, 1, 1]*4)
+    task = Task('pairs', 2, ('accuracy',), e, {'validation': e})
+    grid = replace(GRID, max_length=room)
+    rows = run_suite(folder, [task], grid, 1, tmp_path/'out', IDS)
+    assert {r['variant'] for r in rows if r['metric'] == 'headline' and r['value'] is not None} == {'from-scratch', 'pretrained', 'majority', 'bag-of-words'}
+    _, tok = load_parts(folder)
+    network, encoded, device = classifier(folder, task, True, 0).eval(), encode(tok, e, room), torch.device('cpu')
+    with torch.no_grad():
+        alone, together = (network(**collate(encoded, np.array(i), tok.pad_token_id, device)).logits for i in ([1], [0, 1]))
+    assert max(map(len, encoded.columns['input_ids'])) == room and (alone[0] - together[1]).abs().max() < 1e-5  # padding changes nothing
+
+
+def test_a_tokenizer_without_padding_is_one_line(model, tmp_path, capsys):
+    shutil.copytree(model, tmp_path/'model')
+    for name in ('tokenizer_config.json', 'special_tokens_map.json'):
+        path = tmp_path/'model'/name
+        if not path.exists(): continue
+        kept = {k: v for k, v in json.loads(path.read_text()).items() if k != 'pad_token'}
+        path.write_text(json.dumps(kept | dict(tokenizer_class='PreTrainedTokenizerFast')))
+    assert main(['glue', '--model', str(tmp_path/'model'), '--out', str(tmp_path/'o')]) == 1 and 'no padding token' in capsys.readouterr().err
 
 
 def test_all_cores_work_unless_the_user_says_otherwise():

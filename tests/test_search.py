@@ -145,3 +145,11 @@ def test_best_is_the_lowest_loss_and_the_highest_score():
 
 def test_an_unknown_axis_is_a_usage_error():
     with pytest.raises(UsageError, match='axis of the grid'): parse_grid('size=1', TRIALS)
+
+
+def test_a_local_copy_of_glue_is_asked_for_before_the_first_run(text, data, tmp_path, monkeypatch):
+    def asked(suite, names, folder): raise CramlitError(f'{names} from {folder}')
+    monkeypatch.setattr(s, 'load_tasks', asked)
+    with pytest.raises(CramlitError, match=r"\['cola'\] from my/glue"):
+        run_trials(trials_of(text, (1e-3,)), 'grid', data, tmp_path, replace(TRIALS, tasks=('cola',)), glue_dir='my/glue')
+    assert not list(tmp_path.iterdir())

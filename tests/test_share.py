@@ -1,0 +1,198 @@
+"Models leave with a card, load without this package, and arrive at a stand-in for the hub; tokens stay out of sight"
+import base64
+import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from cramlit.command import main
+from cramlit.config import CramlitError
+from cramlit.hub import export_run, load_run
+from cramlit.results import result_row, write_rows
+from cramlit.share import give, push, weights_digest
+from cramlit.train import pretrain
+
+TOKEN = 'hf_ThisIsNoTokenOfAnybody'
+
+
+@pytest.fixture(scope='module')
+def run(recipe, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp('private folder')/'run'
+    pretrain(recipe, data, out, steps=3, scale='tiny')
+    export_run(out, data/'tokenizer', out/'model')
+    ids = dict(stage='glue', suite='glue', scale='tiny', aggregate='median', variant='pretrained', seeds=5, labels_from='human', spread_low=1., spread_high=3.)
+    rows = [result_row('matthews', 2., '%', **ids, weights=weights_digest(out/'model'), task='cola', split='validation'),
+            result_row('accuracy', 99., '%', **ids, weights='of another', task='sst2', split='validation')]
+    write_rows(out.parent/'glue'/'rows.jsonl', rows)
+    return out
+
+
+@pytest.fixture(scope='module')
+def gift(run, tmp_path_factory):
+    return give(run, tmp_path_factory.mktemp('given')/'gift')
+
+
+ALONE = '''
+import json, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'cramlit': raise ImportError('cramlit was asked for')
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+folder = sys.argv[1]
+tok, model = AutoTokenizer.from_pretrained(folder), AutoModelForMaskedLM.from_pretrained(folder).eval()
+batch = tok(['the river walks', 'a stone house sees the old green road'], return_tensors='pt', padding=True)
+with torch.no_grad(): logits = model(**batch).logits
+classes = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)(**batch).logits
+filled = pipeline('fill-mask', model=folder)(f'the {tok.mask_token} house')
+assert 'cramlit' not in sys.modules
+print(json.dumps(dict(ids=batch['input_ids'].tolist(), mask=batch['attention_mask'].tolist(), logits=logits.tolist(), classes=list(classes.shape), filled=len(filled))))
+'''
+
+
+def test_stock_transformers_loads_it_where_cramlit_cannot_be_imported(run, gift):
+    done = subprocess.run([sys.executable, '-I', '-c', ALONE, str(gift)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    ids, mask = torch.tensor(got['ids']), torch.tensor(got['mask']).bool()
+    with torch.no_grad(): ours = load_run(run)[0].logits(ids, mask)
+    assert (ours - torch.tensor(got['logits']))[mask].abs().max() < 1e-4
+    assert got['classes'] == [2, 3] and got['filled'] == 5
+
+
+def test_the_card_says_what_the_hub_expects_and_what_was_done(run, gift, recipe):
+    card = ModelCard.load(gift/'README.md')
+    assert card.data.library_name == 'transformers' and card.data.pipeline_tag == 'fill-mask' and 'roberta-prelayernorm' in card.data.tags
+    result, = card.data.eval_results
+    assert (result.dataset_type, result.dataset_config, result.metric_type, result.metric_value) == ('nyu-mll/glue', 'cola', 'matthews_correlation', 2.)
+    assert all(s in card.text for s in ('2.0 (1.0 – 3.0)', '[MASK]', 'name it here before you give the model away', 'Energy: not measured', '3 steps', 'optim.lr'))
+    assert 'sst2' not in card.text
+    write_rows(gift.parent/'other'/'rows.jsonl', [result_row('accuracy', 1., '%', stage='glue', aggregate='median', weights='of another')])
+    with pytest.raises(CramlitError, match='no scores of these weights'): give(run, gift, str(gift.parent/'other'))
+
+
+def test_no_folder_of_this_machine_leaves(run, gift, recipe):
+    assert str(recipe.corpus.source) in (run/'run.json').read_text()
+    for p in gift.iterdir():
+        if p.suffix in ('.json', '.md'): assert '/tmp' not in p.read_text() and 'private folder' not in p.read_text() and os.sep + 'text' not in p.read_text(), p.name
+    assert json.loads((gift/'cramlit.json').read_text())['recipe']['corpus']['source'] == 'text'
+
+
+def test_what_cannot_leave_is_one_line_and_nothing_is_lost(run, gift, tmp_path, recipe, data, capsys):
+    def export(*args): return main(['export', *map(str, args)]), capsys.readouterr().err
+    (tmp_path/'mine').mkdir(), (tmp_path/'mine'/'poem').write_text('a poem')
+    assert export('--run', run, '--to', tmp_path/'mine')[0] == 2 and (tmp_path/'mine'/'poem').read_text() == 'a poem'
+    assert export('--run', run, '--to', tmp_path/'mine'/'poem')[0] == 2
+    code, err = export('--run', tmp_path/'nowhere', '--to', tmp_path/'new')
+    assert code == 1 and 'is not a run' in err
+    pretrain(recipe, data, tmp_path/'bare', steps=1)
+    code, err = export('--run', tmp_path/'bare', '--to', tmp_path/'new')
+    assert code == 1 and 'bare/model, with the tokenizer, is missing' in err
+    (tmp_path/'bare'/'rows.jsonl').unlink()
+    code, err = export('--run', tmp_path/'bare', '--to', tmp_path/'new')
+    assert code == 1 and 'is not finished' in err and not (tmp_path/'new').exists()
+    before = (gift/'README.md').read_text()
+    (gift/'README.md').write_text(before + 'The text is mine.\n')
+    code, err = export('--run', run, '--to', gift)
+    assert code == 0 and 'left as it is' in err and 'The text is mine.' in (gift/'README.md').read_text() and not list(gift.parent.glob('.*'))
+    (gift/'README.md').unlink()
+    assert export('--run', run, '--to', gift)[0] == 0 and (gift/'README.md').read_text() == before
+
+
+class Hub(BaseHTTPRequestHandler):
+    "A stand-in for the hub, as far as an upload needs one"
+    def log_message(self, *args): pass
+
+    def answer(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for k, v in (('Content-Type', 'application/json'), ('Content-Length', str(len(data)))): self.send_header(k, v)
+        self.end_headers(); self.wfile.write(data)
+
+    def handle_one(self):
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        hub = self.server
+        hub.seen.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+        if hub.refuse: return self.answer(hub.refuse, dict(error=f"what you sent was {self.headers.get('Authorization')}"))
+        if self.path == '/api/repos/create': return self.answer(*(409 if hub.exists else 200, dict(url=f'{hub.url}/me/gift', id='me/gift')))
+        if self.path.startswith('/api/models/me/gift/preupload'):
+            files = [dict(path=f['path'], uploadMode='regular', shouldIgnore=False, oid=None) for f in json.loads(body)['files']]
+            return self.answer(200, dict(files=files))
+        if self.path.startswith('/api/models/me/gift/commit'):
+            return self.answer(200, dict(commitUrl=f'{hub.url}/me/gift/commit/1', commitOid='1', success=True, hookOutput=''))
+        if self.path == '/api/models/me/gift': return self.answer(200, dict(id='me/gift', private=hub.private, sha='0'))
+        if self.path == '/api/validate-yaml': return self.answer(200, dict(errors=[], warnings=[]))
+        self.answer(404, dict(error=f'{self.path} is not known here'))
+
+    do_GET = do_POST = handle_one
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    server.url, server.seen, server.refuse, server.exists, server.private = f'http://127.0.0.1:{server.server_port}', [], 0, False, False
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    yield server
+    server.shutdown(), server.server_close()
+
+
+def arrived(hub):
+    "Files of all commits"
+    lines = [json.loads(line) for _, path, _, body in hub.seen if '/commit/' in path for line in body.splitlines()]
+    return {x['value']['path']: base64.b64decode(x['value']['content']) for x in lines if x['key'] == 'file'}
+
+
+def hidden(hub, *texts):
+    "The token is in headers, and nowhere else"
+    for _, path, headers, body in hub.seen:
+        assert headers.pop('authorization') == f'Bearer {TOKEN}' and TOKEN not in path and TOKEN.encode() not in body and TOKEN not in str(headers)
+    return not any(TOKEN in t for t in texts)
+
+
+def test_all_files_arrive_and_the_token_is_in_the_header_only(gift, hub, caplog, capfd):
+    assert push(gift, 'me/gift', endpoint=hub.url) == f'{hub.url}/me/gift'
+    assert arrived(hub) == {p.name: p.read_bytes() for p in gift.iterdir()}
+    assert hub.seen and hidden(hub, caplog.text, *capfd.readouterr())
+    assert 'visibility' not in json.loads(hub.seen[0][3]) or json.loads(hub.seen[0][3])['visibility'] != 'private'
+
+
+def test_private_means_private(gift, hub):
+    hub.exists = True
+    with pytest.raises(CramlitError, match='there already and public'): push(gift, 'me/gift', private=True, endpoint=hub.url)
+    assert not arrived(hub)
+    hub.exists, hub.private = False, True
+    push(gift, 'me/gift', private=True, endpoint=hub.url)
+    asked = [json.loads(body) for _, path, _, body in hub.seen if path == '/api/repos/create']
+    assert all(a['visibility'] == 'private' for a in asked) and 'README.md' in arrived(hub)
+
+
+@pytest.mark.parametrize('status, says', [(401, 'does not accept the token'), (403, 'may not write there'), (418, 'status 418')])
+def test_a_refusal_is_one_line_without_the_token(gift, hub, status, says, caplog, capfd):
+    hub.refuse = status
+    with pytest.raises(CramlitError, match=says) as e: push(gift, 'me/gift', endpoint=hub.url)
+    assert e.value.__suppress_context__ and hidden(hub, str(e.value), caplog.text, *capfd.readouterr())
+
+
+def test_no_network_and_no_token(gift, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    with pytest.raises(CramlitError, match='cannot be reached') as e: push(gift, 'me/gift', endpoint='http://127.0.0.1:9')
+    assert TOKEN not in str(e.value)
+    monkeypatch.delenv('HF_TOKEN'); monkeypatch.setenv('HF_TOKEN_PATH', '/nowhere')
+    monkeypatch.setattr('huggingface_hub.get_token', lambda: None)
+    with pytest.raises(CramlitError, match='there is no token'): push(gift, 'me/gift')
+
+
+def test_the_command_sends(run, tmp_path, hub, monkeypatch, capfd):
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', hub.url)  # what HF_ENDPOINT says when the library is imported
+    code = main(['export', '--run', str(run), '--to', str(tmp_path/'gift'), '--push', 'me/gift', '--json'])
+    out, err = capfd.readouterr()
+    assert code == 0 and json.loads(out)['sent_to'] == 'me/gift' and f'{hub.url}/me/gift' in err and hidden(hub, out, err)
+    assert set(arrived(hub)) == {p.name for p in (tmp_path/'gift').iterdir()} and "model='me/gift'" in (tmp_path/'gift'/'README.md').read_text()
