@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHARD_ROWS', 'sentences', 'document_rows', 'stream_rows', 'write_shards', 'Rows', 'Data', 'open_data', 'verify',
-           'read_documents', 'tokenized_rows', 'unigram_cross_entropy', 'prepare']
+           'cut_at', 'encoded', 'read_documents', 'tokenized_rows', 'unigram_cross_entropy', 'prepare']
 
 # %% ../nbs/03_packing.ipynb #694adf1d
 import gzip, json, os, re, shutil, sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,10 +26,15 @@ from .results import atomic, sha256
 from .tokenizer import load_tokenizer, padded_vocab, special_ids, train_tokenizer
 
 # %% ../nbs/03_packing.ipynb #35c48dd2
-_ABBREVIATIONS = ('mr mrs ms dr prof st sr jr vs etc no vol fig approx ca cf gen col sgt lt capt rev hon gov sen rep inc ltd co corp dept univ '
-                  'jan feb mar apr jun jul aug sep sept oct nov dec e.g i.e b c d r p pp').split()
+_ABBREVIATIONS = frozenset(('mr mrs ms dr prof st sr jr vs etc no vol fig approx ca cf gen col sgt lt capt rev hon gov sen rep inc ltd co corp dept univ '
+                  'jan feb mar apr jun jul aug sep sept oct nov dec e.g i.e pp').split())
 _END = re.compile(r'(?<=[.!?])(["\')\]]*)\s+(?=["\'(\[«„¿¡]?[^\W_a-z])|(?<=[。！？])(?=[^\s”」』）])|\n+')
-_NO_END = re.compile(rf'(?:^|[\s(])(?:{"|".join(map(re.escape, _ABBREVIATIONS))}|[A-Z])\.$', re.I)
+
+def _abbreviated(piece: str) -> bool:
+    "Does it end in an abbreviation or an initial?"
+    if piece[-1] != '.': return False
+    word = piece[-12:-1].replace('(', ' ').split(' ')[-1].lower()
+    return word in _ABBREVIATIONS or len(word) == 1 and 'a' <= word <= 'z'
 
 def sentences(
     text: str,     # paragraphs separated by newlines
@@ -37,7 +43,7 @@ def sentences(
     out, start = [], 0
     for m in _END.finditer(text):
         piece = text[start:m.end(1) if m[1] is not None else m.start()]
-        if '\n' not in m[0] and (_NO_END.search(piece[-12:]) or text[m.end():m.end()+2].lstrip('"\'([«„¿¡')[:1].islower()): continue
+        if '\n' not in m[0] and (_abbreviated(piece) or text[m.end():m.end()+2].lstrip('"\'([«„¿¡')[:1].islower()): continue
         out.append(piece.strip()); start = m.end()
     return [s for s in [*out, text[start:].strip()] if s]
 
@@ -159,6 +165,37 @@ def verify(
     for f in chain.from_iterable(s['files'] for s in data.manifest['splits'].values()):
         if sha256(data.folder/f['name']) != f['sha256']: raise CramlitError(f"{data.folder/f['name']} does not match its checksum: run `cramlit prepare` again")
 
+# %% ../nbs/03_packing.ipynb #46298928
+def cut_at(
+    ids: list[int],
+    sep: int,
+) -> list[list[int]]:  # the pieces between
+    "Cut a list at each `sep`, which is in none of the pieces"
+    out, start = [], 0
+    for _ in range(ids.count(sep)):
+        end = ids.index(sep, start)
+        out.append(ids[start:end]); start = end + 1
+    return [*out, ids[start:]]
+
+def encoded(
+    docs: Iterable[Document],
+    tok,  # a fast tokenizer
+) -> Iterator[tuple[Document, list[list[int]]]]:
+    "Each document with the ids of its sentences; a few documents are tokenised on all cores while the next are read"
+    docs, rust = iter(docs), tok.backend_tokenizer
+    rust.no_truncation(); rust.no_padding()
+    def encode(texts):
+        whole = [f' {tok.sep_token} '.join(sentences) for sentences in texts]
+        return [cut_at(e.ids, tok.sep_token_id) for e in rust.encode_batch_fast(whole, add_special_tokens=False)]
+    with ThreadPoolExecutor(1) as pool:
+        before, job = [], pool.submit(list)
+        while True:
+            some = list(islice(docs, 128))
+            after = pool.submit(encode, [sentences(d.text) for d in some])
+            yield from zip(before, job.result(), strict=True)
+            if not some: return
+            before, job = some, after
+
 # %% ../nbs/03_packing.ipynb #b58cef6c
 def _spool(recipe: Recipe, tmp: Path, counts: Counter):
     "Write the clean documents, one JSON a line, training and held-out ones apart"
@@ -184,17 +221,11 @@ def tokenized_rows(
     total: int,         # documents, for the progress bar
     label: str,         # what the bar says
 ) -> Iterator[list[int]]:
-    "Token rows of documents; the tokenizer works on all cores, a few documents at a time"
-    docs, document = iter(tqdm(docs, label, total, unit=' documents', file=sys.stderr, mininterval=2)), recipe.packing.mode == 'document'
-    def encoded():
-        while some := list(islice(docs, 64)):
-            texts = [sentences(d.text) for d in some]
-            ids = iter(tok([s for t in texts for s in t], add_special_tokens=False, return_attention_mask=False, verbose=False)['input_ids'])
-            yield from ((d, list(islice(ids, len(t)))) for d, t in zip(some, texts, strict=True))
-    if document:
-        for d, pieces in encoded():
-            yield from document_rows(pieces, recipe.packing, make_key(recipe.seed, int(holdout_position(d.text)*2**53))[0])
-    else: yield from stream_rows((list(chain.from_iterable(p)) for _, p in encoded()), recipe.packing, tok.sep_token_id)
+    "Token rows of documents"
+    pieces = encoded(tqdm(docs, label, total, unit=' documents', file=sys.stderr, mininterval=2), tok)
+    if recipe.packing.mode == 'document':
+        for d, p in pieces: yield from document_rows(p, recipe.packing, make_key(recipe.seed, int(holdout_position(d.text)*2**53))[0])
+    else: yield from stream_rows((list(chain.from_iterable(p)) for _, p in pieces), recipe.packing, tok.sep_token_id)
 
 # %% ../nbs/03_packing.ipynb #0832e783
 def unigram_cross_entropy(
