@@ -9,6 +9,7 @@ __all__ = ['PARTS', 'ceiling', 'watch_memory', 'race', 'text_tokens', 'race_rows
 import ctypes, re, sys, threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 
 import psutil
@@ -66,7 +67,7 @@ def race(
         memory[name] = way.state() + grown[0]
     times = {name: [] for name in ways}
     for turn in range(turns):
-        for name, way in ways.items(): times[name].append(seconds(lambda way=way: way.step(turn), device))
+        for name, way in ways.items(): times[name].append(seconds(partial(way.step, turn), device))
         print(f'turn {turn + 1} of {turns}: ' + ', '.join(f'{n} {t[-1]:.3g} s' for n, t in times.items()), file=sys.stderr)
     return times, memory
 
@@ -99,13 +100,15 @@ def race_rows(
     row = lambda metric, values, unit, **more: result_row(metric, median(values), unit, **ids, **spread(values), **more)
     rows = [row('ceiling', [top], 'operations/s')]
     for name, ts in times.items():
-        rows += [row('tokens_per_second', [n/t for n, t in zip(tokens, ts, strict=True)], 'tokens/s', variant=name), row('ms_per_step', [1e3*t for t in ts], 'ms', variant=name),
-                 row('mfu', [n*training_flops(r, V)/t/top for n, t in zip(tokens, ts, strict=True)], 'of the ceiling', variant=name),
+        rates = [n/t for n, t in zip(tokens, ts, strict=True)]
+        rows += [row('tokens_per_second', rates, 'tokens/s', variant=name), row('ms_per_step', [1e3*t for t in ts], 'ms', variant=name),
+                 row('mfu', [rate*training_flops(r, V)/top for rate in rates], 'of the ceiling', variant=name),
                  row('peak_memory_bytes', [memory[name]], 'bytes', variant=name)]
         if name != 'ours': rows.append(row('time_of_ours', [t/o for t, o in zip(ts, times['ours'], strict=True)], 'times', variant=name))
     for peer in ('default', 'best'):
         rows.append(row(f'ratio_to_stock_{peer}', [t/o for t, o in zip(times[f'stock_{peer}'], times['ours'], strict=True)], 'times', variant='ours'))
-    return rows + [result_row('share_of_step', v, 'of the time', **ids, variant=n, part=part) for n in ('stock_default', 'ours') for part, v in shares(ways[n], device).items()]
+    return rows + [result_row('share_of_step', v, 'of the time', **ids, variant=n, part=part)
+                   for n in ('stock_default', 'ours') for part, v in shares(ways[n], device).items()]
 
 # %% ../nbs/16c_race.ipynb #b4d562c9
 PARTS = {  # the first whose pattern is found in an operation's name

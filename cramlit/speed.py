@@ -57,9 +57,10 @@ def write_race(
     "bench_SHAPE: table and figure"
     r, about = rows[0], {x['metric']: x for x in rows}
     shape = r['shape']
-    notes = [f"Ours against stock as documented: {about['ratio_to_stock_default']['value']:.2f} times as fast; against stock at its best ({r['stock_best'].replace('_', ' ')}): "
-             f"{about['ratio_to_stock_best']['value']:.2f} times. Medians of turns, lowest and highest in parentheses.",
-             f"Steps of {r['global_batch_size']} rows in micro-batches of {r['micro_batch_size']} ({DOCUMENTED} for stock as documented), dropout as in the recipe, products in "
-             f"{r['precision']}; MFU counts what is needed for text, against {about['ceiling']['value']/1e9:,.0f} GFLOP/s of one large product. Made by `cramlit bench --shape {shape}`."]
+    notes = [f"Ours against stock as documented: {about['ratio_to_stock_default']['value']:.2f} times as fast; against stock at its best "
+             f"({r['stock_best'].replace('_', ' ')}): {about['ratio_to_stock_best']['value']:.2f} times. Medians of turns, lowest and highest in parentheses.",
+             f"Steps of {r['global_batch_size']} rows in micro-batches of {r['micro_batch_size']} ({DOCUMENTED} for stock as documented), dropout as in the recipe, "
+             f"products in {r['precision']}; MFU counts what is needed for text, against {about['ceiling']['value']/1e9:,.0f} GFLOP/s of one large product. "
+             f"Made by `cramlit bench --shape {shape}`."]
     files = write_table(race_table(rows), folder/f'bench_{shape}', f'Training steps, shape {shape}.', notes, rows)
     return files + write_figure(figure_race(rows), folder/f'bench_{shape}', rows)

@@ -9,7 +9,7 @@ __all__ = ['DOCUMENTED', 'FULL', 'stock_flops', 'Way', 'state_bytes', 'whole_row
 # %% ../nbs/16b_ways.ipynb #840d3726
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -28,6 +28,7 @@ from .keyed import make_key
 from .loader import Batch, locate, rank_slice, train_batches
 from .masking import IGNORE, mask_rows
 from .model import MaskedLM, gather
+from .ops import summed_cross_entropy
 from .packing import Data
 from .precision import Precision, autocast, choose_precision
 from .savings import DenseHead, failure
@@ -51,7 +52,7 @@ class Way:
     micro: Callable[[Batch|dict], None]  # forward and backward pass of one of them
     finish: Callable[[], None]       # what follows the last
     state: Callable[[], int]         # bytes of weights, gradients and moments
-    around: Callable[[], object] = nullcontext  # a context that the step runs in
+    around: Callable[[], AbstractContextManager] = nullcontext  # a context that the step runs in
 
     def step(
         self,
@@ -182,7 +183,7 @@ def our_way(
     data: Data,
     batches: Callable[[Data, Recipe, int], list[Batch]] = lambda *args: list(train_batches(*args)),
     fused: bool = True,  # the optimiser
-    around: Callable[[], object] = nullcontext,
+    around: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Way:
     "A step as `train` takes it"
     r, grads, optimizer, form = parts.recipe, parts.grads, parts.optimizer, '' if around is nullcontext else 'eager'
