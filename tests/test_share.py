@@ -67,15 +67,15 @@ def test_stock_transformers_loads_it_where_cramlit_cannot_be_imported(run, gift)
     assert got['classes'] == [2, 3] and got['filled'] == 5
 
 
-def test_the_card_says_what_the_hub_expects_and_what_was_done(run, gift, recipe):
+def test_the_card_says_what_the_hub_expects_and_what_was_done(run, gift, tmp_path):
     card = ModelCard.load(gift/'README.md')
     assert card.data.library_name == 'transformers' and card.data.pipeline_tag == 'fill-mask' and 'roberta-prelayernorm' in card.data.tags
     result, = card.data.eval_results
     assert (result.dataset_type, result.dataset_config, result.metric_type, result.metric_value) == ('nyu-mll/glue', 'cola', 'matthews_correlation', 2.)
     assert all(s in card.text for s in ('2.0 (1.0 – 3.0)', '[MASK]', 'name it here before you give the model away', 'Energy: not measured', '3 steps', 'optim.lr'))
     assert 'sst2' not in card.text
-    write_rows(gift.parent/'other'/'rows.jsonl', [result_row('accuracy', 1., '%', stage='glue', aggregate='median', weights='of another')])
-    with pytest.raises(CramlitError, match='no scores of these weights'): give(run, gift, str(gift.parent/'other'))
+    write_rows(tmp_path/'other'/'rows.jsonl', [result_row('accuracy', 1., '%', stage='glue', aggregate='median', weights='of another')])
+    with pytest.raises(CramlitError, match='no scores of these weights'): give(run, tmp_path/'new', str(tmp_path/'other'))
 
 
 def test_no_folder_of_this_machine_leaves(run, gift, recipe):

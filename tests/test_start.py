@@ -17,7 +17,7 @@ from cramlit.start import load_weights, start_from
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 FAMILIES = {'bert': dict(max_position_embeddings=64), 'roberta-prelayernorm': dict(max_position_embeddings=65, type_vocab_size=2, pad_token_id=0),
-            'megatron-bert': dict(max_position_embeddings=64)}
+            'megatron-bert': dict(max_position_embeddings=64), 'modernbert': dict(max_position_embeddings=64, pad_token_id=0)}
 
 
 def stock(kind, folder, auto=AutoModelForMaskedLM, **more):
