@@ -165,6 +165,7 @@ SHAPES = {  # name → recipe, scale, and what a step is made of where it is tim
 def bench(
     shape: str = 'laptop',    # tiny | laptop | base | large
     turns: int = 5,           # steps that each way takes
+    brief: bool = False,      # stock and ours alone, nothing left out
     data: str = '',           # folder made by `cramlit prepare`; default: made in OUT/data of a part of the embedded text
     out: str = 'runs/bench',  # folder for rows, table and figure
     Override: Settings = None,  # change one setting, such as -o batch.micro_batch_size=32
@@ -182,7 +183,7 @@ def bench(
     name, scale, settings = SHAPES[shape]
     r = get_recipe(name, scale, ['corpus.source=enwik8', 'corpus.max_documents=2000', 'corpus.holdout=0.02', *settings, *(Override or [])])
     if not data: pack(r, Path(out)/'data'/shape)
-    rows = race_rows(r, open_data(data or Path(out)/'data'/shape), pick_device(), dict(scale=scale, shape=shape), turns)
+    rows = race_rows(r, open_data(data or Path(out)/'data'/shape), pick_device(), dict(scale=scale, shape=shape), turns, brief=brief)
     write_rows(Path(out)/f'bench_{shape}.jsonl', rows)
     for path in write_race(rows, Path(out)): print(path, file=sys.stderr)
     return rows

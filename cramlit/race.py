@@ -87,10 +87,12 @@ def race_rows(
     ids: dict,       # what identifies the rows
     turns: int = 5,
     compiled: bool = True,  # stock transformers compiled, too
+    brief: bool = False,    # ours whole, nothing left out
 ) -> list[dict]:
     "Stock and ours: tokens/s, milliseconds a step, memory, MFU, the ratios, and where the time goes"
     V, r = data.padded_vocab_size, recipe
-    ways = stock_ways(r, data, V, device, compiled) | our_ways(r, data, V, device)
+    ours = our_ways(r, data, V, device)
+    ways = stock_ways(r, data, V, device, compiled) | ({'ours': ours['ours']} if brief else ours)
     times, memory = race(ways, device, turns)
     best = min((n for n in ('stock_eager', 'stock_compiled') if n in times), key=lambda n: median(times[n]))
     times, memory, ways = ({'stock_best' if k == best else k: v for k, v in d.items()} for d in (times, memory, ways))
