@@ -220,6 +220,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'cramlit.optim.adamw': ('optim.html#adamw', 'cramlit/optim.py'),
                                'cramlit.optim.hidden_matrices': ('optim.html#hidden_matrices', 'cramlit/optim.py'),
                                'cramlit.optim.make_optimizer': ('optim.html#make_optimizer', 'cramlit/optim.py'),
+                               'cramlit.optim.newton_schulz': ('optim.html#newton_schulz', 'cramlit/optim.py'),
                                'cramlit.optim.parameter_groups': ('optim.html#parameter_groups', 'cramlit/optim.py')},
             'cramlit.packing': { 'cramlit.packing.Data': ('packing.html#data', 'cramlit/packing.py'),
                                  'cramlit.packing.Data.padded_vocab_size': ('packing.html#data.padded_vocab_size', 'cramlit/packing.py'),
