@@ -25,7 +25,7 @@ from .config import Recipe, override
 from .distributed import Gradients, World
 from .hub import stock_config
 from .loader import Batch, train_batches
-from .masking import IGNORE
+from .masking import IGNORE, count_predictions
 from .model import MaskedLM
 from .optim import make_optimizer
 from .packing import Data
@@ -262,7 +262,7 @@ def measured_step(
     device: torch.device,
 ) -> tuple[float, int|None]:  # tokens/s, and the most bytes that were in use, None on a CPU
     "A few real steps on random words"
-    S, K = recipe.packing.seq_len, recipe.masking.max_predictions
+    S, K = recipe.packing.seq_len, int(count_predictions(recipe.packing.seq_len, recipe.masking))
     r = override(recipe, [f'batch.micro_batch_size={micro_batch_size}', f'batch.global_batch_size={micro_batch_size}'])
     ids = torch.randint(vocab_size, (micro_batch_size, S), device=device)
     text = torch.arange(S, device=device) < S - (torch.arange(micro_batch_size, device=device) == 0).long()[:, None]  # real batches have padding too

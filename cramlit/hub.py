@@ -66,20 +66,21 @@ def name_map(
 # %% ../nbs/12_hub.ipynb #e1925eb2
 _PARTS = ('query', 'key', 'value')
 
-def _position_offset(cfg: ModelConfig) -> int:
-    "Rows before the first position: RoBERTa keeps `padding_idx + 1` = 1 of them"
-    return 1 if family(cfg) == 'roberta-prelayernorm' else 0
+def _position_offset(cfg: ModelConfig, pad: int) -> int:
+    "Rows before the first position: RoBERTa keeps `padding_idx + 1` of them"
+    return pad + 1 if family(cfg) == 'roberta-prelayernorm' else 0
 
 def stock_state(
     state: dict[str, Tensor],  # of our model
     cfg: ModelConfig,          # its shape
+    pad: int,                  # id of the padding token
 ) -> dict[str, Tensor]:        # of the stock model
     "Rename and cut our weights into the stock ones"
     names, out = name_map(cfg), {}
     for name, w in state.items():
         module, kind = name.rsplit('.', 1)
         if '{part}' in names[module]: out |= {f'{names[module].format(part=p)}.{kind}': c.clone() for p, c in zip(_PARTS, w.chunk(3), strict=True)}
-        elif module == 'embeddings.position': out[f'{names[module]}.{kind}'] = torch.cat([w.new_zeros(_position_offset(cfg), w.shape[1]), w])
+        elif module == 'embeddings.position': out[f'{names[module]}.{kind}'] = torch.cat([w.new_zeros(_position_offset(cfg, pad), w.shape[1]), w])
         else: out[f'{names[module]}.{kind}'] = w
     if not cfg.bias and family(cfg) != 'modernbert':
         out |= {n[:-6] + 'bias': w.new_zeros(len(w)) for n, w in out.items() if n.endswith('.weight') and not n.endswith('_embeddings.weight')}
@@ -88,6 +89,7 @@ def stock_state(
 def our_state(
     state: dict[str, Tensor],  # of a stock model
     cfg: ModelConfig,          # the shape of ours
+    pad: int,                  # id of the padding token
 ) -> dict[str, Tensor]:        # of our model
     "Rename and join stock weights into ours; the inverse of `stock_state`"
     out = {}
@@ -95,16 +97,16 @@ def our_state(
         module, kind = name.rsplit('.', 1)
         theirs = f'{name_map(cfg)[module]}.{kind}'
         if '{part}' in theirs: out[name] = torch.cat([state[theirs.format(part=p)] for p in _PARTS])
-        elif module == 'embeddings.position': out[name] = state[theirs][_position_offset(cfg):]
+        elif module == 'embeddings.position': out[name] = state[theirs][_position_offset(cfg, pad):]
         else: out[name] = state[theirs]
     return out
 
 # %% ../nbs/12_hub.ipynb #2e699cac
-def _bert_settings(cfg: ModelConfig) -> dict:
+def _bert_settings(cfg: ModelConfig, pad: int) -> dict:
     return dict(hidden_act='gelu', hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.attention_dropout, type_vocab_size=2,
-                layer_norm_eps=cfg.layer_norm_eps, max_position_embeddings=cfg.max_positions + _position_offset(cfg))
+                layer_norm_eps=cfg.layer_norm_eps, max_position_embeddings=cfg.max_positions + _position_offset(cfg, pad))
 
-def _modernbert_settings(cfg: ModelConfig) -> dict:
+def _modernbert_settings(cfg: ModelConfig, pad: int) -> dict:
     rope = lambda theta: dict(rope_type='default', rope_theta=theta)
     kinds = ['sliding_attention' if cfg.window and i % cfg.global_every else 'full_attention' for i in range(cfg.num_layers)]
     return dict(hidden_activation='gelu', classifier_activation='gelu', embedding_dropout=cfg.dropout, mlp_dropout=cfg.dropout,
@@ -121,7 +123,7 @@ def stock_config(
     "The stock configuration of the same function"
     from transformers import AutoConfig
     name = family(cfg)
-    settings = _modernbert_settings(cfg) | dict(cls_token_id=special['cls'], sep_token_id=special['sep']) if name == 'modernbert' else _bert_settings(cfg)
+    settings = _modernbert_settings(cfg, special['pad']) | dict(cls_token_id=special['cls'], sep_token_id=special['sep']) if name == 'modernbert' else _bert_settings(cfg, special['pad'])
     return AutoConfig.for_model(name, vocab_size=vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers,
         num_attention_heads=cfg.num_heads, intermediate_size=cfg.intermediate_size, initializer_range=cfg.initializer_range, tie_word_embeddings=True,
         pad_token_id=special['pad'], bos_token_id=special['cls'], eos_token_id=special['sep'], **settings)
@@ -141,10 +143,11 @@ def our_config(
     if stock.model_type not in _OURS: raise UsageError(f'a {stock.model_type} model cannot be read: known are {", ".join(_OURS)}')
     cfg = ModelConfig(stock.num_hidden_layers, stock.hidden_size, stock.num_attention_heads, stock.intermediate_size, **_OURS[stock.model_type],
                       initializer_range=stock.initializer_range)
+    pad = stock.pad_token_id or 0
     if stock.model_type == 'modernbert': cfg, settings = replace(cfg, **_from_modernbert(stock)), _modernbert_settings
-    else: cfg, settings = replace(cfg, max_positions=stock.max_position_embeddings - _position_offset(cfg), dropout=stock.hidden_dropout_prob,
+    else: cfg, settings = replace(cfg, max_positions=stock.max_position_embeddings - _position_offset(cfg, pad), dropout=stock.hidden_dropout_prob,
                                   attention_dropout=stock.attention_probs_dropout_prob, layer_norm_eps=stock.layer_norm_eps), _bert_settings
-    for name, ours in settings(cfg).items():
+    for name, ours in settings(cfg, pad).items():
         theirs = getattr(stock, name, ours)
         if 'dropout' not in name and theirs != ours: raise UsageError(f'{name}={theirs} cannot be read: only {ours} is')
     return cfg
@@ -159,7 +162,7 @@ def to_stock(
     from transformers import AutoModelForMaskedLM
     words = model.embeddings.word.weight
     stock = AutoModelForMaskedLM.from_config(stock_config(cfg, words.shape[0], special))
-    missing, unexpected = stock.load_state_dict(stock_state(model.state_dict(), cfg), strict=False)
+    missing, unexpected = stock.load_state_dict(stock_state(model.state_dict(), cfg, special['pad']), strict=False)
     left = [m for m in missing if 'decoder' not in m]  # the decoder is the word table, tied by the stock class
     if left or unexpected: raise CramlitError(f'weights do not match the stock class: missing {left}, unexpected {unexpected}')
     return stock.eval()
@@ -170,7 +173,7 @@ def from_stock(
     "A stock model as ours, with its shape"
     cfg = our_config(stock.config)
     model = MaskedLM(cfg, stock.config.vocab_size)
-    model.load_state_dict(our_state(stock.state_dict(), cfg))
+    model.load_state_dict(our_state(stock.state_dict(), cfg, stock.config.pad_token_id or 0))
     return model.eval(), cfg
 
 # %% ../nbs/12_hub.ipynb #c3d8453d

@@ -114,7 +114,7 @@ def test_a_network_that_ours_does_not_compute_is_refused(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | dict(intermediate_size=48)))
     with pytest.raises(CramlitError, match='other cannot be loaded'): load_weights(tmp_path/'other', 128)
     stock('roberta-prelayernorm', tmp_path/'roberta', pad_token_id=1)
-    with pytest.raises(CramlitError, match='does not compute'): load_weights(tmp_path/'roberta', 128)
+    load_weights(tmp_path/'roberta', 128)  # its positions begin after another padding id; the logits are compared inside
 
 
 def test_vocabularies_of_the_same_words_but_other_rules_are_told_apart(text, recipe, tmp_path, capsys):
