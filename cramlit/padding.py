@@ -15,7 +15,6 @@ from statistics import median
 from unittest.mock import patch
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
 from . import finetune

@@ -7,6 +7,7 @@ __all__ = ['WITHOUT', 'SHAPES', 'race_table', 'figure_race', 'write_race', 'benc
 
 # %% ../nbs/17e_speed.ipynb #edc9bfa6
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,14 +17,13 @@ import pandas as pd
 from .config import unknown
 from .packing import open_data, prepare
 from .padding import padding_rows
-from .plan import forward_flops, training_flops
 from .precision import pick_device
 from .protocol import jobs, load_tasks
 from .race import PARTS, race_rows
 from .report import COLOURS, STYLE, write_figure, write_table
-from .results import read_rows, write_rows
+from .results import write_rows
 from .scales import get_recipe, get_scale
-from .ways import DOCUMENTED, stock_flops
+from .ways import DOCUMENTED
 
 # %% ../nbs/17e_speed.ipynb #317ba23f
 WITHOUT = 'ours_without_'
@@ -103,9 +103,10 @@ def bench_finetuning(
     turns: int,  # seeds
     out: Path,   # for rows and table
 ) -> list[dict]: # rows, also in out/bench_finetuning.jsonl
-    "The stand-in suite, with tight batches and padded ones, at the laptop's setting"
+    "The stand-in suite, with tight batches and padded ones, two epochs of the laptop's setting"
     tasks, grid = load_tasks('stand-in', []), get_scale('laptop').finetune
-    rows = padding_rows(model, tasks, jobs(tasks[0], grid, 1, ('pretrained',))[0], dict(scale='laptop'), turns)
+    job = replace(jobs(tasks[0], grid, 1, ('pretrained',))[0], epochs=2)
+    rows = padding_rows(model, tasks, job, dict(scale='laptop'), turns)
     write_rows(out/'bench_finetuning.jsonl', rows)
     of = {(r['metric'], r['variant'], r['task']): f"{r['value']:.2f} ({r['spread_low']:.2f}–{r['spread_high']:.2f})" for r in rows}
     columns = {'padded, s': ('seconds_per_job', 'padded'), 'tight, s': ('seconds_per_job', 'tight'), 'times as fast': ('ratio_to_padded', 'tight'),
