@@ -305,7 +305,7 @@ def main(
     except CramlitError as e: print(f'cramlit: {e}', file=sys.stderr); return 1
     except OSError as e: print(f'cramlit: {e.strerror or e}: {e.filename or ""}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('cramlit: interrupted; the same command goes on where it stopped', file=sys.stderr); return 1
-    except SystemExit as e: return e.code
+    except SystemExit as e: return e.code if isinstance(e.code, int) else 1
     return 0
 
 # %% ../nbs/19_command.ipynb #96d388e3
