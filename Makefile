@@ -9,7 +9,7 @@ OUT    ?= runs/laptop
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
 
-.PHONY: help env reproduce reproduce-all test test-slow export clean-notebooks lint types readme execute docs
+.PHONY: help env reproduce reproduce-all test test-slow export clean-notebooks lint readme execute docs
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -45,11 +45,9 @@ export: env  ## notebooks to package
 clean-notebooks: env  ## strip what must not be committed from the notebooks
 	$(BIN)/nbdev-clean
 
-lint: env  ## ruff on notebooks, package and tests
+lint: env  ## ruff on notebooks, package and tests, mypy on the package
 	$(BIN)/ruff check nbs cramlit tests
-
-types: env  ## mypy on the package
-	$(BIN)/mypy
+	$(BIN)/mypy cramlit
 
 docs: env  ## the chapters and results as a site in _docs; then: python -m http.server -d _docs
 	$(BIN)/python -c 'from cramlit.docs_site import build_site; build_site(".", "_docs")'

@@ -31,7 +31,7 @@ def restore_optimizer(
     tensors: dict[str, Tensor],        # as `optimizer_tensors` gave them
 ):
     "Put named tensors back into an optimiser"
-    state = {}
+    state = dict[int, dict[str, Tensor]]()
     for name, v in tensors.items():
         i, k = name.split('.')
         state.setdefault(int(i), {})[k] = v
@@ -136,3 +136,4 @@ def load_checkpoint(
         if optimizer: restore_optimizer(optimizer, load_file(path/'optimizer.safetensors'))
         return json.loads((path/'state.json').read_text())['state']
     if found: raise CramlitError(f'every checkpoint in {folder} is damaged: delete the folder to start anew')
+    return None

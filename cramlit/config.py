@@ -12,6 +12,7 @@ import hashlib, json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from typing import Any
 
 # %% ../nbs/00_config.ipynb #1b788afb
 class CramlitError(Exception):
@@ -190,9 +191,9 @@ def validate(
     return r
 
 # %% ../nbs/00_config.ipynb #f76983df
-BERT_POST = dict(norm='post', embedding_norm=True)
+BERT_POST: dict[str, Any] = dict(norm='post', embedding_norm=True)
 BERT_OPTIM = Optim(lr=1e-4, beta2=0.999)
-MODERN = dict(first_norm=False, position='rotary', ffn='geglu', rope_theta=10_000.)  # theta as for short rows; ModernBERT's 160,000 is for 8,192 tokens
+MODERN: dict[str, Any] = dict(first_norm=False, position='rotary', ffn='geglu', rope_theta=10_000.)  # theta as for short rows; ModernBERT's 160,000 is for 8,192 tokens
 RECIPES = {r.name: r for r in (
     Recipe(),
     Recipe('bert-base', model=Model(12, 768, 12, 3072, **BERT_POST), optim=BERT_OPTIM, schedule=Schedule(0.01), batch=Batch(256, 32)),

@@ -57,6 +57,7 @@ def _meeting_place() -> dist.Store:
 def join_world() -> Iterator[World]:
     "Join the processes that torchrun started, by NCCL on GPUs, by gloo on CPUs and where processes share a GPU; without torchrun one is alone"
     rank, size = processes(1)
+    assert rank is not None  # one process is never left to others to start
     device = pick_device()
     if size == 1: yield World(device=device); return
     cards = torch.cuda.device_count()
@@ -107,7 +108,7 @@ def heed_signals(
     stop_file: Path,  # when it appears, stop
 ) -> Iterator[Callable[[], bool]]:  # was this process asked to stop?
     "Note SIGINT and SIGTERM instead of dying of them; a second one raises KeyboardInterrupt"
-    seen = []
+    seen = list[int]()
     def note(number, frame):
         if seen and 'TORCHELASTIC_RUN_ID' not in os.environ: raise KeyboardInterrupt
         seen.append(number)
@@ -135,12 +136,13 @@ def launch(
     threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, len(os.sched_getaffinity(0))//nproc))
     (out/'stop').unlink(missing_ok=True)
     process = subprocess.Popen(command + arguments, stderr=subprocess.PIPE, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS=threads))
-    asked = []
+    asked = list[int]()
     def ask(number, frame):
         if asked: os.killpg(process.pid, signal.SIGKILL)
         asked.append(number)
         out.mkdir(parents=True, exist_ok=True); (out/'stop').touch()
         print('\nfinishing the step and saving; once more to leave at once', file=sys.stderr)
+    assert process.stderr is not None  # it is a pipe
     with handling(ask):
         while chunk := os.read(process.stderr.fileno(), 4096): sys.stderr.write(chunk.decode(errors='replace')); sys.stderr.flush()
         process.wait()

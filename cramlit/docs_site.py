@@ -146,8 +146,9 @@ def offers(
 # %% ../nbs/21_site.ipynb #b24d5382
 STABILITY = {
     'stable': 'config results scales corpus tokenizer packing masking model schedule hub glue train command'.split(),
-    'provisional': 'keyed loader optim precision distributed checkpoint run standin finetune protocol search plan report pipeline'.split(),
-    'internal': 'survival bench savings tables gallery docs_site'.split(),
+    'provisional': ('keyed loader optim precision distributed checkpoint run step track share start '
+                    'standin finetune protocol submit search plan report page watch pipeline').split(),
+    'internal': 'ops survival bench savings ways race tables gallery speed docs_site'.split(),
 }
 
 def api_page(

@@ -8,7 +8,7 @@ __all__ = ['WIDTH', 'VALIDATION_SEED', 'locate', 'rank_slice', 'Batch', 'make_ba
 
 # %% ../nbs/05_loader.ipynb #56a7029e
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -118,7 +118,7 @@ class Ahead:
         device: torch.device,                # where they are going
     ):
         self.make = (lambda step: [b.map(torch.Tensor.pin_memory) for b in make(step)]) if device.type == 'cuda' else make
-        self.pool, self.waiting = ThreadPoolExecutor(1), {}
+        self.pool, self.waiting = ThreadPoolExecutor(1), dict[int, Future[list[Batch]]]()
 
     def __call__(
         self,

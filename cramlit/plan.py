@@ -172,7 +172,7 @@ def plan(
     if card and not room: raise UsageError(f'{recipe.name} does not fit into the {card.memory} GB of a {card.name}, not even 8 rows at a time')
     if not micro: raise UsageError(f'batch.global_batch_size={G} cannot be shared out among {gpus} cards')
     flops, S = training_flops(recipe, vocab_size), recipe.packing.seq_len
-    tokens = gpus*(rate or mfu*card.tflops*1e12/flops)
+    tokens = gpus*(rate or (mfu*card.tflops*1e12/flops if card else 0.))
     samples, hours = tokens*budget/S, gpus*budget/3600
     ids = dict(stage='plan', recipe=recipe.name, scale=scale, gpu=card.name if card else None, gpus=gpus)
     known, hangs = ids | dict(kind='computed'), ids | dict(kind='planned', rests_on='a measured rate' if rate else f'an assumed MFU of {mfu:g}')

@@ -9,7 +9,7 @@ __all__ = ['SUITES', 'majority', 'bag_of_words', 'job_rows', 'middle', 'summary'
 
 # %% ../nbs/13c_protocol.ipynb #a11c9b18
 import json, sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import product
@@ -125,12 +125,12 @@ def twice(
     work: Callable,  # what to do
 ) -> str:            # '' or why it failed, twice
     "Do something, and when it fails do it once more"
-    for last in (False, True):
-        try: work()
+    failed = ''
+    for _ in range(2):
+        try: work(); return ''
         except Interrupted: raise
-        except Exception as e:  # whatever happens to one job, the others go on
-            if last: return f'{name}: {type(e).__name__}: {e}'
-        else: return ''
+        except Exception as e: failed = f'{name}: {type(e).__name__}: {e}'  # whatever happens to one job, the others go on
+    return failed
 
 def keep_job(
     job: Job,
@@ -242,7 +242,7 @@ def run_suite(
     return rows
 
 # %% ../nbs/13c_protocol.ipynb #f7aa0093
-SUITES = {'stand-in': STANDIN, 'glue': GLUE}
+SUITES: dict[str, Mapping[str, object]] = {'stand-in': STANDIN, 'glue': GLUE}
 
 def task_names(
     suite: str,        # stand-in | glue
@@ -280,7 +280,7 @@ def evaluate(
     scale: Scale,          # whose grid
     suite: str,            # stand-in | glue
     glue_dir: str = '',    # a local copy of GLUE; empty: the hub
-    tasks: list[str] = (), # names; empty: all
+    tasks: Iterable[str] = (),  # names; empty: all
     seeds: int = 0,        # a configuration; 0 = the scale's
 ) -> list[dict]:           # rows, also in out/rows.jsonl
     "Fine-tune a model on a suite under the protocol of a scale"

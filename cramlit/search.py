@@ -12,6 +12,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -76,8 +77,9 @@ def parse_grid(
         axis, _, values = part.partition('=')
         if axis not in _AXES: raise unknown('axis of the grid', axis, _AXES)
         field, kind = _AXES[axis]
-        try: t = replace(t, **{field: tuple(dict.fromkeys(kind(v) for v in values.split(',')))})
+        try: changed: dict[str, Any] = {field: tuple(dict.fromkeys(kind(v) for v in values.split(',')))}
         except ValueError: raise UsageError(f'--grid {part}: expected numbers with commas between them, as in {axis}={getattr(t, field)[0]}') from None
+        t = replace(t, **changed)
     return t
 
 # %% ../nbs/14_search.ipynb #89ddb0fe
@@ -122,7 +124,7 @@ def train_trial(
 ) -> list[dict]:   # rows of pretraining
     "Pretrain a trial in one process or in several"
     t, data = study.trials, study.data
-    how = dict(budget=0. if t.steps else t.budget, steps=t.steps, scale=trial.scale)
+    how: dict[str, Any] = dict(budget=0. if t.steps else t.budget, steps=t.steps, scale=trial.scale)
     length = ['--steps', str(t.steps)] if t.steps else ['--budget', f'{t.budget}s']
     options = ['--recipe', trial.base, '--scale', trial.scale, '--data', str(data), '--out', str(run), *length, *(x for s in trial.all_settings for x in ('-o', s))]
     if study.nproc == 1: return pretrain(trial.recipe, data, run, **how)

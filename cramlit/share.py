@@ -10,6 +10,7 @@ __all__ = ['describe_source', 'public', 'public_recipe', 'in_words', 'as_values'
 import json, os, shutil, sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -135,7 +136,7 @@ def _eval_results(rows: list[dict]) -> list:
     "GLUE's medians as the hub wants them"
     from huggingface_hub import EvalResult
     known = [r for r in rows if r['suite'] == 'glue' and r['variant'] == 'pretrained' and r['value'] is not None]
-    fixed = dict(task_type='text-classification', task_name='fine-tuned', dataset_type='nyu-mll/glue', dataset_name='GLUE')
+    fixed: dict[str, Any] = dict(task_type='text-classification', task_name='fine-tuned', dataset_type='nyu-mll/glue', dataset_name='GLUE')
     return [EvalResult(**fixed, dataset_config=r['task'], dataset_split=r['split'], metric_type=_HUB_METRICS.get(r['metric'], r['metric']),
                        metric_value=round(r['value'], 2), metric_name=f"{r['metric']}, %, median of {r['seeds']} seeds")
             for r in known if r['metric'] not in ('headline', 'average')]

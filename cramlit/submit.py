@@ -30,7 +30,7 @@ def answer(
 ) -> str:
     "A prediction as the benchmark writes it"
     classes = GLUE[task].classes
-    return classes[prediction] if classes else f'{min(5., max(0., prediction)):.3f}'
+    return classes[int(prediction)] if classes else f'{min(5., max(0., prediction)):.3f}'
 
 def submission(
     answers: dict[str, dict[str, list]],  # task → test set → predictions in order

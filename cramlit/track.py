@@ -158,6 +158,7 @@ def sample_lines(
     tok,                    # a `tokenizers.Tokenizer`
 ) -> Iterator[dict]:        # tokens, words, guesses
     "Sentences and guesses, readable"
+    assert batch.attention_mask is not None  # `gaps` gives one
     word = lambda i: tok.id_to_token(int(i)) or '(no word)'
     for ids, mask, positions, labels, ps, ws in zip(batch.input_ids, batch.attention_mask, batch.positions, batch.labels, *guesses, strict=True):
         gap = sorted((int(positions[k]), k) for k in range(len(labels)) if labels[k] != IGNORE)

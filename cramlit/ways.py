@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -49,7 +50,7 @@ def stock_flops(
 class Way:
     "A way to take an optimiser step, in three pieces"
     batches: Callable[[int], list]   # step → its micro-batches
-    micro: Callable[[Batch|dict], None]  # forward and backward pass of one of them
+    micro: Callable[[Any], None]     # forward and backward pass of one of them
     finish: Callable[[], None]       # what follows the last
     state: Callable[[], int]         # bytes of weights, gradients and moments
     around: Callable[[], AbstractContextManager] = nullcontext  # a context that the step runs in
