@@ -122,8 +122,8 @@ class JoinedRows:
 
     def __getitem__(
         self,
-        index: np.ndarray,  # int64 [B]
-    ) -> np.ndarray:        # int64 [B, times · S]
+        index: np.ndarray|list[int],  # [B]
+    ) -> np.ndarray:                  # int64 [B, times · S]
         index = np.asarray(index)
         return self.rows[(index[:, None]*self.times + np.arange(self.times)).ravel()].reshape(len(index), -1)
 
@@ -179,7 +179,7 @@ def alternate(
     repeats: int = 3,   # of a loop in each turn, after one to warm up
 ) -> dict[str, list[Turn]]:
     "Let several loops take turns"
-    taken = {name: [] for name in builders}
+    taken = {name: list[Turn]() for name in builders}
     for _ in range(turns):
         for name, build in builders.items():
             loop = None  # the last one's memory is free before the next is made

@@ -170,7 +170,7 @@ def bench(
     "Time whole training steps, stock transformers' and ours, and ours without each optimisation"
     from cramlit.speed import bench_finetuning, bench_steps
     if turns < 1: raise UsageError(f'--turns {turns}: expected a number above zero')
-    return bench_finetuning(model, turns, Path(out)) if model else bench_steps(shape, turns, brief, data, Path(out), Override or [])
+    return bench_finetuning(model, turns, Path(out)) if model else bench_steps(shape, turns, brief, data, Path(out), [*(Override or [])])
 
 def watch(
     folder: str,          # a run's folder
@@ -290,7 +290,7 @@ def main(
     except CramlitError as e: print(f'cramlit: {e}', file=sys.stderr); return 1
     except OSError as e: print(f'cramlit: {e.strerror or e}: {e.filename or ""}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('cramlit: interrupted; the same command goes on where it stopped', file=sys.stderr); return 1
-    except SystemExit as e: return e.code
+    except SystemExit as e: return e.code if isinstance(e.code, int) else 1
     return 0
 
 # %% ../nbs/19_command.ipynb #96d388e3

@@ -10,6 +10,7 @@ __all__ = ['family', 'name_map', 'stock_state', 'our_state', 'stock_config', 'ou
 import json, os, shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from .model import MaskedLM
 from .tokenizer import load_tokenizer, padded_vocab
 
 # %% ../nbs/12_hub.ipynb #746515bf
-_OURS = {  # what each family is made of
+_OURS: dict[str, dict[str, Any]] = {  # what each family is made of
     'bert': dict(norm='post', embedding_norm=True, first_norm=True, position='absolute', ffn='gelu', window=0),
     'roberta-prelayernorm': dict(norm='pre', embedding_norm=True, first_norm=True, position='absolute', ffn='gelu', window=0),
     'megatron-bert': dict(norm='pre', embedding_norm=False, first_norm=True, position='absolute', ffn='gelu', window=0),
@@ -76,7 +77,7 @@ def stock_state(
     pad: int,                  # id of the padding token
 ) -> dict[str, Tensor]:        # of the stock model
     "Rename and cut our weights into the stock ones"
-    names, out = name_map(cfg), {}
+    names, out = name_map(cfg), dict[str, Tensor]()
     for name, w in state.items():
         module, kind = name.rsplit('.', 1)
         if '{part}' in names[module]: out |= {f'{names[module].format(part=p)}.{kind}': c.clone() for p, c in zip(_PARTS, w.chunk(3), strict=True)}
@@ -92,7 +93,7 @@ def our_state(
     pad: int,                  # id of the padding token
 ) -> dict[str, Tensor]:        # of our model
     "Rename and join stock weights into ours; the inverse of `stock_state`"
-    out = {}
+    out = dict[str, Tensor]()
     for name in MaskedLM(cfg, 1).state_dict():
         module, kind = name.rsplit('.', 1)
         theirs = f'{name_map(cfg)[module]}.{kind}'
@@ -123,10 +124,11 @@ def stock_config(
     "The stock configuration of the same function"
     from transformers import AutoConfig
     name = family(cfg)
-    settings = _modernbert_settings(cfg, special['pad']) | dict(cls_token_id=special['cls'], sep_token_id=special['sep']) if name == 'modernbert' else _bert_settings(cfg, special['pad'])
+    pad, ends = special['pad'], dict(cls_token_id=special['cls'], sep_token_id=special['sep'])
+    settings = _modernbert_settings(cfg, pad) | ends if name == 'modernbert' else _bert_settings(cfg, pad)
     return AutoConfig.for_model(name, vocab_size=vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers,
         num_attention_heads=cfg.num_heads, intermediate_size=cfg.intermediate_size, initializer_range=cfg.initializer_range, tie_word_embeddings=True,
-        pad_token_id=special['pad'], bos_token_id=special['cls'], eos_token_id=special['sep'], **settings)
+        pad_token_id=pad, bos_token_id=special['cls'], eos_token_id=special['sep'], **settings)
 
 def _from_modernbert(stock) -> dict:
     "The fields that its configuration has under other names"

@@ -74,7 +74,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if 'parts' in group: self._muon(group)
 
     def _muon(self, group: dict):
-        work = []  # weights, gradient and momentum of each part: views, not copies
+        work = list[tuple[Tensor, Tensor, Tensor]]()  # weights, gradient and momentum of each part: views, not copies
         for p, n in zip(group['params'], group['parts'], strict=True):
             if 'momentum_buffer' not in self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
             work += zip(p.chunk(n), p.grad.chunk(n), self.state[p]['momentum_buffer'].chunk(n), strict=True)

@@ -39,7 +39,7 @@ def watch_memory(
     device: torch.device,
 ) -> Iterator[list[int]]:  # at the end one number, bytes by which memory grew at most
     "How much memory a piece of work needs besides what was there"
-    grown, stop = [], threading.Event()
+    grown, stop = list[int](), threading.Event()
     if device.type == 'cuda':
         before = torch.cuda.memory_allocated(); torch.cuda.reset_peak_memory_stats()
         yield grown
@@ -65,7 +65,7 @@ def race(
         way.warm_up()
         with watch_memory(device) as grown: way.warm_up()
         memory[name] = way.state() + grown[0]
-    times = {name: [] for name in ways}
+    times = {name: list[float]() for name in ways}
     for turn in range(turns):
         for name, way in ways.items(): times[name].append(seconds(partial(way.step, turn), device))
         print(f'turn {turn + 1} of {turns}: ' + ', '.join(f'{n} {t[-1]:.3g} s' for n, t in times.items()), file=sys.stderr)
@@ -95,7 +95,8 @@ def race_rows(
     ways = stock_ways(r, data, V, device, compiled) | ({'ours': ours['ours']} if brief else ours)
     times, memory = race(ways, device, turns)
     best = min((n for n in ('stock_eager', 'stock_compiled') if n in times), key=lambda n: median(times[n]))
-    times, memory, ways = ({'stock_best' if k == best else k: v for k, v in d.items()} for d in (times, memory, ways))
+    named = lambda d: {'stock_best' if k == best else k: v for k, v in d.items()}
+    times, memory, ways = named(times), named(memory), named(ways)
     tokens, top = [text_tokens(data, r, n) for n in range(turns)], ceiling(device, choose_precision(device))
     ids = ids | dict(stage='race', recipe=r.name, global_batch_size=r.batch.global_batch_size, micro_batch_size=r.batch.micro_batch_size, stock_best=best,
                      precision=str(choose_precision(device).dtype)[6:], kind='measured')

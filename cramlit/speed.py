@@ -113,5 +113,6 @@ def bench_finetuning(
                'padded, score': ('headline', 'padded'), 'tight, score': ('headline', 'tight')}
     table = pd.DataFrame({name: [of[*key, task.name] for task in tasks] for name, key in columns.items()}, [t.name for t in tasks])
     write_table(table, out/'bench_finetuning', 'Fine-tuning, batches padded to 128 tokens and tight ones.',
-                [f'Stand-in suite, not GLUE. Medians over {turns} seeds, lowest and highest in parentheses; one job at a time. Made by `cramlit bench --model MODEL`.'], rows)
+                [f'Stand-in suite, not GLUE. Medians over {turns} seeds, lowest and highest in parentheses; one job at a time.',
+                 'Made by `cramlit bench --model MODEL`.'], rows)
     return rows
