@@ -72,7 +72,7 @@ def test_empty_corpus(text, tmp_path, capsys):
 def test_every_kind_of_file_is_read(tmp_path):
     write(tmp_path/'a.txt', '\ufeffone')
     write(tmp_path/'b.jsonl', '{"text": "two"}\n{"text": ""}\n')
-    (tmp_path/'c.jsonl.gz').write_bytes(gzip.compress(b'{"text": "three"}\n'))
+    (tmp_path/'c.jsonl.gz').write_bytes(gzip.compress(b'{"text": "three"}\n', mtime=0))
     parquet(tmp_path/'d.parquet', text=['four', None], more=[1, 2])
     (tmp_path/'deep').mkdir()
     write(tmp_path/'deep'/'e.txt', 'five')
@@ -102,7 +102,7 @@ def test_clean_takes_markup_and_leaves_prose():
     assert text.split('\n') == ['Paris is the capital of France.', 'It lies on the Seine and is — old.']
 
 
-@pytest.mark.parametrize('content, says', [(b'<mediawiki>', 'is not enwik8: sha256'), (gzip.compress(b'x'*5000)[:20], 'truncated or damaged')])
+@pytest.mark.parametrize('content, says', [(b'<mediawiki>', 'is not enwik8: sha256'), (gzip.compress(b'x'*5000, mtime=0)[:20], 'truncated or damaged')])
 def test_a_file_that_is_not_enwik8_is_refused(content, says, cache, tmp_path):
     path = write(tmp_path/('enwik8' if content[0:1] == b'<' else 'enwik8.gz'), content)
     with pytest.raises(CramlitError, match=says): install_enwik8(path)
