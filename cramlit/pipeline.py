@@ -74,6 +74,8 @@ STAGES = {s.name: s for s in (
     Stage('choices', ('prepare',)),
     Stage('table5_choices', ('choices',), ('table5_choices',)),
     Stage('figure_choices', ('choices',), ('schedules', 'choices_by_time', 'loss_against_task')),
+    Stage('recipes', recipes='all'),
+    Stage('ladder', recipes='all'),
     Stage('appendix_grids', (), ('appendix_pretraining', 'appendix_finetuning')),
     Stage('appendix_hardware', ('table1_time',), ('appendix_hardware',)),
 )}
