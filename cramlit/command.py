@@ -51,11 +51,12 @@ def finish(
     out: str,          # folder of a run that is over
     data: str,         # folder made by `cramlit prepare`
     rows: list[dict],  # of the run
+    bare: bool = False,  # leave out the stock model
 ) -> list[dict]:
     "Write a run's stock model and its page; raises `CramlitError` when it was given up"
     from cramlit.hub import export_all
     from cramlit.page import write_page
-    export_all(out, Path(data)/'tokenizer')
+    if not bare: export_all(out, Path(data)/'tokenizer')
     write_page(out)
     if rows[0]['stopped']: given_up(f"the run was given up: {rows[0]['stopped']}. What there is of it is in {out}")
     return rows
@@ -71,6 +72,7 @@ def pretrain(
     seed: int = None,         # of weights, order, masks and dropout; default: the recipe's
     nproc: int = 0,           # processes on this machine; default: the scale's, else one for each GPU, one on a CPU
     track: str = '',          # trackio | tensorboard | wandb: log to a tracker on this machine too
+    bare: bool = False,       # make no stock model, for networks that no stock class computes
     Override: Settings = None,  # change one setting, such as -o optim.lr=1e-3
     json: bool = False,       # one JSON object a line on standard output
 ) -> list[dict]:
@@ -85,15 +87,15 @@ def pretrain(
     check_tracker(track)
     settings = [*(Override or []), *([f'seed={seed}'] if seed is not None else [])]
     r, weights = start_from(init, data, get_recipe(recipe, scale), settings) if init else (get_recipe(recipe, scale, settings), None)
-    family(r.model)  # raises when there is no stock model to save it as
+    if not bare: family(r.model)  # raises when there is no stock model to save it as
     s = get_scale(scale)
     seconds, steps = run_length(budget, steps, s)
     rank, size = processes(nproc or s.processes)
     given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=steps, seed=seed, track=track)
-    options = [x for k, v in given.items() if v not in ('', None) for x in (f'--{k}', str(v))] + [x for o in Override or [] for x in ('-o', o)]
+    options = [x for k, v in given.items() if v not in ('', None) for x in (f'--{k}', str(v))] + [x for o in Override or [] for x in ('-o', o)] + ['--bare']*bare
     if rank is None: rows = pretrain_in(size, options, r, data, out, seconds, steps, scale)
     else: rows = train(r, data, out, seconds, steps, scale, track, weights)
-    return [] if rank else finish(out, data, rows)
+    return [] if rank else finish(out, data, rows, bare)
 
 def glue(
     model: Needed = None,     # folder of a stock transformers model, such as RUN/model
@@ -206,7 +208,7 @@ def torture(
 
 def reproduce(
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
-    recipe: Annotated[str, {'nargs': '+'}] = '24hbert',  # recipes to compare
+    recipe: Annotated[str, {'nargs': '+'}] = '24hbert,modern',  # recipes to compare
     out: Needed = None,       # folder for all stages
     figures: str = '',        # folder for tables and figures; default: OUT/paper_figures
     only: str = '',           # one stage, with what it needs
@@ -219,7 +221,7 @@ def reproduce(
     from cramlit import pipeline
     if rehearse and scale != 'paper': raise UsageError(f'--rehearse is for --scale paper: {scale} is small enough to be run')
     if rehearse: os.environ['CUDA_VISIBLE_DEVICES'] = ''
-    names = [recipe] if isinstance(recipe, str) else recipe
+    names = recipe if isinstance(recipe, str) else ','.join(recipe)
     ws = pipeline.workspace('paper-rehearsal' if rehearse else scale, out, figures or Path(out)/'paper_figures', names)
     rows = pipeline.reproduce(ws, only, force, headline)
     for path in sorted(ws.figures.glob('*')): print(os.path.relpath(path), file=sys.stderr)

@@ -74,6 +74,10 @@ STAGES = {s.name: s for s in (
     Stage('choices', ('prepare',)),
     Stage('table5_choices', ('choices',), ('table5_choices',)),
     Stage('figure_choices', ('choices',), ('schedules', 'choices_by_time', 'loss_against_task')),
+    Stage('recipes', recipes='all'),
+    Stage('beyond_recipes', ('recipes',), ('beyond_recipes', 'beyond_by_time'), recipes='all'),
+    Stage('ladder', recipes='all'),
+    Stage('beyond_ablation', ('ladder',), ('beyond_ablation',), recipes='all'),
     Stage('appendix_grids', (), ('appendix_pretraining', 'appendix_finetuning')),
     Stage('appendix_hardware', ('table1_time',), ('appendix_hardware',)),
 )}

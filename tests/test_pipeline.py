@@ -20,14 +20,19 @@ def finished(tmp_path_factory):
 
 def test_table_figures_and_model_are_there(finished):
     names = {p.name for p in (finished/'paper_figures').iterdir()}
-    tables = 'table1_time', 'table2_savings', 'table3_search', 'table4_glue', 'table5_choices', 'appendix_pretraining', 'appendix_finetuning', 'appendix_hardware'
-    figures = 'loss_curve', 'lr_schedule', 'search_grid', 'schedules', 'choices_by_time', 'loss_against_task'
+    tables = 'table1_time', 'table2_savings', 'table3_search', 'table4_glue', 'table5_choices', 'appendix_pretraining', 'appendix_finetuning', 'appendix_hardware', \
+        'beyond_recipes', 'beyond_ablation'
+    figures = 'loss_curve', 'lr_schedule', 'search_grid', 'schedules', 'choices_by_time', 'loss_against_task', 'beyond_by_time'
     made = {f'{t}.{s}' for t in tables for s in ('md', 'csv', 'tex')} | {f'{f}.{s}' for f in figures for s in ('svg', 'pdf')}
     assert names == made | {'README.md', 'table4_published.md'}
     assert names - {'README.md'} == {f'{n}.{s}' for stage in STAGES.values() for n in stage.makes for s in ('md', 'csv', 'tex', 'svg', 'pdf')} & names
     table = (finished/'paper_figures'/'table4_glue.md').read_text()
     assert all(v in table for v in ('majority', 'bag-of-words', 'from-scratch', 'pretrained', 'not GLUE', 'Commit:', 'Hardware:'))
-    assert (finished/'24hbert'/'pretrain'/'model'/'config.json').exists()
+    for recipe in ('24hbert', 'modern'):
+        assert (finished/recipe/'pretrain'/'model'/'config.json').exists() and f'{recipe}, pretrained' in table
+        assert recipe in (finished/'paper_figures'/'loss_curve.svg').read_text()
+    sums = {json.loads((finished/r/'prepare'/'data'/'manifest.json').read_text())['tokenizer_sha256'] for r in ('24hbert', 'modern')}
+    assert len(sums) == 1  # packed otherwise, of the same text with the same tokenizer
 
 
 def test_the_index_shows_everything_and_misses_nothing(finished):
@@ -48,7 +53,7 @@ def test_done_stages_are_skipped_and_one_can_be_forced(finished, capsys):
     before = table.stat().st_mtime_ns, weights.stat().st_mtime_ns
     assert main(['reproduce', '--scale', 'tiny', '--out', str(finished), '--json']) == 0
     out, err = capsys.readouterr()
-    assert err.count('skipped') == 14 and (table.stat().st_mtime_ns, weights.stat().st_mtime_ns) == before
+    assert err.count('skipped') == len(STAGES) + 3 and (table.stat().st_mtime_ns, weights.stat().st_mtime_ns) == before
     rows = [json.loads(line) for line in out.splitlines()]
     assert {'metric', 'value', 'unit'} <= rows[0].keys() and any(r['metric'] == 'average' for r in rows)
     assert main(['reproduce', '--scale', 'tiny', '--out', str(finished), '--force', 'table4_glue']) == 0
@@ -77,7 +82,7 @@ def test_a_failing_notebook_stops_only_what_needs_it(tmp_path, monkeypatch, caps
         pretend(ran, notebook, parameters)
         if notebook.stem in ('pretrain', 'table2_savings'): raise CramlitError(f'{notebook.name} failed with ValueError: no. The executed copy shows where: {output}')
     monkeypatch.setattr(pipeline, 'run_notebook', run_notebook)
-    assert main(['reproduce', '--scale', 'tiny', '--out', str(tmp_path)]) == 1
+    assert main(['reproduce', '--scale', 'tiny', '--recipe', '24hbert', '--out', str(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert [r.split()[0] for r in ran] == [s for s in STAGES if s not in ('finetune', 'figure_pretraining', 'table4_glue')]
     assert '5 stages came to nothing' in err and str(tmp_path/'table2_savings'/'table2_savings.ipynb') in err and 'finetune 24hbert: not run, for want of pretrain' in err
@@ -89,7 +94,7 @@ def test_the_headline_is_a_part(tmp_path, monkeypatch):
     import cramlit.pipeline as pipeline
     ran = []
     monkeypatch.setattr(pipeline, 'run_notebook', lambda notebook, output, **parameters: pretend(ran, notebook, parameters))
-    assert main(['reproduce', '--scale', 'tiny', '--headline', '--out', str(tmp_path)]) == 1  # these notebooks leave no rows
+    assert main(['reproduce', '--scale', 'tiny', '--recipe', '24hbert', '--headline', '--out', str(tmp_path)]) == 1  # these notebooks leave no rows
     assert [r.split()[0] for r in ran] == ['prepare', 'pretrain', 'finetune', 'figure_pretraining', 'table4_glue']
 
 
