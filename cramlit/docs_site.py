@@ -147,8 +147,8 @@ def offers(
 STABILITY = {
     'stable': 'config results scales corpus tokenizer packing masking model schedule hub glue train command'.split(),
     'provisional': ('keyed loader optim precision distributed checkpoint run step track share start '
-                    'standin finetune protocol submit search plan report page watch pipeline').split(),
-    'internal': 'ops survival bench savings ways race tables gallery speed docs_site'.split(),
+                    'standin finetune protocol submit search recipes plan report page watch pipeline').split(),
+    'internal': 'ops survival bench savings ways race padding tables gallery speed beyond docs_site'.split(),
 }
 
 def api_page(
