@@ -197,7 +197,7 @@ def test_a_text_may_name_special_tokens(data):
 
 def test_a_tokenizer_that_would_truncate_does_not(recipe, data, tmp_path):
     tok = load_tokenizer(data/'tokenizer')
-    tok.backend_tokenizer.enable_truncation(8); tok.backend_tokenizer.enable_padding(length=8)
+    tok.backend_tokenizer.enable_truncation(8); tok.backend_tokenizer.enable_padding(length=500)
     tok.backend_tokenizer.save(str(tmp_path/'tokenizer.json'))
     load_tokenizer(data/'tokenizer').save_pretrained(tmp_path/'cut')
     (tmp_path/'tokenizer.json').replace(tmp_path/'cut'/'tokenizer.json')
