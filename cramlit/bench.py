@@ -28,7 +28,7 @@ from .loader import Batch, train_batches
 from .masking import IGNORE, count_predictions
 from .model import MaskedLM
 from .optim import make_optimizer
-from .packing import Data
+from .packing import Data, Rows
 from .plan import peak_memory
 from .precision import Precision, choose_precision
 from .results import provenance, result_row
@@ -109,23 +109,23 @@ def our_loop(
     return Loop(micro, finish, parts.recipe)
 
 # %% ../nbs/16_bench.ipynb #7c13f4bc
-class JoinedRows:
+class JoinedRows(Rows):
     "Every so many neighbouring rows as one"
     def __init__(
         self,
-        rows,        # of a data set
+        rows: Rows,  # of a data set
         times: int,  # rows that make one
     ):
-        self.rows, self.times = rows, times
+        self.shards, self.starts, self.times = rows.shards, rows.starts, times
 
-    def __len__(self) -> int: return len(self.rows)//self.times
+    def __len__(self) -> int: return super().__len__()//self.times
 
     def __getitem__(
         self,
         index: np.ndarray|list[int],  # [B]
     ) -> np.ndarray:                  # int64 [B, times · S]
         index = np.asarray(index)
-        return self.rows[(index[:, None]*self.times + np.arange(self.times)).ravel()].reshape(len(index), -1)
+        return super().__getitem__((index[:, None]*self.times + np.arange(self.times)).ravel()).reshape(len(index), -1)
 
 def lengthen(
     data: Data,

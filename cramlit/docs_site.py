@@ -216,7 +216,7 @@ def write_pages(
     pages = {p: Path('index.md') if p.stem == 'index' else p.with_suffix('.md') for p in notebooks}
     for notebook, path in pages.items(): (docs/path).write_text(page(root/notebook))
     chapters = {p: to for p, to in pages.items() if p.name[:2].isdigit()}
-    (docs/'api.md').write_text(api_page({module_of(json.loads((root/p).read_text())['cells']): str(to) for p, to in chapters.items()}))
+    (docs/'api.md').write_text(api_page({m: str(to) for p, to in chapters.items() if (m := module_of(json.loads((root/p).read_text())['cells']))}))
     titles = {to: (docs/to).read_text().split('\n')[0].removeprefix('# ') for to in chapters.values()}
     return navigation(titles, [to for p, to in pages.items() if p.parent.name == 'paper'])
 
