@@ -21,7 +21,8 @@ def small(trial, text):
 
 
 def test_validation_asks_the_same_whatever_a_recipe_trains_with(data, recipe):
-    other = override(recipe, ['masking.rate=0.3', 'masking.replace_mask=0.5', 'masking.max_predictions=38', 'seed=7', 'batch.micro_batch_size=16', 'batch.global_batch_size=16'])
+    other = override(recipe, ['masking.rate=0.3', 'masking.replace_mask=0.5', 'masking.max_predictions=38', 'seed=7',
+                              'batch.micro_batch_size=16', 'batch.global_batch_size=16'])
     for a, b in zip(validation_batches(open_data(data), recipe), validation_batches(open_data(data), other), strict=True):
         assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
 
@@ -82,7 +83,8 @@ def test_a_mark_that_is_never_reached_is_said_so(tmp_path):
     def run(name, seed, losses):
         folder = tmp_path/f'{name}{seed}'/'run'; folder.mkdir(parents=True)
         (folder/'metrics.jsonl').write_text('\n'.join(f'{{"step": {i}, "seconds": {10*i}, "validation_loss": {x}}}' for i, x in enumerate(losses)))
-        ids = dict(stage='trial', study='recipes', trial=name, recipe=name, seed=seed, global_batch_size=1, lr=1., warmup=0., schedule_length=1., stopped='', folder=f'{name}{seed}')
+        ids = dict(stage='trial', study='recipes', trial=name, recipe=name, seed=seed, global_batch_size=1, lr=1., warmup=0., schedule_length=1., stopped='',
+                   folder=f'{name}{seed}')
         return [result_row(m, v, '', **ids) for m, v in dict(validation_loss=losses[-1], steps=2, seconds=20., tokens_per_second=1.).items()]
     rows = [*run('a', 1, [7, 6, 5]), *run('b', 1, [7, 5, 4]), *run('b', 2, [7, 7, 6])]
     assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25) and recipes_table(rows, tmp_path).loc['b', 'part of its time to the loss of a'] == '50% (1 of 2 never)'
