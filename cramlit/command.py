@@ -88,9 +88,8 @@ def pretrain(
     settings = [*(Override or []), *([f'seed={seed}'] if seed is not None else [])]
     r, weights = start_from(init, data, get_recipe(recipe, scale), settings) if init else (get_recipe(recipe, scale, settings), None)
     if not bare: family(r.model)  # raises when there is no stock model to save it as
-    s = get_scale(scale)
-    seconds, steps = run_length(budget, steps, s)
-    rank, size = processes(nproc or s.processes)
+    seconds, steps = run_length(budget, steps, get_scale(scale))
+    rank, size = processes(nproc or get_scale(scale).processes)
     given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=steps, seed=seed, track=track)
     options = [x for k, v in given.items() if v not in ('', None) for x in (f'--{k}', str(v))] + [x for o in Override or [] for x in ('-o', o)] + ['--bare']*bare
     if rank is None: rows = pretrain_in(size, options, r, data, out, seconds, steps, scale)
@@ -221,8 +220,7 @@ def reproduce(
     from cramlit import pipeline
     if rehearse and scale != 'paper': raise UsageError(f'--rehearse is for --scale paper: {scale} is small enough to be run')
     if rehearse: os.environ['CUDA_VISIBLE_DEVICES'] = ''
-    names = recipe if isinstance(recipe, str) else ','.join(recipe)
-    ws = pipeline.workspace('paper-rehearsal' if rehearse else scale, out, figures or Path(out)/'paper_figures', names)
+    ws = pipeline.workspace('paper-rehearsal' if rehearse else scale, out, figures or Path(out)/'paper_figures', recipe if isinstance(recipe, str) else ','.join(recipe))
     rows = pipeline.reproduce(ws, only, force, headline)
     for path in sorted(ws.figures.glob('*')): print(os.path.relpath(path), file=sys.stderr)
     table = ws.figures/'table4_glue.md'

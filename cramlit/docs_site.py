@@ -145,7 +145,7 @@ def offers(
 
 # %% ../nbs/21_site.ipynb #b24d5382
 STABILITY = {
-    'stable': 'config results scales corpus tokenizer packing masking model schedule hub glue train command'.split(),
+    'stable': 'config results scales corpus tokenizer sentences packing masking model schedule hub glue train command'.split(),
     'provisional': ('keyed loader optim precision distributed checkpoint run step track share start '
                     'standin finetune protocol submit search recipes plan report page watch pipeline').split(),
     'internal': 'ops survival bench savings ways race padding tables gallery speed beyond docs_site'.split(),

@@ -18,7 +18,7 @@ from .config import unknown
 
 from .corpus import documents, fetch_member, holdout_position, unique
 from .glue import Examples, Task
-from .packing import sentences
+from .sentences import sentences
 from .results import atomic, cache_dir
 
 # %% ../nbs/13a_standin.ipynb #5d73b01f

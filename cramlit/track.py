@@ -23,10 +23,11 @@ from .config import Recipe, UsageError, unknown
 from .keyed import make_key
 from .loader import VALIDATION_SEED, Batch
 from .masking import IGNORE, mask_rows
-from .packing import Data, read_documents, sentences
+from .packing import Data, read_documents
 from .precision import Precision, autocast
 from .results import atomic, provenance
 from .run import Run
+from .sentences import sentences
 
 # %% ../nbs/10b_track.ipynb #70b66067
 Opened = tuple[Callable[[int, dict], None], Callable[[], None]]

@@ -18,11 +18,12 @@ from cramlit.distributed import Gradients, World
 from cramlit.loader import train_batches
 from cramlit.masking import IGNORE
 from cramlit.model import MaskedLM
-from cramlit.packing import encoded, open_data, prepare, sentences
+from cramlit.packing import open_data, prepare
 from cramlit.precision import Precision
 from cramlit.savings import DenseHead
 from cramlit.scales import get_recipe
 from cramlit.schedule import lr_factor
+from cramlit.sentences import encoded, sentences
 from cramlit.step import accumulate, blank_batches, micro_step
 from cramlit.tokenizer import load_tokenizer
 from cramlit.ways import our_way, plain_operations, uncut

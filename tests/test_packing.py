@@ -11,7 +11,8 @@ import cramlit.packing as packing
 from cramlit.command import main
 from cramlit.config import CramlitError, Packing, UsageError, override
 from cramlit.corpus import documents, holdout_position
-from cramlit.packing import document_rows, open_data, prepare, read_documents, sentences, stream_rows, verify, write_shards
+from cramlit.packing import document_rows, open_data, prepare, read_documents, stream_rows, verify, write_shards
+from cramlit.sentences import sentences
 from cramlit.tokenizer import load_tokenizer
 
 IDS = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
