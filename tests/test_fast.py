@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cramlit import race, train
+from cramlit import race, speed, train
 from cramlit.bench import make_parts
 from cramlit.command import main
 from cramlit.config import override
@@ -154,7 +154,7 @@ def test_a_row_has_the_same_masks_and_scores_however_it_is_cut(name, opened):
 
 
 def test_bench_writes_rows_that_agree_with_one_another(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(race, 'race_rows', partial(race.race_rows, compiled=False))  # a compiler needs minutes
+    monkeypatch.setattr(speed, 'race_rows', partial(race.race_rows, compiled=False))  # a compiler needs minutes
     monkeypatch.setattr(race, 'ceiling', partial(race.ceiling, n=512))
     assert main(['bench', '--shape', 'tiny', '--turns', '1', '--json', '--data', str(data), '--out', str(tmp_path/'out')]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
