@@ -81,15 +81,14 @@ def pretrain(
     from cramlit.track import check_tracker
     from cramlit.train import pretrain as train, pretrain_in
     check_tracker(track)
-    settings = [*(Override or []), *([f'seed={seed}'] if seed is not None else [])]
+    settings = [*(Override or []), *([] if seed is None else [f'seed={seed}'])]
     r, weights = start_from(init, data, get_recipe(recipe, scale), settings) if init else (get_recipe(recipe, scale, settings), None)
     if not bare: family(r.model)  # raises when there is no stock model to save it as
     seconds, steps = run_length(budget, steps, get_scale(scale))
     rank, size = processes(nproc or get_scale(scale).processes)
     given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=steps, seed=seed, track=track)
     options = [x for k, v in given.items() if v not in ('', None) for x in (f'--{k}', str(v))] + [x for o in Override or [] for x in ('-o', o)] + ['--bare']*bare
-    if rank is None: rows = pretrain_in(size, options, r, data, out, seconds, steps, scale)
-    else: rows = train(r, data, out, seconds, steps, scale, track, weights)
+    rows = pretrain_in(size, options, r, data, out, seconds, steps, scale) if rank is None else train(r, data, out, seconds, steps, scale, track, weights)
     return [] if rank else finish(out, data, rows, bare)
 
 def glue(
