@@ -357,6 +357,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'cramlit.plan.peak_memory': ('plan.html#peak_memory', 'cramlit/plan.py'),
                               'cramlit.plan.plan': ('plan.html#plan', 'cramlit/plan.py'),
                               'cramlit.plan.room_for': ('plan.html#room_for', 'cramlit/plan.py'),
+                              'cramlit.plan.step_memory': ('plan.html#step_memory', 'cramlit/plan.py'),
                               'cramlit.plan.training_flops': ('plan.html#training_flops', 'cramlit/plan.py')},
             'cramlit.precision': { 'cramlit.precision.Precision': ('precision.html#precision', 'cramlit/precision.py'),
                                    'cramlit.precision.Precision.scaled': ('precision.html#precision.scaled', 'cramlit/precision.py'),
