@@ -13,6 +13,7 @@ import pandas as pd
 
 from .gallery import trial_runs
 from .report import COLOURS, STYLE, read_log, time_unit, write_figure, write_table
+from .scales import get_scale
 from .search import trial_table
 from .tables import needed
 
@@ -146,7 +147,7 @@ def write_recipes(
     notes = [f'{t.seed.nunique()} seeds, {t.seconds.median():.0f} s each (median), in turns on the same machine. {ASKED}',
              f'Peak learning rates tried with each: {", ".join(f"{x:g}" for x in rates)}, one seed, a part of the budget.'
              + (f' The best lies at the edge, and a better one perhaps outside, for {", ".join(edge)}.' if edge else ''), WELCH,
-             *(['The tasks are a stand-in suite and not GLUE.'] if mine[0]['scale'] in ('tiny', 'laptop') else [])]
+             *(['The tasks are a stand-in suite and not GLUE.'] if get_scale(mine[0]['scale']).suite == 'stand-in' else [])]
     caption = f"Recipes at equal time, scale {mine[0]['scale']}."
     entropy = next(r['value'] for r in mine if r['metric'] == 'unigram_entropy')
     return [*write_table(recipes_table(rows, trials), folder/'beyond_recipes', caption, notes, mine),
@@ -160,5 +161,5 @@ def write_ablation(
     mine = needed(rows, 'the ladder', stage='trial', study='ladder')
     t = runs_of(rows, 'ladder')
     notes = [f'{t.seed.nunique()} seeds, {t.seconds.median():.0f} s each (median). A negative change is a gain over what it is compared with. {ASKED}', WELCH,
-             'Each recipe keeps its own learning rate; that of a rung in between was not tuned.']
+             'Learning rates are those of the two recipes as they stand at this scale; that of a rung in between was not tuned.']
     return write_table(ablation_table(rows), folder/'beyond_ablation', f"What each change does in the same time, scale {mine[0]['scale']}.", notes, mine)
