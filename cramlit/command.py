@@ -20,7 +20,7 @@ from .tools import Needed, Settings, bench, plan, search, torture, verify, watch
 # %% ../nbs/19_command.ipynb #9402f789
 def prepare(
     source: Annotated[str, {'nargs': '+'}] = None,  # enwik8, hub:NAME[:CONFIG], or files and folders (.txt .jsonl .jsonl.gz .parquet); default: the recipe's
-    recipe: str = '24hbert',  # 24hbert | bert-base | bert-large
+    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
     init: str = '',           # folder of a stock model to go on from later: its tokenizer and its shape count
     out: Needed = None,       # folder to make
@@ -59,7 +59,7 @@ def finish(
     return rows
 
 def pretrain(
-    recipe: str = '24hbert',  # 24hbert | bert-base | bert-large
+    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
     data: Needed = None,      # folder made by `cramlit prepare`
     init: str = '',           # folder of a stock model to go on from; default: random weights

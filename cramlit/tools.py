@@ -20,7 +20,7 @@ Settings = Annotated[str, {'action': 'append', 'metavar': 'PATH=VALUE'}]
 
 # %% ../nbs/18a_tools.ipynb #fdb8b4d1
 def plan(
-    recipe: str = '24hbert',  # 24hbert | bert-base | bert-large
+    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'paper',     # tiny | laptop | gpu | paper
     gpu: str = '',            # a card: titan-v | v100 | t4 | 2080-ti | 3090 | 4090 | a100 | h100 | h200
     measured: str = '',       # rows of a run, such as run/rows.jsonl: its rate counts, not the card's peak
@@ -43,7 +43,7 @@ def plan(
     return rows + check_plan(r, rows, pick_device())
 
 def search(
-    recipe: str = '24hbert',  # 24hbert | bert-base | bert-large
+    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
     grid: str = '',           # other values for some axes, such as 'batch=64,128 lr=1e-3,2e-3 warmup=0,0.06 length=1,2'
     budget: str = '',         # time for each trial: 90s, 6m, 24h; default: the scale's
