@@ -163,13 +163,28 @@ def _usage() -> str:
     return '\n'.join(['usage: cramlit COMMAND [OPTIONS]', '', *lines, '', 'cramlit COMMAND --help shows its options'])
 
 def _show(rows: list[dict], as_json: bool):
-    "Rows for a program on standard output, or for a person on standard error"
-    for r in rows:
-        if as_json: print(json.dumps(r, ensure_ascii=False))
-        elif r.get('seed') is None or r.get('stage') not in ('glue', 'trial'):  # single runs are many; their summary is enough to read
-            named = ' '.join(str(r[k]) for k in ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part') if r.get(k))
-            value = '–' if r['value'] is None else f"{r['value']:,.4g}" if isinstance(r['value'], float) else f"{r['value']:,}"
-            print(f"{named:48} {r['metric']:20} {value} {r['unit']}", file=sys.stderr)
+    "Rows for a program on standard output, or for a person on standard error: a table on a terminal, lines elsewhere"
+    if as_json: print(*(json.dumps(r, ensure_ascii=False) for r in rows), sep='\n', end='\n' if rows else ''); return
+    shown = [_cells(r) for r in rows if r.get('seed') is None or r.get('stage') not in ('glue', 'trial')]  # of many runs their summary is enough to read
+    if not sys.stderr.isatty():
+        for what, metric, value, unit in shown: print(f'{what:48} {metric:20} {value} {unit}', file=sys.stderr)
+    elif shown: _draw(shown)
+
+def _cells(r: dict) -> tuple[str, str, str, str]:
+    named = ' '.join(str(r[k]) for k in ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part') if r.get(k))
+    value = '–' if r['value'] is None else f"{r['value']:,.4g}" if isinstance(r['value'], float) else f"{r['value']:,}"
+    return named, r['metric'], value, r['unit']
+
+def _draw(cells: list[tuple[str, str, str, str]]):
+    "A table, in colour unless NO_COLOR says otherwise"
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    table = Table(box=SIMPLE)
+    table.add_column(''); table.add_column('what')
+    table.add_column('value', justify='right', style='cyan'); table.add_column('unit')
+    for row in cells: table.add_row(*row)
+    Console(stderr=True).print(table)
 
 def run_command(
     name: str,         # one of COMMANDS
