@@ -84,7 +84,7 @@ SCALES = {s.name: s for s in (
           'validation.every=0.05', 'validation.max_sequences=2048'),
           own={'modern': ('packing.seq_len=64', 'model.num_layers=3', 'model.hidden_size=192', 'model.num_heads=3', 'batch.global_batch_size=64',
                           'batch.micro_batch_size=64', 'validation.max_sequences=1024')},
-          budget=240., processes=1, suite='stand-in', finetune=Finetune((8,), (32,), (3e-4, 1e-3), 3, max_length=64, max_train=1000, max_eval=1000),
+          budget=240., processes=1, suite='stand-in', finetune=Finetune((5,), (32,), (1e-3,), 3, max_length=64, max_train=1000, max_eval=1000),
           trials=Trials(30., 0, ('validation.every=0.2', 'validation.max_sequences=512', 'validation.stop_loss=6.6', 'validation.stop_after=0.5'),
                         (32, 64, 128), (1e-3, 2e-3, 4e-3), (0., .06),
                         tasks=('continuation', 'review_polarity', 'verse_match'), finetune=Finetune((4,), (32,), (1e-3,), 1, max_length=64, max_train=500, max_eval=500)),
