@@ -34,7 +34,7 @@ test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pi
 	$(BIN)/python tests/check_fresh.py
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: env  ## twenty kills, eight processes, two thousand steps, the rehearsal: about 15 minutes on 2 cores
 	$(BIN)/python -m pytest -q -m slow
