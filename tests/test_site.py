@@ -64,7 +64,8 @@ def test_a_chapter_is_a_page(site, pages, chapter):
     assert len(page.article.find_all('img')) == sum('image/png' in o.get('data', {}) for c in cells for o in c.get('outputs', []))
     prose = [t for p in page.article.find_all('p') for t in p.find_all(string=True) if not t.find_parent('code')]
     assert not [t for t in prose if '$' in t], 'a formula was left as it was'
-    for name, f in public(module_of(cells)) if module_of(cells) else []: assert f.__doc__.split('\n')[0] in page.find(id=f'offers-{name}').find_next('p').get_text() or '`' in f.__doc__
+    offered = dict(public(module_of(cells))) if module_of(cells) else {}
+    for name, f in offered.items(): assert f.__doc__.split('\n')[0] in page.find(id=f'offers-{name}').find_next('p').get_text() or '`' in f.__doc__
 
 
 def test_chapters_stand_at_the_side_in_order(site, pages):
