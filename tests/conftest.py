@@ -11,11 +11,8 @@ from cramlit.scales import get_recipe
 # a shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONG = ('test_pipeline.py', 'test_site.py', 'test_distributed.py', 'test_search.py')  # begun first, so that no worker is left alone with them at the end
-
-
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    items.sort(key=lambda item: item.path.name != 'test_pipeline.py')  # the longest file is begun first, so that no worker is left alone with it
 
 
 WORDS = 'the a of river stone house walks sees old green slowly near under people make time light cold music road'.split()

@@ -77,7 +77,7 @@ def test_mistakes_are_found_before_anything_is_started(text, data, tmp_path, mor
 
 
 def test_all_ranks_go_by_one_clock(text, data, tmp_path):
-    run(2, options(text, data, tmp_path/'run', '--budget', '4'), WRONG_CLOCK='1', LR_LOG=str(tmp_path/'lr'))
+    run(2, options(text, data, tmp_path/'run', '--budget', '8'), WRONG_CLOCK='1', LR_LOG=str(tmp_path/'lr'))
     a, b = ((tmp_path/f'lr.{r}').read_text().splitlines() for r in range(2))
     assert a == b and len(set(a)) > 5
 

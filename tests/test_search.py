@@ -22,7 +22,7 @@ def trials_of(text, lrs):
 
 def test_a_search_from_text_to_table_and_map(tmp_path, capsys):
     out = tmp_path/'out'
-    args = ['search', '--scale', 'tiny', '--grid', 'batch=16,32 lr=1e-3 warmup=0.06 length=1', '--budget', '2s', '--out', str(out), '--json']
+    args = ['search', '--scale', 'tiny', '--grid', 'batch=16,32 lr=1e-3 warmup=0.06 length=1', '--budget', '10s', '--out', str(out), '--json']
     assert main(args) == 0
     printed, err = capsys.readouterr()
     rows = [json.loads(line) for line in printed.splitlines()]
