@@ -49,9 +49,10 @@ def attention(
     p: float,           # dropout of the weights
 ) -> Tensor:            # [B, A, Q, D]
     "Scaled dot-product attention by PyTorch, or by hand where its only way is slow"
-    if q.device.type != 'cpu' or not p: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+    slow = p > 0 or q.dtype == torch.bfloat16 and q.requires_grad
+    if q.device.type != 'cpu' or not slow: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     scores = q*q.shape[-1]**-.5 @ k.mT
-    if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
+    if mask is not None: scores = scores + torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)  # a small table, filled before it is spread
     return dropout(scores.softmax(-1), p).to(v.dtype) @ v
 
 # %% ../nbs/05a_ops.ipynb #86fa21bb

@@ -51,6 +51,10 @@ class Contest:
     ladder_seeds: int = 3
     every: float = 0.05       # part of the budget between two looks at the held-out text
     tasks: tuple[str, ...] = ('mnli', 'qnli', 'sst2')  # fine-tuned after each recipe's run
+    ideas: float = 0.375      # the part of the budget that each idea's trial has
+    idea_seeds: int = 3
+    sizes: tuple[tuple[int, int], ...] = ((3, 256), (6, 384), (6, 512), (12, 768))  # layers and hidden size of the networks that the scaling law is fitted to
+    spans: tuple[float, ...] = (1/8, 1/4, 1/2, 1.)  # parts of the budget that each of them has
 
 @dataclass(frozen=True)
 class Scale:
@@ -74,7 +78,8 @@ _TINY = ('corpus.max_documents=400', 'tokenizer.vocab_size=1024', 'packing.seq_l
 _TINY_TUNE = Finetune((1,), (32,), (1e-3,), 2, max_length=64, max_train=128, max_eval=128)
 _TINY_TRIALS = Trials(steps=10, batch_sizes=(32, 64), lrs=(2e-3,), warmups=(.06,), lengths=(1., 2.), seeds=2,
                       tasks=('continuation',), finetune=replace(_TINY_TUNE, seeds=1))
-_TINY_CONTEST = Contest(steps=10, seeds=2, lrs=(1e-3, 2e-3), rates=.5, ladder=.3, ladder_seeds=2, every=.25, tasks=('continuation',))
+_TINY_CONTEST = Contest(steps=10, seeds=2, lrs=(1e-3, 2e-3), rates=.5, ladder=.3, ladder_seeds=2, every=.25, tasks=('continuation',),
+                        ideas=.3, idea_seeds=2, sizes=((1, 32), (1, 64), (2, 64), (2, 96)), spans=(.4, .6, .8, 1.))
 _PAPER = Scale('paper', ('corpus.source=hub:wikimedia/wikipedia:20231101.en',))
 SCALES = {s.name: s for s in (
     Scale('tiny', _SMALL + _TINY + ('batch.global_batch_size=32', 'batch.micro_batch_size=32'), steps=30, processes=1, suite='stand-in', finetune=_TINY_TUNE,
@@ -88,7 +93,8 @@ SCALES = {s.name: s for s in (
           trials=Trials(30., 0, ('validation.every=0.2', 'validation.max_sequences=512', 'validation.stop_loss=6.6', 'validation.stop_after=0.5'),
                         (32, 64, 128), (1e-3, 2e-3, 4e-3), (0., .06),
                         tasks=('continuation', 'review_polarity', 'verse_match'), finetune=Finetune((4,), (32,), (1e-3,), 1, max_length=64, max_train=500, max_eval=500)),
-          contest=Contest(120., seeds=5, lrs=(1e-3, 2e-3, 4e-3), tasks=('sentence_rating', 'verse_match', 'review_polarity', 'continuation', 'acceptability')),
+          contest=Contest(120., seeds=5, lrs=(1e-3, 2e-3, 4e-3), tasks=('sentence_rating', 'verse_match', 'review_polarity', 'continuation', 'acceptability'),
+                          sizes=((1, 64), (2, 96), (3, 128), (4, 192))),
           shapes=('batch.micro_batch_size=4',)),
     Scale('gpu', ('model.num_layers=12', 'model.hidden_size=768', 'model.num_heads=12', 'model.intermediate_size=3072', 'batch.micro_batch_size=256',
                   'validation.stop_loss=0'),
