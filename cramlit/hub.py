@@ -113,6 +113,7 @@ def _modernbert_settings(cfg: ModelConfig, pad: int) -> dict:
     return dict(hidden_activation='gelu', classifier_activation='gelu', embedding_dropout=cfg.dropout, mlp_dropout=cfg.dropout,
                 attention_dropout=cfg.attention_dropout, norm_eps=cfg.layer_norm_eps, max_position_embeddings=cfg.max_positions,
                 attention_bias=cfg.bias, mlp_bias=cfg.bias, norm_bias=cfg.bias, classifier_bias=cfg.bias, decoder_bias=True,
+                classifier_pooling='mean',  # as the published ModernBERT has it: what reads [CLS] reads a token of which pretraining asked nothing
                 local_attention=cfg.window or 128, global_attn_every_n_layers=cfg.global_every, layer_types=kinds,
                 rope_parameters=dict(full_attention=rope(cfg.rope_theta), sliding_attention=rope(cfg.local_rope_theta)))
 
