@@ -113,7 +113,6 @@ def _modernbert_settings(cfg: ModelConfig, pad: int) -> dict:
     return dict(hidden_activation='gelu', classifier_activation='gelu', embedding_dropout=cfg.dropout, mlp_dropout=cfg.dropout,
                 attention_dropout=cfg.attention_dropout, norm_eps=cfg.layer_norm_eps, max_position_embeddings=cfg.max_positions,
                 attention_bias=cfg.bias, mlp_bias=cfg.bias, norm_bias=cfg.bias, classifier_bias=cfg.bias, decoder_bias=True,
-                classifier_pooling='mean',  # as the published ModernBERT has it: what reads [CLS] reads a token of which pretraining asked nothing
                 local_attention=cfg.window or 128, global_attn_every_n_layers=cfg.global_every, layer_types=kinds,
                 rope_parameters=dict(full_attention=rope(cfg.rope_theta), sliding_attention=rope(cfg.local_rope_theta)))
 
@@ -126,7 +125,8 @@ def stock_config(
     from transformers import AutoConfig
     name = family(cfg)
     pad, ends = special['pad'], dict(cls_token_id=special['cls'], sep_token_id=special['sep'])
-    settings = _modernbert_settings(cfg, pad) | ends if name == 'modernbert' else _bert_settings(cfg, pad)
+    mean = dict(classifier_pooling='mean')  # of all states, as the published ModernBERT has it: pretraining asks nothing of [CLS]
+    settings = _modernbert_settings(cfg, pad) | ends | mean if name == 'modernbert' else _bert_settings(cfg, pad)
     return AutoConfig.for_model(name, vocab_size=vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers,
         num_attention_heads=cfg.num_heads, intermediate_size=cfg.intermediate_size, initializer_range=cfg.initializer_range, tie_word_embeddings=True,
         pad_token_id=pad, bos_token_id=special['cls'], eos_token_id=special['sep'], **settings)
