@@ -84,7 +84,7 @@ def test_one_odd_run_does_not_bend_the_law():
 
 def test_unknowns_stay_within_their_bounds():
     N, D, _ = columns(0.)
-    for loss in (np.full(16, 5.), 5 + .1*np.log(N), 5*(D/D.min())**-.05, np.random.default_rng(0).uniform(4, 7, 16)):
+    for loss in (np.full(16, 5.), np.r_[4., np.full(15, 5.)], 5 + .1*np.log(N), 5*(D/D.min())**-.05, np.random.default_rng(0).uniform(4, 7, 16)):
         law = fit_law(N, D, loss)
         assert 0 <= law.E <= loss.min()*1.0001 and .01 <= law.a <= 2 and .01 <= law.b <= 2 and min(law.A, law.B) > 0 and np.isfinite(law(N, D)).all()
 
