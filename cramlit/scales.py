@@ -104,7 +104,7 @@ SCALES = {s.name: s for s in (
     _PAPER,
     replace(_PAPER, name='paper-rehearsal', overrides=_SMALL + _TINY + ('batch.global_batch_size=64', 'batch.micro_batch_size=4'), budget=30., processes=8,
             suite='stand-in', finetune=_TINY_TUNE, trials=replace(_TINY_TRIALS, budget=15., steps=0, seeds=1),
-            contest=replace(_TINY_CONTEST, budget=30., steps=0, lrs=(2e-3,), ladder=.5, ladder_seeds=1), shapes=_TINY),
+            contest=replace(_TINY_CONTEST, budget=30., steps=0, lrs=(2e-3,), ladder=.5, ladder_seeds=1, spans=(.5, 1.)), shapes=_TINY),
 )}
 
 # %% ../nbs/00b_scales.ipynb #74241e86
