@@ -399,6 +399,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cramlit.precision.Precision.scaled': ('precision.html#precision.scaled', 'cramlit/precision.py'),
                                    'cramlit.precision.autocast': ('precision.html#autocast', 'cramlit/precision.py'),
                                    'cramlit.precision.choose_precision': ('precision.html#choose_precision', 'cramlit/precision.py'),
+                                   'cramlit.precision.keep_memory': ('precision.html#keep_memory', 'cramlit/precision.py'),
                                    'cramlit.precision.pick_device': ('precision.html#pick_device', 'cramlit/precision.py')},
             'cramlit.protocol': { 'cramlit.protocol.average': ('protocol.html#average', 'cramlit/protocol.py'),
                                   'cramlit.protocol.bag_of_words': ('protocol.html#bag_of_words', 'cramlit/protocol.py'),
