@@ -25,7 +25,7 @@ from .loader import train_batches
 from .model import MaskedLM
 from .optim import make_optimizer
 from .packing import open_data
-from .precision import Precision, choose_precision, pick_device
+from .precision import Precision, choose_precision, keep_memory, pick_device
 from .protocol import side_by_side, twice
 from .recipes import part_of, watched_alike, with_data
 from .results import read_rows, result_row, write_rows
@@ -99,6 +99,7 @@ def experiment(
     scale: str = '',      # for the record
 ) -> list[dict]:          # result rows
     "Pretrain a recipe with an idea"
+    keep_memory()
     device = pick_device()
     run = Experiment(recipe, open_data(data), Path(out), Clock(budget, steps), scale, World(device=device))
     check_run(run)
