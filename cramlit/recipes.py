@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'watched_alike', 'with_rate', 'rate_trials', 'recipe_trials', 'best_rates', 'differences', 'steps_between',
-           'ladder_trials', 'with_data', 'part_of', 'contestants', 'compete', 'climb']
+           'ladder_trials', 'part_of', 'sized', 'size_trials', 'with_data', 'contestants', 'compete', 'climb', 'grow']
 
 # %% ../nbs/14a_recipes.ipynb #c265cd16
 from collections.abc import Iterable
@@ -12,7 +12,8 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 
 from .config import CramlitError, Recipe, UsageError, digest
-from .packing import prepare
+from .packing import open_data, prepare
+from .results import result_row, write_rows
 from .scales import Trials, get_recipe, get_scale
 from .search import Trial, run_trials
 
@@ -22,7 +23,7 @@ def watched_alike(
     scale: str,  # name of a scale
 ) -> tuple[str, ...]:  # settings
     "What makes runs of different recipes be looked at alike"
-    return (f'validation.every={get_scale(scale).contest.every}', f'validation.max_sequences={get_recipe(base, scale).validation.max_sequences}',
+    return (f'validation.every={get_scale(scale).contest.every}', f'validation.max_sequences={get_recipe(base, scale).validation.max_sequences//2}',
             'validation.stop_loss=0')
 
 def with_rate(
@@ -113,6 +114,39 @@ def ladder_trials(
     return [Trial(name, low, scale, (*watched_alike(low, scale), *settings), get_recipe(low, scale).seed + i)
             for i in range(get_scale(scale).contest.ladder_seeds) for name, settings in rungs.items()]
 
+# %% ../nbs/14a_recipes.ipynb #7a6c96b9
+def part_of(
+    scale: str,
+    part: float = 1.,  # of the contest's budget
+    tasks: bool = False,  # fine-tune afterwards?
+) -> Trials:
+    "How long a run of a contest is, and what it is fine-tuned on"
+    s, c = get_scale(scale), get_scale(scale).contest
+    return replace(s.trials, budget=part*c.budget, steps=round(part*c.steps), tasks=c.tasks if tasks else ())
+
+def sized(
+    base: str,    # name of a recipe
+    scale: str,   # name of a scale
+    layers: int,
+    hidden: int,  # numbers a token
+) -> tuple[str, ...]:  # settings
+    "A recipe's network in another size, in its own proportions"
+    m = get_recipe(base, scale).model
+    heads = max((n for n in range(1, hidden//64 + 1) if hidden % (2*n) == 0), default=1)  # rotary positions turn pairs, so that a head is even
+    inner = max(32, round(hidden*m.intermediate_size/m.hidden_size/32)*32)
+    return f'model.num_layers={layers}', f'model.hidden_size={hidden}', f'model.num_heads={heads}', f'model.intermediate_size={inner}'
+
+def size_trials(
+    base: str,     # name of a recipe
+    scale: str,
+    part: float,   # of the contest's budget
+) -> list[Trial]:  # one a size
+    "A recipe in every size, for one span of time"
+    t, r = part_of(scale, part), get_recipe(base, scale)
+    length = f'{t.steps} steps' if t.steps else f'{t.budget:g} s'
+    return [Trial(f'{layers} × {hidden}, {length}', base, scale, (*watched_alike(base, scale), 'validation.every=0.5', *sized(base, scale, layers, hidden)), r.seed)
+            for layers, hidden in get_scale(scale).contest.sizes]
+
 # %% ../nbs/14a_recipes.ipynb #a448fe15
 def with_data(
     trials: list[Trial],
@@ -126,15 +160,6 @@ def with_data(
         if name(r) not in made: made[name(r)] = folder/name(r); seals.add(prepare(r, folder/name(r))['tokenizer_sha256'])
     if len(seals) > 1: raise CramlitError(f'the texts in {folder} were cut up by different tokenizers, so that losses cannot be compared: delete the folder')
     return [replace(t, data=made[name(t.recipe)]) for t in trials]
-
-def part_of(
-    scale: str,
-    part: float = 1.,  # of the contest's budget
-    tasks: bool = False,  # fine-tune afterwards?
-) -> Trials:
-    "How long a run of a contest is, and what it is fine-tuned on"
-    s, c = get_scale(scale), get_scale(scale).contest
-    return replace(s.trials, budget=part*c.budget, steps=round(part*c.steps), tasks=c.tasks if tasks else ())
 
 def contestants(
     names: Iterable[str],  # recipes
@@ -166,3 +191,20 @@ def climb(
     "Run the ladder; what has been run is not run again"
     s = get_scale(scale)
     return run_trials(with_data(ladder_trials(low, high, scale), data), 'ladder', data, out, part_of(scale, s.contest.ladder), s.processes)
+
+def grow(
+    base: str,   # name of a recipe
+    scale: str,
+    data: Path,  # holds one prepared folder for each packing
+    out: Path,   # for trials and rows
+) -> list[dict]: # rows of all networks, then of their text
+    "Train a recipe in every size for every span of time; what has been run is not run again"
+    s, rows = get_scale(scale), list[dict]()
+    for part in s.contest.spans:
+        trials = with_data(size_trials(base, scale, part), data)
+        rows += run_trials(trials, 'scaling', data, out/f'span_{part:g}', part_of(scale, part), s.processes)
+    m, ids = open_data(trials[0].data or data).manifest, dict(stage='text', study='scaling', recipe=base, scale=scale)
+    text = [result_row('word_table_rows', m['padded_vocab_size'], 'words', **ids),
+            result_row('train_tokens', m['splits']['train']['rows']*m['seq_len'], 'tokens', **ids)]  # padding included, as in what a run has seen
+    write_rows(out/'text'/'rows.jsonl', text)
+    return rows + text

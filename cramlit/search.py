@@ -112,7 +112,7 @@ def choice_trials(
 @dataclass(frozen=True)
 class Study:
     "What all trials of a list have in common"
-    name: str     # grid | choices | rates | recipes | ladder
+    name: str     # grid | choices | rates | recipes | ladder | scaling
     data: Path    # prepared text
     trials: Trials
     nproc: int    # processes a trial
@@ -181,7 +181,7 @@ def run_trial(
 # %% ../nbs/14_search.ipynb #82855ace
 def run_trials(
     trials: list[Trial],
-    name: str,      # of the study: grid | choices | rates | recipes | ladder
+    name: str,      # of the study: grid | choices | rates | recipes | ladder | scaling
     data: str|Path, # prepared, for trials that have none of their own
     out: str|Path,  # holds trials/NAME for each, and rows.jsonl of all
     t: Trials,
