@@ -130,7 +130,8 @@ class SelfAttention(nn.Module):
     ) -> Tensor:          # [parts, B, A, S, D]
         "What the projection gave, by parts and heads"
         heads = x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return heads if x.is_cuda else heads.contiguous()  # one copy here, or a slow step through memory in everything that follows
+        plain_products = x.device.type == 'cpu' and x.dtype == torch.bfloat16  # as `attention` takes them
+        return heads.contiguous() if plain_products else heads  # one copy here, or a slow walk through memory in everything that follows
 
     def project(
         self,
