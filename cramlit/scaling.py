@@ -120,7 +120,7 @@ def fit_law(
     return Law(float(np.exp(e)), float(np.exp(s + a*middle_n)), float(np.exp(t + b*middle_d)), float(a), float(b))
 
 # %% ../nbs/17h_scaling.ipynb #8b41d23a
-RESAMPLES = 200  # of each kind
+RESAMPLES = 100  # of each kind
 
 @dataclass(frozen=True)
 class Fit:
