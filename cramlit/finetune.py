@@ -16,7 +16,7 @@ import torch
 from .config import UsageError
 from .glue import Examples, Task, score
 from .optim import parameter_groups
-from .precision import autocast, choose_precision, pick_device
+from .precision import autocast, choose_precision, keep_memory, pick_device
 from .schedule import lr_factor
 from .start import load_parts, quiet
 from .train import set_lr
@@ -122,6 +122,7 @@ def train_classifier(
     labels = torch.tensor(encoded.labels, device=device, dtype=torch.float32 if model.config.num_labels == 1 else torch.int64)
     optimizer = torch.optim.AdamW([g | dict(peak=job.lr) for g in parameter_groups(model, job.weight_decay)], lr=job.lr, fused=True)
     precision = choose_precision(device)
+    keep_memory()
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaled)
     batches = [b for _ in range(job.epochs) for b in buckets(lengths, job.batch_size, rng)]
     model.train()

@@ -125,7 +125,8 @@ def stock_config(
     from transformers import AutoConfig
     name = family(cfg)
     pad, ends = special['pad'], dict(cls_token_id=special['cls'], sep_token_id=special['sep'])
-    settings = _modernbert_settings(cfg, pad) | ends if name == 'modernbert' else _bert_settings(cfg, pad)
+    mean = dict(classifier_pooling='mean')  # of all states, as the published ModernBERT has it: pretraining asks nothing of [CLS]
+    settings = _modernbert_settings(cfg, pad) | ends | mean if name == 'modernbert' else _bert_settings(cfg, pad)
     return AutoConfig.for_model(name, vocab_size=vocab_size, hidden_size=cfg.hidden_size, num_hidden_layers=cfg.num_layers,
         num_attention_heads=cfg.num_heads, intermediate_size=cfg.intermediate_size, initializer_range=cfg.initializer_range, tie_word_embeddings=True,
         pad_token_id=pad, bos_token_id=special['cls'], eos_token_id=special['sep'], **settings)

@@ -60,26 +60,26 @@ class Embeddings(nn.Module):
 def rotary_table(
     cfg: ModelConfig,  # shape of the network
     theta: float,      # the slowest pair turns once in about 2π·theta tokens
-) -> Tensor:           # float32 [2, max_positions, D]: cosines and sines
+) -> Tensor:           # float32 [2, max_positions, D/2]: cosines and sines
     "How far each pair of numbers is turned at each position"
     D = cfg.hidden_size//cfg.num_heads
     angles = torch.outer(torch.arange(cfg.max_positions).float(), 1/theta**(torch.arange(0, D, 2).float()/D))
-    return torch.stack([angles.cos(), angles.sin()]).repeat(1, 1, 2)
+    return torch.stack([angles.cos(), angles.sin()])
 
 def rotate(
     x: Tensor,      # [B, A, Q, D]
-    table: Tensor,  # [2, ..., Q, D], for the positions of these tokens
+    table: Tensor,  # [2, ..., Q, D/2], for the positions of these tokens
 ) -> Tensor:        # [B, A, Q, D]
     "Turn each pair (number i, number i + D/2) by its angle"
-    first, second = x.chunk(2, -1)
-    return (x*table[0] + torch.cat([-second, first], -1)*table[1]).type_as(x)  # in float32, whatever x is
+    (first, second), (cos, sin) = x.chunk(2, -1), table.type_as(x)  # mixed formats would take twice as long
+    return torch.cat([first*cos - second*sin, second*cos + first*sin], -1)
 
 # %% ../nbs/06_model.ipynb #246efe91
 class View(NamedTuple):
     "What the asking tokens may look at, and how everyone's position turns them"
     mask: Tensor|None     # bool, broadcast to [B, A, Q, S]; True = may be looked at; None = everything may
-    queries: Tensor|None  # rotations of the Q tokens that ask, [2, Q, D] or [2, B, 1, Q, D]; None = positions are in the embeddings
-    keys: Tensor|None     # rotations of all S tokens, [2, S, D]
+    queries: Tensor|None  # rotations of the Q tokens that ask, [2, Q, D/2] or [2, B, 1, Q, D/2]; None = positions are in the embeddings
+    keys: Tensor|None     # rotations of all S tokens, [2, S, D/2]
 
 class Views(nn.Module):
     "Makes what layers of each kind see: all of the row, or a window"
@@ -129,7 +129,8 @@ class SelfAttention(nn.Module):
         parts: int = 3,   # queries, keys, values
     ) -> Tensor:          # [parts, B, A, S, D]
         "What the projection gave, by parts and heads"
-        return x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        heads = x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return heads if x.is_cuda else heads.contiguous()  # one copy here, or a slow step through memory in everything that follows
 
     def project(
         self,

@@ -23,7 +23,7 @@ def watched_alike(
     scale: str,  # name of a scale
 ) -> tuple[str, ...]:  # settings
     "What makes runs of different recipes be looked at alike"
-    return (f'validation.every={get_scale(scale).contest.every}', f'validation.max_sequences={get_recipe(base, scale).validation.max_sequences}',
+    return (f'validation.every={get_scale(scale).contest.every}', f'validation.max_sequences={get_recipe(base, scale).validation.max_sequences//2}',
             'validation.stop_loss=0')
 
 def with_rate(

@@ -24,7 +24,7 @@ from .loader import Ahead, train_batches, validation_batches
 from .model import MaskedLM
 from .optim import make_optimizer
 from .packing import Data, open_data
-from .precision import Precision, choose_precision
+from .precision import Precision, choose_precision, keep_memory
 from .results import read_rows, write_rows
 from .run import Run, check_run, claim, count_skips, due, fingerprint, hopeless, keep_milestones, result_rows, resume, save
 from .schedule import Clock, lr_factor
@@ -175,6 +175,7 @@ def pretrain(
         world.tell(0.)  # the others wait here until the folder is the run's own
         if (run.out/'rows.jsonl').exists(): return read_rows(run.out/'rows.jsonl')
         precision = choose_precision(world.device)
+        keep_memory()
         if world.main: print(f'{recipe.name} on {world.size} × {world.device.type} in {str(precision.dtype)[6:]}: {precision.reason}', file=sys.stderr)
         torch.manual_seed(recipe.seed)
         model = MaskedLM(recipe.model, run.data.padded_vocab_size).to(world.device)
