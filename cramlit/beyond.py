@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['WELCH', 'ASKED', 'welch', 'in_words', 'spread', 'runs_of', 'looks', 'reached', 'recipes_table', 'ablation_table',
-           'figure_by_time', 'write_recipes', 'write_ablation']
+           'figure_by_time', 'write_recipes', 'write_ablation', 'ideas_table', 'figure_gaps', 'write_ideas']
 
 # %% ../nbs/17g_beyond.ipynb #1996b438
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .gallery import trial_runs
+from .ideas import IDEAS
 from .report import COLOURS, STYLE, read_log, time_unit, write_figure, write_table
 from .scales import get_scale
 from .search import trial_table
@@ -41,7 +43,7 @@ def spread(
 
 def runs_of(
     rows: list[dict],
-    study: str,        # recipes | ladder
+    study: str,        # recipes | ladder | ideas
 ) -> pd.DataFrame:     # a line a run, as `trial_table`, with `average` over its tasks
     "The runs of a study"
     mine = needed(rows, f'the {study}', stage='trial', study=study)
@@ -163,3 +165,67 @@ def write_ablation(
     notes = [f'{t.seed.nunique()} seeds, {t.seconds.median():.0f} s each (median). A negative change is a gain over what it is compared with. {ASKED}', WELCH,
              'Learning rates are those of the two recipes as they stand at this scale; that of a rung in between was not tuned.']
     return write_table(ablation_table(rows), folder/'beyond_ablation', f"What each change does in the same time, scale {mine[0]['scale']}.", notes, mine)
+
+# %% ../nbs/17g_beyond.ipynb #aa12990c
+def ideas_table(
+    rows: list[dict],  # of the ideas
+) -> pd.DataFrame:     # texts: idea × loss, change, p and steps of each shape
+    "What each idea came to in the same time"
+    mine = needed(rows, 'the ideas', stage='trial', study='ideas')
+    shapes = {s: runs_of([r for r in mine if r['shape'] == s], 'ideas') for s in dict.fromkeys(r['shape'] for r in mine)}
+    stock = {r['trial']: r['stock'] for r in mine}
+    first, *_ = stock
+    def cells(name, shape, t):
+        mine, base = (t[t.trial == n] for n in (name, first))
+        gap = mine.validation_loss.mean() - base.validation_loss.mean()
+        compared = name != first and not pd.isna(gap)
+        return {f'{shape}: MLM loss, nats': spread(mine.validation_loss, 3), f'{shape}: change': f'{gap:+.3f}' if compared else '',
+                f'{shape}: p': in_words(welch(mine.validation_loss, base.validation_loss)) if compared else '', f'{shape}: steps': f'{mine.steps.mean():,.0f}'}
+    line = lambda name: {k: v for shape, t in shapes.items() for k, v in cells(name, shape, t).items()} | {'in stock transformers?': 'yes' if stock[name] else 'no'}
+    return pd.DataFrame({name: line(name) for name in stock}).T
+
+# %% ../nbs/17g_beyond.ipynb #ad91824d
+def figure_gaps(
+    runs: dict[str, list[Path]],  # idea → run folders, one a seed; the first is the recipe as it is
+):                                # a matplotlib figure
+    "How far each idea is from the recipe as it is, by time, a panel an idea"
+    import matplotlib
+    from matplotlib.figure import Figure
+    grid = np.linspace(0, 1, 41)[1:]
+    def curve(run):
+        seconds, losses = map(np.array, looks(run))
+        return np.interp(grid, seconds/seconds[-1], losses)
+    (_, reference), *others = ((name, np.array([curve(r) for r in mine])) for name, mine in runs.items())
+    mean = reference.mean(0)
+    most = 1.1*max(abs(c - mean)[:, grid > .5].max() for c in (reference, *(c for _, c in others))) or 1.
+    rows = -(-len(others)//3)
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(7, .4 + 1.6*rows), layout='constrained')
+        axes = fig.subplots(rows, 3, sharex=True, sharey=True, squeeze=False).ravel()
+        for ax, (name, mine) in zip(axes, others, strict=False):
+            ax.plot(grid, (reference - mean).T, '-', color='0.7', lw=.8); ax.plot(grid, (mine - mean).T, '-', color=COLOURS[0], lw=1)
+            ax.set_ylim(-most, most); ax.set_title(name, fontsize=8, loc='left')
+        for ax in axes[len(others):]: ax.set_axis_off()
+        fig.supxlabel('part of the time', fontsize=9); fig.supylabel('loss less the baseline\'s, nats', fontsize=9)
+    return fig
+
+# %% ../nbs/17g_beyond.ipynb #af6a647c
+def write_ideas(
+    rows: list[dict],  # of the ideas
+    trials: Path,      # the folder that holds their trials
+    folder: Path,      # where the files go
+) -> list[Path]:
+    "The table of ideas and the figure of the first shape, with what to beware of"
+    mine = needed(rows, 'the ideas', stage='trial', study='ideas')
+    tried, shapes = dict.fromkeys(r['trial'] for r in mine), dict.fromkeys(r['shape'] for r in mine)
+    seconds, n = pd.Series([r['value'] for r in mine if r['metric'] == 'seconds']), (len(tried) - 1)*len(shapes)
+    left = [name for name, idea in IDEAS.items() if idea.full and name not in tried]
+    notes = [f'{len({r["seed"] for r in mine})} seeds, {seconds.median():.0f} s each (median), in turns with the recipe as it is, on the same machine and in the same '
+             f'training loop. A negative change is a gain. {ASKED}', f'{WELCH} Of {n} comparisons chance alone would put {n/20:.1f} below p = 0.05.',
+             "Shapes are layers × hidden size. Nothing was tuned for any idea. All are judged by the recipe's own forward pass, as stock transformers have it.",
+             *(f'**{name}**: {IDEAS[name].line}.' for name in tried if name in IDEAS and IDEAS[name].line),
+             *([f'Not tried, for they need rows without padding: {", ".join(left)}.'] if left else [])]
+    caption = f"Ideas on top of {mine[0]['recipe']} at equal time, scale {mine[0]['scale']}."
+    first = [r for r in mine if r['shape'] == mine[0]['shape']]
+    return [*write_table(ideas_table(mine), folder/'beyond_ideas', caption, notes, mine),
+            *write_figure(figure_gaps(trial_runs(first, trials)), folder/'ideas_by_time', first)]

@@ -148,7 +148,7 @@ STABILITY = {
     'stable': 'config results scales corpus tokenizer sentences packing masking model schedule hub glue train command'.split(),
     'provisional': ('keyed loader optim precision distributed checkpoint run step track share start '
                     'standin finetune protocol submit search recipes plan report page watch pipeline tools').split(),
-    'internal': 'ops survival bench savings ways race padding tables gallery speed beyond scaling docs_site'.split(),
+    'internal': 'ops survival bench savings ways race padding tables gallery speed beyond scaling ideas laboratory docs_site'.split(),
 }
 
 def api_page(

@@ -80,6 +80,8 @@ STAGES = {s.name: s for s in (
     Stage('beyond_ablation', ('ladder',), ('beyond_ablation',), recipes='all'),
     Stage('scaling', recipes='all'),
     Stage('beyond_scaling', ('scaling',), ('beyond_scaling', 'beyond_by_compute'), recipes='all'),
+    Stage('ideas', recipes='all'),
+    Stage('beyond_ideas', ('ideas',), ('beyond_ideas', 'ideas_by_time'), recipes='all'),
     Stage('appendix_grids', (), ('appendix_pretraining', 'appendix_finetuning')),
     Stage('appendix_hardware', ('table1_time',), ('appendix_hardware',)),
 )}

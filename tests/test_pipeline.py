@@ -21,8 +21,9 @@ def finished(tmp_path_factory):
 def test_table_figures_and_model_are_there(finished):
     names = {p.name for p in (finished/'paper_figures').iterdir()}
     tables = 'table1_time', 'table2_savings', 'table3_search', 'table4_glue', 'table5_choices', 'appendix_pretraining', 'appendix_finetuning', 'appendix_hardware', \
-        'beyond_recipes', 'beyond_ablation', 'beyond_scaling'
-    figures = 'loss_curve', 'lr_schedule', 'search_grid', 'schedules', 'choices_by_time', 'loss_against_task', 'beyond_by_time', 'beyond_by_compute'
+        'beyond_recipes', 'beyond_ablation', 'beyond_scaling', 'beyond_ideas'
+    figures = 'loss_curve', 'lr_schedule', 'search_grid', 'schedules', 'choices_by_time', 'loss_against_task', 'beyond_by_time', 'beyond_by_compute', \
+        'ideas_by_time'
     made = {f'{t}.{s}' for t in tables for s in ('md', 'csv', 'tex')} | {f'{f}.{s}' for f in figures for s in ('svg', 'pdf')}
     assert names == made | {'README.md', 'table4_published.md'}
     assert names - {'README.md'} == {f'{n}.{s}' for stage in STAGES.values() for n in stage.makes for s in ('md', 'csv', 'tex', 'svg', 'pdf')} & names
