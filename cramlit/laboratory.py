@@ -126,7 +126,8 @@ def idea_trials(
     "Every idea that the recipe's rows allow, the baseline first, with every shape and seed"
     r, c = get_recipe(base, scale), get_scale(scale).contest
     fit = [n for n, idea in IDEAS.items() if r.packing.mode == 'stream' or not idea.full]
-    return [Trial(n, base, scale, (*watched_alike(base, scale), *shape), r.seed + i) for i in range(c.idea_seeds) for shape in shapes for n in fit]
+    watched = *watched_alike(base, scale), 'validation.every=0.2'  # enough for a curve, and little of the time
+    return [Trial(n, base, scale, (*watched, *shape), r.seed + i) for i in range(c.idea_seeds) for shape in shapes for n in fit]
 
 def run_idea(
     trial: Trial,  # its name is that of an idea
