@@ -14,7 +14,6 @@ from pathlib import Path
 
 from .config import CramlitError, UsageError, digest, recipe_hash, unknown
 from .scales import get_recipe, get_scale
-
 from .results import atomic, provenance, read_rows, sha256
 
 # %% ../nbs/18_pipeline.ipynb #cf1dc3fd
@@ -83,8 +82,7 @@ STAGES = {s.name: s for s in (
     Stage('ideas', recipes='all'),
     Stage('beyond_ideas', ('ideas',), ('beyond_ideas', 'ideas_by_time'), recipes='all'),
     Stage('appendix_grids', (), ('appendix_pretraining', 'appendix_finetuning')),
-    Stage('appendix_hardware', ('table1_time',), ('appendix_hardware',)),
-)}
+    Stage('appendix_hardware', ('table1_time',), ('appendix_hardware',)))}
 
 def paper_notebook(
     name: str,  # a stage's name
