@@ -227,7 +227,7 @@ def figure_by_compute(
         for t, mark, size in zip(told.itertuples(), 'Dx', (8, 5), strict=True): far.plot(t.C, t.loss, mark, ms=size, mfc='none', color='black', label=t.machine)
         _scales(near, .96*p.loss.min(), p.loss.max()*(p.loss.max()/p.loss.min())**.4)  # with room for the legend
         _scales(far, .95*max(told.loss.min()/2, min(t[0] for t in told.losses)), 1.04*p.loss.max())
-        near.set_ylabel('validation loss, nats'); near.legend(fontsize=7, ncol=2, loc='upper right'); far.legend(fontsize=7)
+        near.set_ylabel('validation loss, nats'); near.legend(fontsize=7, ncol=2, loc='upper right'); far.legend(fontsize=7, loc='lower left')
         if fit.scatter > POOR: fig.suptitle(f'the law fits poorly: losses scatter by {fit.scatter:.0%} about it', fontsize=9)
     return fig
 

@@ -103,6 +103,7 @@ def wait(ready, seconds=100):
         time.sleep(.05)
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_made_good(text, data, tmp_path):
     "One rank is killed; torchrun starts the group again, and the end is that of an unbroken run"
     settings = ['checkpoint.every=0.02']

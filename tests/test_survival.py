@@ -41,7 +41,8 @@ def anonymous_memory() -> int:
     return 1024*int(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1])
 
 
-@pytest.mark.parametrize('steps', [400, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('steps', [400, 2000])
 def test_memory_is_flat(text, data, tmp_path, steps):
     "After the first steps, with checkpoints and validation among them, resident memory does not grow"
     overrides = [f'corpus.source={text}', *SETTINGS, 'batch.micro_batch_size=8', 'checkpoint.every=0.05', 'validation.every=0.1']
