@@ -131,7 +131,7 @@ def figure_by_time(
                 if name in others and part == part: ax.plot(part*seconds[-1]/size, mark, 'v', ms=5, color=colour)
         ax.axhline(mark, lw=.8, color='0.6'); ax.axhline(entropy, ls='--', color='0.4', lw=1, label='word frequencies alone')
         low = min(min(looks(r)[1]) for rs in runs.values() for r in rs)
-        ax.set(xlabel=f'time, {unit}', ylabel='validation loss, nats', ylim=(low - .1, entropy + .3))  # what lies above is the first seconds, alike for all
+        ax.set(xlabel=f'time, {unit}', ylabel='validation loss, nats', ylim=(low - .1, max(entropy, mark) + .3))  # what lies above is the first seconds, alike for all
         ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 

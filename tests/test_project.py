@@ -55,6 +55,11 @@ def settings():
     return parser['DEFAULT']
 
 
+def test_the_front_page_lists_every_chapter():
+    readme = (ROOT/'README.md').read_text()
+    assert [p.name for p in NOTEBOOKS if f'(nbs/{p.name})' not in readme] == []
+
+
 def test_settings_and_pyproject_agree(settings, toml):
     project, nbdev = toml['project'], toml['tool']['nbdev']
     assert settings['lib_name'] == project['name'] and settings['version'] == project['version'] and settings['description'] == project['description']
