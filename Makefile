@@ -24,7 +24,7 @@ $(STAMP):
 
 env: $(STAMP)  ## create .venv with everything in it
 
-reproduce: env  ## raw text to table and figures at scale laptop, 20 to 30 minutes on 2 cores
+reproduce: env  ## raw text to table and figures at scale laptop, 20 minutes on 2 cores
 	$(BIN)/cramlit reproduce --scale laptop --headline --out $(OUT) --figures paper_figures/laptop
 
 reproduce-all: env  ## all tables and figures of the paper at scale laptop, and the recipes compared: well over an hour on 2 cores
