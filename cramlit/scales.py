@@ -93,7 +93,7 @@ SCALES = {s.name: s for s in (
           trials=Trials(30., 0, ('validation.every=0.2', 'validation.max_sequences=512', 'validation.stop_loss=6.6', 'validation.stop_after=0.5',
                                        'checkpoint.every=0.5'), (32, 64, 128), (1e-3, 2e-3, 4e-3), (0., .06),
                         tasks=('continuation', 'review_polarity', 'verse_match'), finetune=Finetune((4,), (32,), (1e-3,), 1, max_length=64, max_train=500, max_eval=500)),
-          contest=Contest(90., seeds=5, lrs=(1e-3, 2e-3, 4e-3), rates=1/2, ladder=1/4, ideas=1/4, spans=(1/16, 1/8, 1/4, 1/2),
+          contest=Contest(90., seeds=5, lrs=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), rates=1/2, ladder=1/2, ideas=1/3, spans=(1/3, 2/3, 4/3, 8/3),
                           tasks=('sentence_rating', 'verse_match', 'review_polarity', 'continuation', 'acceptability'),
                           sizes=((1, 64), (2, 96), (3, 128), (4, 192))),
           shapes=('batch.micro_batch_size=4',)),
