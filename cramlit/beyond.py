@@ -43,7 +43,7 @@ def spread(
 
 def runs_of(
     rows: list[dict],
-    study: str,        # recipes | ladder | ideas
+    study: str,        # recipes | ladder | ideas | once more
 ) -> pd.DataFrame:     # a line a run, as `trial_table`, with `average` over its tasks
     "The runs of a study"
     mine = needed(rows, f'the {study}', stage='trial', study=study)
@@ -172,9 +172,10 @@ def write_ablation(
 def ideas_table(
     rows: list[dict],  # of the ideas
 ) -> pd.DataFrame:     # texts: idea × loss, change, p and steps of each shape
-    "What each idea came to in the same time"
-    mine = needed(rows, 'the ideas', stage='trial', study='ideas')
+    "What each idea came to in the same time, and those that were ahead once more"
+    mine, again = needed(rows, 'the ideas', stage='trial', study='ideas'), [r for r in rows if r['study'] == 'once more']
     shapes = {s: runs_of([r for r in mine if r['shape'] == s], 'ideas') for s in dict.fromkeys(r['shape'] for r in mine)}
+    if again: shapes |= {f"{again[0]['shape']}, fresh seeds": runs_of(again, 'once more')}
     stock = {r['trial']: r['stock'] for r in mine}
     first, *_ = stock
     def cells(name, shape, t):
@@ -182,7 +183,8 @@ def ideas_table(
         gap = mine.validation_loss.mean() - base.validation_loss.mean()
         compared = name != first and not pd.isna(gap)
         return {f'{shape}: MLM loss, nats': spread(mine.validation_loss, 3), f'{shape}: change': f'{gap:+.3f}' if compared else '',
-                f'{shape}: p': in_words(welch(mine.validation_loss, base.validation_loss)) if compared else '', f'{shape}: steps': f'{mine.steps.mean():,.0f}'}
+                f'{shape}: p': in_words(welch(mine.validation_loss, base.validation_loss)) if compared else '',
+                f'{shape}: steps': f'{mine.steps.mean():,.0f}' if len(mine) else ''}
     line = lambda name: {k: v for shape, t in shapes.items() for k, v in cells(name, shape, t).items()} | {'in stock transformers?': 'yes' if stock[name] else 'no'}
     return pd.DataFrame({name: line(name) for name in stock}).T
 
@@ -218,16 +220,18 @@ def write_ideas(
     folder: Path,      # where the files go
 ) -> list[Path]:
     "The table of ideas and the figure of the first shape, with what to beware of"
-    mine = needed(rows, 'the ideas', stage='trial', study='ideas')
+    mine, again = needed(rows, 'the ideas', stage='trial', study='ideas'), [r for r in rows if r['study'] == 'once more']
     tried, shapes = dict.fromkeys(r['trial'] for r in mine), dict.fromkeys(r['shape'] for r in mine)
     seconds, n = pd.Series([r['value'] for r in mine if r['metric'] == 'seconds']), (len(tried) - 1)*len(shapes)
     left = [name for name, idea in IDEAS.items() if idea.full and name not in tried]
     notes = [f'{len({r["seed"] for r in mine})} seeds, {seconds.median():.0f} s each (median), in turns with the recipe as it is, on the same machine and in the same '
              f'training loop. A negative change is a gain. {ASKED}', f'{WELCH} Of {n} comparisons chance alone would put {n/20:.1f} below p = 0.05.',
+             f'Ideas that were ahead at every shape were tried once more, with {len({r["seed"] for r in again})} fresh seeds: what they do there was not chosen for '
+             'being large.' if again else 'No idea was ahead at every shape, so none was tried once more.',
              "Shapes are layers × hidden size. Nothing was tuned for any idea. All are judged by the recipe's own forward pass, as stock transformers have it.",
              *(f'**{name}**: {IDEAS[name].line}.' for name in tried if name in IDEAS and IDEAS[name].line),
              *([f'Not tried, for they need rows without padding: {", ".join(left)}.'] if left else [])]
     caption = f"Ideas on top of {mine[0]['recipe']} at equal time, scale {mine[0]['scale']}."
     first = [r for r in mine if r['shape'] == mine[0]['shape']]
-    return [*write_table(ideas_table(mine), folder/'beyond_ideas', caption, notes, mine),
+    return [*write_table(ideas_table(rows), folder/'beyond_ideas', caption, notes, mine),
             *write_figure(figure_gaps(trial_runs(first, trials)), folder/'ideas_by_time', first)]

@@ -53,6 +53,7 @@ class Contest:
     tasks: tuple[str, ...] = ('mnli', 'qnli', 'sst2')  # fine-tuned after each recipe's run
     ideas: float = 0.375      # the part of the budget that each idea's trial has
     idea_seeds: int = 3
+    fresh_seeds: int = 5      # of the ideas that gained, once more
     sizes: tuple[tuple[int, int], ...] = ((3, 256), (6, 384), (6, 512), (12, 768))  # layers and hidden size of the networks that the scaling law is fitted to
     spans: tuple[float, ...] = (1/8, 1/4, 1/2, 1.)  # parts of the budget that each of them has
 
@@ -79,7 +80,7 @@ _TINY_TUNE = Finetune((1,), (32,), (1e-3,), 2, max_length=64, max_train=128, max
 _TINY_TRIALS = Trials(steps=10, batch_sizes=(32, 64), lrs=(2e-3,), warmups=(.06,), lengths=(1., 2.), seeds=2,
                       tasks=('continuation',), finetune=replace(_TINY_TUNE, seeds=1))
 _TINY_CONTEST = Contest(steps=10, seeds=2, lrs=(1e-3, 2e-3), rates=.5, ladder=.3, ladder_seeds=2, every=.25, tasks=('continuation',),
-                        ideas=.3, idea_seeds=2, sizes=((1, 32), (1, 64), (2, 64), (2, 96)), spans=(.4, .6, .8, 1.))
+                        ideas=.3, idea_seeds=2, fresh_seeds=2, sizes=((1, 32), (1, 64), (2, 64), (2, 96)), spans=(.4, .6, .8, 1.))
 _PAPER = Scale('paper', ('corpus.source=hub:wikimedia/wikipedia:20231101.en',))
 SCALES = {s.name: s for s in (
     Scale('tiny', _SMALL + _TINY + ('batch.global_batch_size=32', 'batch.micro_batch_size=32'), steps=30, processes=1, suite='stand-in', finetune=_TINY_TUNE,
@@ -93,9 +94,9 @@ SCALES = {s.name: s for s in (
           trials=Trials(30., 0, ('validation.every=0.2', 'validation.max_sequences=512', 'validation.stop_loss=6.6', 'validation.stop_after=0.5',
                                        'checkpoint.every=0.5'), (32, 64, 128), (1e-3, 2e-3, 4e-3), (0., .06),
                         tasks=('continuation', 'review_polarity', 'verse_match'), finetune=Finetune((4,), (32,), (1e-3,), 1, max_length=64, max_train=500, max_eval=500)),
-          contest=Contest(90., seeds=5, lrs=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), rates=1/2, ladder=1/2, ideas=1/3, spans=(1/3, 2/3, 4/3, 8/3),
+          contest=Contest(90., seeds=5, lrs=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), rates=1/2, ladder=1/2, ideas=1/3, fresh_seeds=8, spans=(1/3, 2/3, 4/3, 8/3),
                           tasks=('sentence_rating', 'verse_match', 'review_polarity', 'continuation', 'acceptability'),
-                          sizes=((1, 64), (2, 96), (3, 128), (4, 192))),
+                          sizes=((2, 64), (2, 96), (3, 128), (4, 192))),
           shapes=('batch.micro_batch_size=4',)),
     Scale('gpu', ('model.num_layers=12', 'model.hidden_size=768', 'model.num_heads=12', 'model.intermediate_size=3072', 'batch.micro_batch_size=256',
                   'validation.stop_loss=0'),

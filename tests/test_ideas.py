@@ -252,7 +252,12 @@ def test_a_study_goes_on_and_becomes_a_table(text, tmp_path, monkeypatch):
     shapes = [(f'corpus.source={text}', *SMALL, f'model.hidden_size={h}') for h in (64, 32)]
     with parallel_config(backend='sequential'): found = try_ideas('modern', 'tiny', tmp_path/'data', tmp_path/'out', shapes)
     done = {p: p.stat().st_mtime_ns for p in sorted((tmp_path/'out'/'trials').glob('*/rows.jsonl'))}
-    assert len(done) == 3*2*2 and {(r['trial'], r['shape'], r['study']) for r in found} == {(n, s, 'ideas') for n in few for s in ('2 × 64', '2 × 32')}
+    first, more = ([r for r in found if r['study'] == s and r['metric'] == 'validation_loss'] for s in ('ideas', 'once more'))
+    assert [(r['trial'], r['shape'], r['seed']) for r in first] == [(n, s, seed) for seed in (42, 43) for s in ('2 × 64', '2 × 32') for n in few]
+    mean = lambda n, s: np.mean([r['value'] for r in first if (r['trial'], r['shape']) == (n, s)])
+    ahead = [n for n in few if all(mean(n, s) < mean(BASELINE, s) for s in ('2 × 64', '2 × 32'))]
+    assert [(r['trial'], r['shape'], r['seed']) for r in more] == [(n, '2 × 64', seed) for seed in (44, 45) for n in few if ahead and n in [BASELINE, *ahead]]
+    assert len(done) == 3*2*2 + len(more)
     lost, *kept = done
     lost.unlink()
     with parallel_config(backend='sequential'): again = try_ideas('modern', 'tiny', tmp_path/'data', tmp_path/'out', shapes)
@@ -264,6 +269,7 @@ def test_a_study_goes_on_and_becomes_a_table(text, tmp_path, monkeypatch):
     assert table.loc[BASELINE, '2 × 32: change'] == '' and table.loc['batch growing', '2 × 32: change'][0] in '+-' and table.loc['batch growing', '2 × 64: steps'] == '3'
     files = write_ideas(found, tmp_path/'out'/'trials', tmp_path/'figures')
     note = files[0].read_text()
+    assert ('with 2 fresh seeds' if ahead else 'No idea was ahead') in note and any('fresh seeds' in c for c in table.columns) == bool(ahead)
     assert 'need rows without padding: [MASK] later, rows growing' in note and '**batch growing**: a quarter' in note and 'Of 4 comparisons' in note
     assert {p.name for p in files} == {f'beyond_ideas.{s}' for s in ('md', 'csv', 'tex')} | {f'ideas_by_time.{s}' for s in ('svg', 'pdf')}
 
