@@ -149,8 +149,7 @@ def workers() -> Iterator[None]:
     "One process for each GPU, or one single-threaded process for each core; a joblib backend that the caller has chosen is left as it is"
     backend, n = get_active_backend()
     if not isinstance(backend, BACKENDS['loky']) or n is not None: yield; return
-    # idle processes go soon: they hold gigabytes, and a process that was forked waits for them at its end
-    with parallel_config('loky', n_jobs=torch.cuda.device_count() or -1, inner_max_num_threads=1, idle_worker_timeout=10): yield
+    with parallel_config('loky', n_jobs=torch.cuda.device_count() or -1, inner_max_num_threads=1, idle_worker_timeout=10): yield  # idle ones hold gigabytes
 
 def side_by_side(
     calls: list[tuple],  # of joblib's `delayed`; each returns '' or why it failed
