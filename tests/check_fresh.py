@@ -22,7 +22,7 @@ def check(pattern: str, command: list[str], remedy: str) -> bool:
 
 
 if __name__ == '__main__':
-    fresh = [check('cramlit/*.py', ['nbdev-export'], 'run make export and commit'),
+    fresh = [check('cramlit/**/*.py', ['nbdev-export'], 'run make export and commit'),
              check('nbs/**/*.ipynb', ['nbdev-clean'], 'run make clean-notebooks and commit'),
              check('README.md', ['python', '-m', 'nbconvert', '--to', 'markdown', '--log-level', 'ERROR', '--output', '../README.md', 'nbs/index.ipynb'],
                    'run make readme and commit')]

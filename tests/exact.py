@@ -17,9 +17,9 @@ if os.environ.get('WRONG_CLOCK') == str(rank):
     real, calls = time.monotonic, []
     time.monotonic = lambda: (calls.append(1), real() + 3600*(len(calls) > 20))[1]
 
-import cramlit.train as train  # noqa: E402  the clock is wrong before it is imported
-from cramlit.command import main  # noqa: E402
-from cramlit.precision import Precision  # noqa: E402
+import cramlit.training.training as train  # noqa: E402  the clock is wrong before it is imported
+from cramlit.running.command import main  # noqa: E402
+from cramlit.core.devices import Precision  # noqa: E402
 
 train.choose_precision = lambda device: Precision(torch.float32, 'the test compares curves')
 train.train = functools.partial(train.train, log_every=1)

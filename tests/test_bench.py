@@ -2,15 +2,15 @@
 import pytest
 import torch
 
-from cramlit import bench
-from cramlit.bench import BATCHES, Loop, Turn, alternate, endless, lengthen, make_parts, our_loop, plain_loop, speed_rows
-from cramlit.packing import open_data
-from cramlit.plan import get_card, plan
-from cramlit.precision import Precision
-from cramlit.results import provenance
-from cramlit.savings import DenseHead, saving_rows, text_batches, without
-from cramlit.step import loss_of
-from cramlit.tables import shown, table1, table2, write_table1
+from cramlit.efficiency import benchmark as bench
+from cramlit.efficiency.benchmark import BATCHES, Loop, Turn, alternate, endless, lengthen, make_parts, our_loop, plain_loop, speed_rows
+from cramlit.data.packing import open_data
+from cramlit.efficiency.planner import get_card, plan
+from cramlit.core.devices import Precision
+from cramlit.core.results import provenance
+from cramlit.efficiency.benchmark import DenseHead, saving_rows, text_batches, without
+from cramlit.training.training import loss_of
+from cramlit.reporting.tables import shown, table1, table2, write_table1
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')
@@ -106,7 +106,7 @@ def test_savings_have_a_line_for_each_optimisation(recipe, data):
 
 
 def test_without_a_compiler_the_compiled_step_is_left_out_with_the_reason(recipe, data, monkeypatch, tmp_path):
-    from cramlit.tables import write_table2
+    from cramlit.reporting.tables import write_table2
     class Broken(torch.nn.Module):
         def forward(self, *batch): raise RuntimeError('no compiler')
     monkeypatch.setattr(torch, 'compile', lambda model: Broken())

@@ -4,12 +4,12 @@ import json
 import pytest
 import torch
 
-import cramlit.checkpoint as checkpoint
-from cramlit.checkpoint import checkpoints, load_checkpoint, tensors_of, write_checkpoint
-from cramlit.config import CramlitError
-from cramlit.model import MaskedLM
-from cramlit.optim import make_optimizer
-from cramlit.scales import get_recipe
+import cramlit.training.checkpoints as checkpoint
+from cramlit.training.checkpoints import checkpoints, load_checkpoint, tensors_of, write_checkpoint
+from cramlit.core.recipes import CramlitError
+from cramlit.model.encoder import MaskedLM
+from cramlit.training.optimizers import make_optimizer
+from cramlit.core.scales import get_recipe
 
 
 @pytest.fixture

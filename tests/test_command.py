@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cramlit.command import main
+from cramlit.running.command import main
 
 
 def run(capsys, *args):
@@ -61,14 +61,14 @@ def test_prepare_and_pretrain_as_rows(text, tmp_path, capsys):
 
 
 def test_the_installed_command_exists():
-    done = subprocess.run([sys.executable, '-m', 'cramlit.command', '--help'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'cramlit.running.command', '--help'], capture_output=True, text=True)
     assert done.returncode == 0 and 'reproduce' in done.stdout
 
 
 @pytest.mark.parametrize('colour', [True, False])
 def test_a_terminal_gets_a_table_and_a_pipe_gets_lines(colour):
     import pexpect
-    command = [sys.executable, '-m', 'cramlit.command', 'plan', '--scale', 'tiny', '--gpu', 't4']
+    command = [sys.executable, '-m', 'cramlit.running.command', 'plan', '--scale', 'tiny', '--gpu', 't4']
     env = {k: v for k, v in os.environ.items() if k not in ('NO_COLOR', 'FORCE_COLOR')} | dict(TERM='xterm-256color', COLUMNS='120')
     if not colour: env['NO_COLOR'] = '1'
     screen = pexpect.run(' '.join(command), env=env, timeout=120, encoding='utf-8')

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import cramlit.corpus as corpus
-from cramlit.command import main
-from cramlit.config import CramlitError, UsageError
-from cramlit.corpus import clean, documents, fetch_member, install_enwik8, unique
-from cramlit.results import cache_dir
+import cramlit.data.corpus as corpus
+from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.data.corpus import clean, documents, fetch_member, install_enwik8, unique
+from cramlit.core.results import cache_dir
 
 SENTENCE = 'The river walks slowly under the old stone house near the road.'
 
@@ -153,7 +153,7 @@ def test_no_network_is_one_line(cache, tmp_path, monkeypatch, capsys):
 
 
 def test_no_hub_is_one_line(tmp_path):
-    command = [sys.executable, '-m', 'cramlit.command', 'prepare', '--source', 'hub:nobody/nothing', '--scale', 'tiny', '--out', str(tmp_path/'out')]
+    command = [sys.executable, '-m', 'cramlit.running.command', 'prepare', '--source', 'hub:nobody/nothing', '--scale', 'tiny', '--out', str(tmp_path/'out')]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '1'})
     assert done.returncode == 1 and "cannot read the data set 'nobody/nothing'" in done.stderr and 'Traceback' not in done.stderr
     assert not (tmp_path/'out').exists()

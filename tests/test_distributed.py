@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cramlit.checkpoint import checkpoints, damage
+from cramlit.training.checkpoints import checkpoints, find_damage
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 EXACT = str(Path(__file__).with_name('exact.py'))
@@ -60,7 +60,7 @@ def test_nor_on_the_micro_batch(text, data, tmp_path, alone):
 
 
 def test_the_command_starts_the_processes(text, data, tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'cramlit.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '10', '--nproc', '2', '--json')],
+    done = subprocess.run([sys.executable, '-m', 'cramlit.running.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '10', '--nproc', '2', '--json')],
                           capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -70,7 +70,7 @@ def test_the_command_starts_the_processes(text, data, tmp_path):
 
 @pytest.mark.parametrize('more, match', [(['--nproc', '3'], 'cannot be shared by 3 processes'), (['--nproc', '2', '-o', 'packing.seq_len=16'], 'was prepared with')])
 def test_mistakes_are_found_before_anything_is_started(text, data, tmp_path, more, match):
-    done = subprocess.run([sys.executable, '-m', 'cramlit.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '10', *more)],
+    done = subprocess.run([sys.executable, '-m', 'cramlit.running.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '10', *more)],
                           capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and match in done.stderr and done.stderr.count('\n') == 1
     assert not (tmp_path/'run').exists()
@@ -134,7 +134,7 @@ def test_another_number_of_processes_goes_on(text, data, tmp_path, alone):
 
 
 def test_ctrl_c_saves_on_all_ranks_and_the_same_command_goes_on(text, data, tmp_path):
-    command = [sys.executable, '-m', 'cramlit.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '1500', '--nproc', '2')]
+    command = [sys.executable, '-m', 'cramlit.running.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '1500', '--nproc', '2')]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     wait(lambda: (tmp_path/'run'/'metrics.jsonl').exists() and (tmp_path/'run'/'metrics.jsonl').read_text().count('\n') > 2)
     process.send_signal(signal.SIGINT)
@@ -144,13 +144,13 @@ def test_ctrl_c_saves_on_all_ranks_and_the_same_command_goes_on(text, data, tmp_
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(text, data, tmp_path):
-    command = [sys.executable, '-m', 'cramlit.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '5000', '--nproc', '2')]
+    command = [sys.executable, '-m', 'cramlit.running.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '5000', '--nproc', '2')]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     wait(lambda: (tmp_path/'run'/'metrics.jsonl').exists() and (tmp_path/'run'/'metrics.jsonl').read_text().count('\n') > 2)
     for _ in range(2): process.send_signal(signal.SIGINT); time.sleep(.001)
     _, err = process.communicate(timeout=60)
     assert process.returncode in (1, 75) and 'Traceback' not in err  # 75 when it was saved between the two
-    assert {damage(p) for p in checkpoints(tmp_path/'run'/'checkpoints')} == {''}
+    assert {find_damage(p) for p in checkpoints(tmp_path/'run'/'checkpoints')} == {''}
 
 
 def test_two_machines(text, data, tmp_path):

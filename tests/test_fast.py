@@ -9,24 +9,26 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cramlit import race, speed, train
-from cramlit.bench import make_parts
-from cramlit.command import main
-from cramlit.config import override
-from cramlit.corpus import Document, documents
-from cramlit.distributed import Gradients, World
-from cramlit.loader import train_batches
-from cramlit.masking import IGNORE
-from cramlit.model import MaskedLM
-from cramlit.packing import open_data, prepare
-from cramlit.precision import Precision
-from cramlit.savings import DenseHead
-from cramlit.scales import get_recipe
-from cramlit.schedule import lr_factor
-from cramlit.sentences import encoded, sentences
-from cramlit.step import accumulate, blank_batches, micro_step
-from cramlit.tokenizer import load_tokenizer
-from cramlit.ways import our_way, plain_operations, uncut
+from cramlit.efficiency import benchmark as race
+from cramlit.reporting import speed
+from cramlit.training import training as train
+from cramlit.efficiency.benchmark import make_parts
+from cramlit.running.command import main
+from cramlit.core.recipes import override
+from cramlit.data.corpus import Document, documents
+from cramlit.training.distributed import Gradients, World
+from cramlit.data.batches import train_batches
+from cramlit.data.masking import IGNORE
+from cramlit.model.encoder import MaskedLM
+from cramlit.data.packing import open_data, prepare
+from cramlit.core.devices import Precision
+from cramlit.efficiency.benchmark import DenseHead
+from cramlit.core.scales import get_recipe
+from cramlit.training.schedule import lr_factor
+from cramlit.data.tokenizer import encoded, sentences
+from cramlit.training.training import accumulate, blank_batches, micro_step
+from cramlit.data.tokenizer import load_tokenizer
+from cramlit.efficiency.benchmark import our_way, plain_operations, uncut
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')

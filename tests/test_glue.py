@@ -4,10 +4,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cramlit.command import main
-from cramlit.config import CramlitError, UsageError
-from cramlit.glue import GLUE, load_glue, score
-from cramlit.standin import STANDIN, load_standin
+from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.evaluation.glue import GLUE, load_glue, score
+from cramlit.evaluation.surrogate_tasks import STANDIN, load_standin
 
 ROWS = 4
 
@@ -108,8 +108,8 @@ def test_stand_in_shapes_are_those_of_glue():
 
 
 def test_glue_from_the_command_with_a_local_copy(tmp_path, data, recipe, capsys):
-    from cramlit.hub import export_run
-    from cramlit.train import pretrain
+    from cramlit.training.checkpoints import export_run
+    from cramlit.training.training import pretrain
     pretrain(recipe, data, tmp_path/'run', steps=1)
     model = export_run(tmp_path/'run', data/'tokenizer', tmp_path/'model')
     make_tsv(tmp_path/'glue', 'mnli')

@@ -10,17 +10,17 @@ from itertools import count
 import pytest
 import torch
 
-from cramlit.config import override
-from cramlit.distributed import Gradients, World
-from cramlit.loader import Batch, train_batches
-from cramlit.masking import IGNORE
-from cramlit.model import MaskedLM
-from cramlit.optim import make_optimizer
-from cramlit.packing import open_data
-from cramlit.precision import Precision
-from cramlit.scales import get_recipe
-from cramlit.step import accumulate, blank_batches, form_of, micro_step, update
-from cramlit.tokenizer import padded_vocab
+from cramlit.core.recipes import override
+from cramlit.training.distributed import Gradients, World
+from cramlit.data.batches import Batch, train_batches
+from cramlit.data.masking import IGNORE
+from cramlit.model.encoder import MaskedLM
+from cramlit.training.optimizers import make_optimizer
+from cramlit.data.packing import open_data
+from cramlit.core.devices import Precision
+from cramlit.core.scales import get_recipe
+from cramlit.training.training import accumulate, blank_batches, form_of, micro_step, update
+from cramlit.data.tokenizer import padded_vocab
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 FP32 = Precision(torch.float32, 'compared in full precision')
@@ -138,7 +138,7 @@ def full_size_step(micro_batch_size, form):
     assert all((b.labels != IGNORE).all() for b in batches)
     for _ in range(2):  # the moments are made in the first
         accumulate(micro, [b.map(torch.Tensor.pin_memory) for b in batches], grads)
-        loss, _, _ = grads.exchange(World(device=device), 0., False)
+        loss, _, _ = grads.all_reduce(World(device=device), 0., False)
         norm = update(grads, optimizer, scaler, r.optim.clip)
     assert 0 < norm < float('inf') and 8 < loss < 14
     return torch.cuda.max_memory_reserved()
@@ -165,7 +165,7 @@ def test_eight_ranks_share_one_card(text, data, tmp_path):
     losses = []
     for nproc in (8, 1):
         out = tmp_path/f'of-{nproc}'
-        command = [sys.executable, '-m', 'cramlit.command', 'pretrain', '--scale', 'tiny', '--data', str(data), '--out', str(out), '--steps', '20',
+        command = [sys.executable, '-m', 'cramlit.running.command', 'pretrain', '--scale', 'tiny', '--data', str(data), '--out', str(out), '--steps', '20',
                    '--nproc', str(nproc), '--json', *settings]
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=os.environ | dict(CUDA_VISIBLE_DEVICES='0', OMP_NUM_THREADS='1'))
         assert done.returncode == 0, done.stderr[-3000:]

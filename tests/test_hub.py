@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from cramlit.command import main
-from cramlit.config import CramlitError, Model, UsageError
-from cramlit.hub import export_run, family, from_stock, load_run, our_config, to_stock
-from cramlit.model import MaskedLM
-from cramlit.train import pretrain
+from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError, Model, UsageError
+from cramlit.training.checkpoints import export_run, load_run
+from cramlit.model.stock_models import family, from_stock, our_config, to_stock
+from cramlit.model.encoder import MaskedLM
+from cramlit.training.training import pretrain
 
 SPECIAL = dict(pad=0, cls=2, sep=3)
 ROTARY = dict(first_norm=False, position='rotary', ffn='geglu', rope_theta=500.)
@@ -96,7 +97,7 @@ def test_a_run_without_a_checkpoint_cannot_leave(run, data, tmp_path):
 
 
 def test_a_failed_export_keeps_the_old_one(run, data, model, tmp_path, monkeypatch):
-    import cramlit.hub as hub
+    import cramlit.model.stock_models as hub
     before = (model/'config.json').read_bytes()
 
     class Full:
@@ -136,7 +137,7 @@ def test_an_architecture_that_is_not_ours_is_refused():
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(run, tmp_path, text, recipe):
-    from cramlit.packing import prepare
+    from cramlit.data.packing import prepare
     prepare(replace(recipe, tokenizer=replace(recipe.tokenizer, vocab_size=64)), tmp_path/'data')
     with pytest.raises(CramlitError, match='do not belong together'): export_run(run, tmp_path/'data'/'tokenizer', tmp_path/'model')
     assert not (tmp_path/'model').exists()

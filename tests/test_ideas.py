@@ -9,21 +9,21 @@ import pytest
 import torch
 from joblib import parallel_config
 
-import cramlit.ideas as ideas
-import cramlit.laboratory as laboratory
-from cramlit.beyond import ideas_table, write_ideas
-from cramlit.config import UsageError, validate
-from cramlit.ideas import BASELINE, IDEAS, PLAIN, WINDOW, Idea, body, cut_to, hidden_and_half, skipping, visible, within_window
-from cramlit.laboratory import Experiment, experiment, half_as_wide, idea_trials, train_with, try_ideas
-from cramlit.loader import Batch, train_batches
-from cramlit.masking import IGNORE, count_predictions
-from cramlit.model import MaskedLM, gather
-from cramlit.packing import open_data, prepare
-from cramlit.precision import Precision
-from cramlit.scales import RECIPES, SCALES, get_recipe
-from cramlit.schedule import Clock
-from cramlit.train import pretrain
-from cramlit.train import validate as validation_loss
+import cramlit.experiments.ideas as ideas
+import cramlit.experiments.laboratory as laboratory
+from cramlit.reporting.beyond import ideas_table, write_ideas
+from cramlit.core.recipes import UsageError, validate
+from cramlit.experiments.ideas import BASELINE, IDEAS, PLAIN, WINDOW, Idea, body, cut_to, hidden_and_half, skipping, visible, within_window
+from cramlit.experiments.laboratory import Experiment, experiment, half_as_wide, idea_trials, train_with, try_ideas
+from cramlit.data.batches import Batch, train_batches
+from cramlit.data.masking import IGNORE, count_predictions
+from cramlit.model.encoder import MaskedLM, gather
+from cramlit.data.packing import open_data, prepare
+from cramlit.core.devices import Precision
+from cramlit.core.scales import RECIPES, SCALES, get_recipe
+from cramlit.training.schedule import Clock
+from cramlit.training.training import pretrain
+from cramlit.training.training import validate as validation_loss
 
 FLOAT = Precision(torch.float32, 'exact')
 SMALL = 'corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=64', 'validation.every=0.25'
@@ -45,7 +45,7 @@ def rows(modern, tmp_path_factory):
 @pytest.fixture
 def exactly(monkeypatch):
     "Both loops in float32"
-    for module in ('cramlit.train', 'cramlit.laboratory', 'cramlit.optim'): monkeypatch.setattr(f'{module}.choose_precision', lambda device: FLOAT)
+    for module in ('cramlit.training.training', 'cramlit.experiments.laboratory', 'cramlit.training.optimizers'): monkeypatch.setattr(f'{module}.choose_precision', lambda device: FLOAT)
 
 
 def network(cfg, seed=0):
@@ -125,7 +125,7 @@ def test_hidden_tokens_are_not_there_in_the_first_layers_and_the_others_keep_the
     # a row is the same as one in which the hidden tokens are hidden from attention by a mask
     mask = torch.ones_like(ids, dtype=torch.bool).scatter(1, positions, False)
     x = model.embeddings(ids)
-    for block, local in zip(model.blocks[:3], model.views.local, strict=False): x = block(x, model.views(ids, mask, local))
+    for block, local in zip(model.blocks[:3], model.contexts.local, strict=False): x = block(x, model.contexts(ids, mask, local))
     torch.testing.assert_close(of(ids, range(3)), gather(x, seen))
     # and hidden tokens come out of the first layers as they went in
     torch.testing.assert_close(gather(body(model, range(3), seen, ids, None), positions), gather(model.embeddings(ids), positions))
@@ -163,13 +163,13 @@ def test_rows_with_padding_are_refused(data, recipe):
 
 def test_a_window_is_put_back_even_after_an_error():
     model, q = network(get_recipe('modern', 'tiny').model), questions()
-    before, plain = (model.views.half, model.views.local), model(*q)
+    before, plain = (model.contexts.half, model.contexts.local), model(*q)
     narrow = within_window(model, *q)
     wide = MaskedLM(get_recipe('modern', 'tiny', [f'model.window={WINDOW}', 'model.global_every=9']).model, V).double()
-    wide.load_state_dict(model.state_dict()); wide.views.local = [True]*2
+    wide.load_state_dict(model.state_dict()); wide.contexts.local = [True]*2
     torch.testing.assert_close(narrow, wide(*q))
     with pytest.raises(TypeError): within_window(model)
-    assert (model.views.half, model.views.local) == before and torch.equal(model(*q), plain) and abs(narrow - plain) > 1e-6
+    assert (model.contexts.half, model.contexts.local) == before and torch.equal(model(*q), plain) and abs(narrow - plain) > 1e-6
 
 
 def test_cut_rows_are_the_stored_ones(rows, modern):

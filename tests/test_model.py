@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cramlit.config import Model, Recipe, UsageError, validate
-from cramlit.masking import IGNORE
-from cramlit.model import MaskedLM, gather
-from cramlit.scales import SCALES, get_recipe
+from cramlit.core.recipes import Model, Recipe, UsageError, validate
+from cramlit.data.masking import IGNORE
+from cramlit.model.encoder import MaskedLM, gather
+from cramlit.core.scales import SCALES, get_recipe
 
 ROTARY = dict(first_norm=False, position='rotary', ffn='geglu', bias=False)
 KINDS = {'pre': {}, 'post': dict(norm='post'), 'no embedding norm': dict(embedding_norm=False), 'rotary': ROTARY, 'windows': ROTARY | dict(window=6, global_every=2),
@@ -71,7 +71,7 @@ def test_only_distances_count_with_rotary_positions():
 
 def test_tables_follow_the_model_and_are_not_saved():
     model = make(2, **ROTARY, window=6)
-    assert model.views.wide.dtype == torch.float64 and not [n for n in model.state_dict() if 'views' in n]
+    assert model.contexts.wide.dtype == torch.float64 and not [n for n in model.state_dict() if 'views' in n]
 
 
 @pytest.mark.parametrize('settings, says', [

@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from cramlit.command import main
-from cramlit.hub import export_run, load_run
-from cramlit.packing import prepare
-from cramlit.scales import get_recipe
-from cramlit.train import pretrain
+from cramlit.running.command import main
+from cramlit.training.checkpoints import export_run, load_run
+from cramlit.data.packing import prepare
+from cramlit.core.scales import get_recipe
+from cramlit.training.training import pretrain
 
 SETTINGS = ['corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=64']
 
@@ -44,7 +44,7 @@ def test_it_is_fine_tuned_by_stock_classes(modern, tmp_path):
 
 
 def test_its_rows_are_full(modern):
-    from cramlit.packing import open_data
+    from cramlit.data.packing import open_data
     data = open_data(modern/'data')
     assert (data.train[range(20)] != data.manifest['special_ids']['pad']).all()
 

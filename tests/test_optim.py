@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cramlit.checkpoint import load_checkpoint, tensors_of, write_checkpoint
-from cramlit.distributed import Gradients
-from cramlit.model import MaskedLM
-from cramlit.optim import hidden_matrices, make_optimizer
-from cramlit.scales import get_recipe
-from cramlit.train import update
+from cramlit.training.checkpoints import load_checkpoint, tensors_of, write_checkpoint
+from cramlit.training.distributed import Gradients
+from cramlit.model.encoder import MaskedLM
+from cramlit.training.optimizers import hidden_matrices, make_optimizer
+from cramlit.core.scales import get_recipe
+from cramlit.training.training import update
 
 
 def take_steps(numbers, rank=0, size=1, folder=None):

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import cramlit.packing as packing
-from cramlit.command import main
-from cramlit.config import CramlitError, Packing, UsageError, override
-from cramlit.corpus import documents, holdout_position
-from cramlit.packing import document_rows, open_data, prepare, read_documents, stream_rows, verify, write_shards
-from cramlit.sentences import sentences
-from cramlit.tokenizer import load_tokenizer
+import cramlit.data.packing as packing
+from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError, Packing, UsageError, override
+from cramlit.data.corpus import documents, holdout_position
+from cramlit.data.packing import document_rows, open_data, prepare, read_documents, stream_rows, verify, write_shards
+from cramlit.data.tokenizer import sentences
+from cramlit.data.tokenizer import load_tokenizer
 
 IDS = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 

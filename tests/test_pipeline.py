@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cramlit.command import main
-from cramlit.config import CramlitError
-from cramlit.pipeline import STAGES, paper_notebook, workspace
+from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError
+from cramlit.running.pipeline import STAGES, paper_notebook, workspace
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +77,7 @@ def pretend(ran, notebook, parameters):
 
 
 def test_a_failing_notebook_stops_only_what_needs_it(tmp_path, monkeypatch, capsys):
-    import cramlit.pipeline as pipeline
+    import cramlit.running.pipeline as pipeline
     ran = []
     def run_notebook(notebook, output, **parameters):
         pretend(ran, notebook, parameters)
@@ -92,7 +92,7 @@ def test_a_failing_notebook_stops_only_what_needs_it(tmp_path, monkeypatch, caps
 
 
 def test_the_headline_is_a_part(tmp_path, monkeypatch):
-    import cramlit.pipeline as pipeline
+    import cramlit.running.pipeline as pipeline
     ran = []
     monkeypatch.setattr(pipeline, 'run_notebook', lambda notebook, output, **parameters: pretend(ran, notebook, parameters))
     assert main(['reproduce', '--scale', 'tiny', '--recipe', '24hbert', '--headline', '--out', str(tmp_path)]) == 1  # these notebooks leave no rows
@@ -100,7 +100,7 @@ def test_the_headline_is_a_part(tmp_path, monkeypatch):
 
 
 def test_of_two_recipes_the_one_that_works_is_gone_on_with(tmp_path, monkeypatch, capsys):
-    import cramlit.pipeline as pipeline
+    import cramlit.running.pipeline as pipeline
     ran = []
     def run_notebook(notebook, output, **parameters):
         pretend(ran, notebook, parameters)
@@ -112,7 +112,7 @@ def test_of_two_recipes_the_one_that_works_is_gone_on_with(tmp_path, monkeypatch
 
 
 def test_what_was_deleted_is_made_again_and_what_is_elsewhere_too(tmp_path, monkeypatch):
-    import cramlit.pipeline as pipeline
+    import cramlit.running.pipeline as pipeline
     ran = []
     monkeypatch.setattr(pipeline, 'run_notebook', lambda notebook, output, **parameters: pretend(ran, notebook, parameters))
     for figures in ('a', 'b'):
@@ -147,7 +147,7 @@ def test_a_paper_notebook_runs_with_plain_papermill_from_any_folder(finished, tm
 
 
 def test_keys_depend_on_code_recipe_and_scale(tmp_path, monkeypatch):
-    import cramlit.pipeline as pipeline
+    import cramlit.running.pipeline as pipeline
     ws = workspace('tiny', tmp_path)
     key = ws.key('finetune', '24hbert')
     assert key == workspace('tiny', tmp_path/'elsewhere').key('finetune', '24hbert')

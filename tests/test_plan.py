@@ -7,11 +7,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cramlit.command import main
-from cramlit.config import UsageError, recipe_hash
-from cramlit.model import MaskedLM
-from cramlit.plan import CARDS, peak_memory, plan, room_for, training_flops
-from cramlit.scales import get_recipe
+from cramlit.running.command import main
+from cramlit.core.recipes import UsageError, recipe_hash
+from cramlit.model.encoder import MaskedLM
+from cramlit.efficiency.planner import CARDS, peak_memory, plan, room_for, training_flops
+from cramlit.core.scales import get_recipe
 
 
 def run(capsys, *args):

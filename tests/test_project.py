@@ -146,7 +146,7 @@ def test_public_functions_are_documented(module):
 
 
 def test_docments_reach_the_help():
-    assert 'folder made by `cramlit prepare`' in docments(import_module('cramlit.command').pretrain)['data']
+    assert 'folder made by `cramlit prepare`' in docments(import_module('cramlit.running.command').pretrain)['data']
 
 
 @pytest.mark.parametrize('word', ['import pickle', 'shell=True', 'trust_remote_code=True', 'import *'])
@@ -160,4 +160,4 @@ def test_the_wheel_holds_everything(tmp_path):
     names = set(zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist())
     assert {f'cramlit/{m}.py' for m in MODULES} | {f'cramlit/paper/{p.name}' for p in PAPER} | {'cramlit/published/published.csv'} <= names
     entry = next(n for n in names if n.endswith('entry_points.txt'))
-    assert 'cramlit = cramlit.command:main' in zipfile.ZipFile(next(tmp_path.glob('*.whl'))).read(entry).decode()
+    assert 'cramlit = cramlit.running.command:main' in zipfile.ZipFile(next(tmp_path.glob('*.whl'))).read(entry).decode()

@@ -11,18 +11,18 @@ import pytest
 import torch
 from joblib import effective_n_jobs, parallel_config
 
-import cramlit.protocol as protocol
-from cramlit.command import main
-from cramlit.config import CramlitError, UsageError
-from cramlit.finetune import check_length, classifier, collate, encode, load_parts
-from cramlit.gallery import report
-from cramlit.glue import Examples, Task
-from cramlit.hub import export_run
-from cramlit.protocol import average, bag_of_words, jobs, load_tasks, majority, run_jobs, run_suite, summary
-from cramlit.report import NINE, PUBLISHED, table4, verdict, write_table4
-from cramlit.results import write_rows
-from cramlit.scales import Finetune
-from cramlit.train import pretrain
+import cramlit.evaluation.protocol as protocol
+from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.evaluation.finetuning import check_length, classifier, collate, encode, load_parts
+from cramlit.reporting.figures import report
+from cramlit.evaluation.glue import Examples, Task
+from cramlit.training.checkpoints import export_run
+from cramlit.evaluation.protocol import average, bag_of_words, jobs, load_tasks, majority, run_jobs, run_suite, summary
+from cramlit.reporting.tables import NINE, PUBLISHED, table4, verdict, write_table4
+from cramlit.core.results import write_rows
+from cramlit.core.scales import Finetune
+from cramlit.training.training import pretrain
 
 GRID = Finetune((1,), (16,), (1e-3,), 2, max_length=32, max_train=64, max_eval=32)
 IDS = dict(stage='glue', suite='stand-in', scale='tiny', recipe='24hbert', recipe_hash='0')

@@ -4,14 +4,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import cramlit.scaling as scaling
-from cramlit.config import CramlitError
-from cramlit.model import MaskedLM
-from cramlit.plan import MFU, get_card, training_flops
-from cramlit.recipes import part_of, size_trials, sized
-from cramlit.results import result_row
-from cramlit.scales import SCALES, get_recipe, get_scale
-from cramlit.scaling import Law, figure_by_compute, fit_law, fit_points, foretell, lowest, networks, points, study, write_scaling
+import cramlit.reporting.scaling as scaling
+from cramlit.core.recipes import CramlitError
+from cramlit.model.encoder import MaskedLM
+from cramlit.efficiency.planner import MFU, get_card, training_flops
+from cramlit.experiments.comparison import part_of, size_trials, sized
+from cramlit.core.results import result_row
+from cramlit.core.scales import SCALES, get_recipe, get_scale
+from cramlit.reporting.scaling import Law, figure_by_compute, fit_law, fit_points, foretell, lowest, networks, points, study, write_scaling
 
 TRUE = Law(E=1.8, A=250., B=400., a=.4, b=.35)
 
@@ -20,7 +20,7 @@ def invented(noise, seed=0, base='modern', text=25_000_000, lost=0):
     "Rows of runs that never were: losses by the law, each missed a little; the first ones have none"
     ids = dict(study='scaling', recipe=base, recipe_hash='0', scale='laptop')
     draw, rows = np.random.default_rng(seed), []
-    trials = [(part, t) for part in get_scale('laptop').contest.spans for t in size_trials(base, 'laptop', part)]
+    trials = [(part, t) for part in get_scale('laptop').comparison.spans for t in size_trials(base, 'laptop', part)]
     for i, (part, t) in enumerate(trials):
         D = part*5e13/training_flops(t.recipe, 4096)
         loss = TRUE(scaling.multiplied(t.recipe.model, 4096), D)*np.exp(noise*draw.normal())
@@ -34,7 +34,7 @@ def columns(noise, seed=0): return points(study(invented(noise, seed)))[['N', 'D
 
 @pytest.mark.parametrize('scale', SCALES)
 def test_sizes_and_spans_become_trials(scale):
-    c, whole = get_scale(scale).contest, get_recipe('modern', scale)
+    c, whole = get_scale(scale).comparison, get_recipe('modern', scale)
     trials = [t for part in c.spans for t in size_trials('modern', scale, part)]
     assert len({t.name for t in trials}) == len(trials) == len(c.sizes)*len(c.spans) > scaling.UNKNOWNS
     for t, (layers, hidden) in zip(trials, c.sizes*len(c.spans), strict=True):

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from cramlit import search as s
-from cramlit.command import main
-from cramlit.config import CramlitError, UsageError
-from cramlit.scales import get_recipe, get_scale
-from cramlit.search import best, choice_trials, grid_trials, parse_grid, run_trials, trial_table
+from cramlit.experiments import search as s
+from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.core.scales import get_recipe, get_scale
+from cramlit.experiments.search import best, choice_trials, grid_trials, parse_grid, run_trials, trial_table
 
 TRIALS = replace(get_scale('tiny').trials, steps=2, lengths=(1.,), tasks=())
 
@@ -64,17 +64,17 @@ def test_one_bad_trial_does_not_stop_the_others(text, data, tmp_path, monkeypatc
 
 def test_a_trial_that_goes_nowhere_is_given_up_and_says_so(text, data, tmp_path):
     trial, = trials_of(text, (1e-3,))
-    hopeless = replace(trial, settings=(*trial.settings, 'validation.stop_loss=0.1', 'validation.stop_after=0.1', 'validation.every=0.2'))
-    rows = run_trials([hopeless], 'grid', data, tmp_path, replace(TRIALS, steps=10))
+    should_stop_early = replace(trial, settings=(*trial.settings, 'validation.stop_loss=0.1', 'validation.stop_after=0.1', 'validation.every=0.2'))
+    rows = run_trials([should_stop_early], 'grid', data, tmp_path, replace(TRIALS, steps=10))
     value = {r['metric']: r['value'] for r in rows}
     assert value['steps'] < 10 and 'headline' not in value and 'above 0.1' in rows[0]['stopped']
 
 
 def test_tables_and_figures_of_a_search_in_which_all_were_given_up(text, data, tmp_path):
-    from cramlit.gallery import report
+    from cramlit.reporting.figures import report
     trials = trials_of(text, (1e-3, 2e-3))
-    hopeless = [replace(t, settings=(*t.settings, 'validation.stop_loss=0.1', 'validation.stop_after=0.1', 'validation.every=0.2')) for t in trials]
-    for study in ('grid', 'choices'): run_trials(hopeless, study, data, tmp_path/'all'/study, replace(TRIALS, steps=10))
+    should_stop_early = [replace(t, settings=(*t.settings, 'validation.stop_loss=0.1', 'validation.stop_after=0.1', 'validation.every=0.2')) for t in trials]
+    for study in ('grid', 'choices'): run_trials(should_stop_early, study, data, tmp_path/'all'/study, replace(TRIALS, steps=10))
     names = {p.name for p in report(tmp_path/'all', tmp_path/'figures')}
     assert {'table3_search.md', 'search_grid.svg', 'table5_choices.md', 'choices_by_time.svg'} <= names
     assert 'no trial was fine-tuned' in (tmp_path/'figures'/'loss_against_task.svg').read_text()
@@ -130,7 +130,7 @@ def test_a_long_schedule_ends_high(text, data, tmp_path):
 
 
 def test_rows_of_trials_do_not_mix_with_those_of_a_run(tmp_path):
-    from cramlit.results import read_rows, result_row, write_rows
+    from cramlit.core.results import read_rows, result_row, write_rows
     write_rows(tmp_path/'a'/'rows.jsonl', [result_row('x', 1, '')])
     write_rows(tmp_path/'a'/'trials'/'b'/'rows.jsonl', [result_row('x', 2, '')])
     assert [r['value'] for r in read_rows(tmp_path)] == [1] and [r['value'] for r in read_rows(tmp_path/'a'/'trials')] == [2]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from cramlit.command import main
-from cramlit.config import CramlitError
-from cramlit.hub import export_run, load_run
-from cramlit.results import result_row, write_rows
-from cramlit.share import give, push, weights_digest
-from cramlit.train import pretrain
+from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError
+from cramlit.training.checkpoints import export_run, load_run
+from cramlit.core.results import result_row, write_rows
+from cramlit.reporting.model_card import export_with_card, push
+from cramlit.model.stock_models import weights_digest
+from cramlit.training.training import pretrain
 
 TOKEN = 'hf_ThisIsNoTokenOfAnybody'
 
@@ -35,7 +36,7 @@ def run(recipe, data, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def gift(run, tmp_path_factory):
-    return give(run, tmp_path_factory.mktemp('given')/'gift')
+    return export_with_card(run, tmp_path_factory.mktemp('given')/'gift')
 
 
 ALONE = '''
@@ -75,7 +76,7 @@ def test_the_card_says_what_the_hub_expects_and_what_was_done(run, gift, tmp_pat
     assert all(s in card.text for s in ('2.0 (1.0 – 3.0)', '[MASK]', 'name it here before you give the model away', 'Energy: not measured', '3 steps', 'optim.lr'))
     assert 'sst2' not in card.text
     write_rows(tmp_path/'other'/'rows.jsonl', [result_row('accuracy', 1., '%', stage='glue', aggregate='median', weights='of another')])
-    with pytest.raises(CramlitError, match='no scores of these weights'): give(run, tmp_path/'new', str(tmp_path/'other'))
+    with pytest.raises(CramlitError, match='no scores of these weights'): export_with_card(run, tmp_path/'new', str(tmp_path/'other'))
 
 
 def test_no_folder_of_this_machine_leaves(run, gift, recipe):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertTokenizerFast
 
-from cramlit.command import main
-from cramlit.config import CramlitError, UsageError
-from cramlit.hub import load_run
-from cramlit.packing import open_data
-from cramlit.run import Run, claim
-from cramlit.schedule import Clock
-from cramlit.start import load_weights, start_from
+from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.training.checkpoints import load_run
+from cramlit.data.packing import open_data
+from cramlit.training.training import Run, acquire_run_dir
+from cramlit.training.schedule import Clock
+from cramlit.model.stock_models import load_weights, init_from
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 FAMILIES = {'bert': dict(max_position_embeddings=64), 'roberta-prelayernorm': dict(max_position_embeddings=65, type_vocab_size=2, pad_token_id=0),
@@ -79,9 +79,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(text, tmp_path, capsys):
 
 def test_other_weights_and_none_are_another_run(recipe, data, tmp_path):
     make = lambda init: Run(recipe, open_data(data), tmp_path/'run', Clock(steps=5), init=init)
-    claim(make('a')), claim(make('a'))
+    acquire_run_dir(make('a')), acquire_run_dir(make('a'))
     for other in ('b', ''):
-        with pytest.raises(UsageError, match='another init'): claim(make(other))
+        with pytest.raises(UsageError, match='another init'): acquire_run_dir(make(other))
 
 
 def test_folders_that_will_not_do_are_one_line(text, recipe, data, tmp_path, capsys):
@@ -122,4 +122,4 @@ def test_vocabularies_of_the_same_words_but_other_rules_are_told_apart(text, rec
     assert command(capsys, 'prepare', '--init', tmp_path/'bert', *args(text), '--out', tmp_path/'data')[0] == 0
     tok = BertTokenizerFast.from_pretrained(tmp_path/'bert')
     BertTokenizerFast(vocab=tok.get_vocab(), do_lower_case=False).save_pretrained(tmp_path/'bert')
-    with pytest.raises(UsageError, match='another tokenizer'): start_from(tmp_path/'bert', tmp_path/'data', recipe, [f'corpus.source={text}'])
+    with pytest.raises(UsageError, match='another tokenizer'): init_from(tmp_path/'bert', tmp_path/'data', recipe, [f'corpus.source={text}'])

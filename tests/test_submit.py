@@ -9,15 +9,15 @@ import pytest
 from joblib import parallel_config
 from test_glue import ROWS, make_parquet, make_tsv
 
-from cramlit.command import main
-from cramlit.config import CramlitError
-from cramlit.finetune import run_job
-from cramlit.glue import GLUE, Examples, load_ax, load_glue
-from cramlit.hub import export_run
-from cramlit.protocol import jobs
-from cramlit.scales import get_scale
-from cramlit.submit import FILES, check_submission
-from cramlit.train import pretrain
+from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError
+from cramlit.evaluation.finetuning import run_job
+from cramlit.evaluation.glue import GLUE, Examples, load_ax, load_glue
+from cramlit.training.checkpoints import export_run
+from cramlit.evaluation.protocol import jobs
+from cramlit.core.scales import get_scale
+from cramlit.evaluation.protocol import FILES, check_submission
+from cramlit.training.training import pretrain
 
 
 @pytest.fixture(scope='module')

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cramlit.checkpoint import checkpoints
-from cramlit.command import main
-from cramlit.loader import train_batches
-from cramlit.packing import Rows, open_data
-from cramlit.survival import torture
-from cramlit.train import pretrain
+from cramlit.training.checkpoints import checkpoints
+from cramlit.running.command import main
+from cramlit.data.batches import train_batches
+from cramlit.data.packing import Rows, open_data
+from cramlit.training.survival import torture
+from cramlit.training.training import pretrain
 
 SETTINGS = ['corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=64']
 

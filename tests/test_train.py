@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cramlit.checkpoint import checkpoints, damage
-from cramlit.config import CramlitError, Interrupted, UsageError, override
-from cramlit.precision import Precision
-from cramlit.run import hopeless
-from cramlit.train import pretrain
+from cramlit.training.checkpoints import checkpoints, find_damage
+from cramlit.core.recipes import CramlitError, Interrupted, UsageError, override
+from cramlit.core.devices import Precision
+from cramlit.training.training import should_stop_early
+from cramlit.training.training import pretrain
 
 
 def weights(run):
@@ -45,7 +45,7 @@ def test_time_spent_survives_a_restart(recipe, data, tmp_path):
 
 
 def test_budget_is_kept_with_validation_and_saving(recipe, data, tmp_path, monkeypatch):
-    import cramlit.train as train
+    import cramlit.training.training as train
     real, rates = train.set_lr, []
     monkeypatch.setattr(train, 'set_lr', lambda optimizer, lr: (rates.append(lr), real(optimizer, lr)))
     rows = pretrain(recipe, data, tmp_path/'run', budget=4)
@@ -57,7 +57,7 @@ def test_budget_is_kept_with_validation_and_saving(recipe, data, tmp_path, monke
 
 
 def test_interrupted_run_ends_like_an_unbroken_one(recipe, data, tmp_path, monkeypatch):
-    import cramlit.train as train
+    import cramlit.training.training as train
     recipe = override(recipe, ['validation.every=0.25', 'checkpoint.every=0.25'])
     pretrain(recipe, data, tmp_path/'whole', steps=12)
     real, calls = train.accumulate, []
@@ -77,7 +77,7 @@ def test_interrupted_run_ends_like_an_unbroken_one(recipe, data, tmp_path, monke
 
 
 def test_a_signal_saves_the_step_that_was_under_way(recipe, data, tmp_path, monkeypatch):
-    import cramlit.train as train
+    import cramlit.training.training as train
     real, calls = train.accumulate, []
 
     def signalled(*args):
@@ -94,7 +94,7 @@ def test_a_signal_saves_the_step_that_was_under_way(recipe, data, tmp_path, monk
 
 
 def test_a_second_signal_leaves_at_once(recipe, data, tmp_path, monkeypatch):
-    import cramlit.train as train
+    import cramlit.training.training as train
     monkeypatch.setattr(train, 'accumulate', lambda *a: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt): pretrain(recipe, data, tmp_path/'run', steps=12)
     assert [p.name for p in checkpoints(tmp_path/'run'/'checkpoints')] == ['step-00000000']
@@ -116,7 +116,7 @@ def test_a_damaged_shard_is_refused_before_the_first_step(recipe, data, tmp_path
 
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(recipe, data, text, tmp_path):
-    command = [sys.executable, '-m', 'cramlit.command', 'pretrain', '--scale', 'tiny', '--data', str(data), '--out', str(tmp_path/'run'), '--steps', '2000',
+    command = [sys.executable, '-m', 'cramlit.running.command', 'pretrain', '--scale', 'tiny', '--data', str(data), '--out', str(tmp_path/'run'), '--steps', '2000',
                *(x for s in (f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=64') for x in ('-o', s))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     log = tmp_path/'run'/'metrics.jsonl'
@@ -132,7 +132,7 @@ def test_stops_a_hopeless_run(recipe, data, tmp_path):
     recipe = override(recipe, ['validation.stop_loss=1', 'validation.every=0.1'])
     rows = pretrain(recipe, data, tmp_path/'run', steps=20)
     assert value(rows, 'steps') < 20 and 'above 1.0' in rows[0]['stopped']
-    assert hopeless(float('inf'), 0, recipe)
+    assert should_stop_early(float('inf'), 0, recipe)
 
 
 def test_numbers_that_are_none_end_the_run_with_a_diagnosis(recipe, data, tmp_path):
@@ -142,7 +142,7 @@ def test_numbers_that_are_none_end_the_run_with_a_diagnosis(recipe, data, tmp_pa
 
 
 def test_a_loss_scale_at_its_floor_ends_the_run(recipe, data, tmp_path, monkeypatch):
-    import cramlit.train as train
+    import cramlit.training.training as train
     real = train.accumulate
 
     def overflow(*args): real(*args); args[-1].flat[0] = float('inf')
@@ -153,7 +153,7 @@ def test_a_loss_scale_at_its_floor_ends_the_run(recipe, data, tmp_path, monkeypa
 
 
 def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_whole(recipe, data, tmp_path, monkeypatch):
-    import cramlit.checkpoint as checkpoint
+    import cramlit.training.checkpoints as checkpoint
     whole, calls = checkpoint.save_file, []
 
     def full(*args):
@@ -163,7 +163,7 @@ def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_whole(recipe, dat
     monkeypatch.setattr(checkpoint, 'save_file', full)
     with pytest.raises(CramlitError, match='MB needed.*No space left'): pretrain(override(recipe, ['checkpoint.every=0.2']), data, tmp_path/'run', steps=10)
     monkeypatch.undo()
-    assert [damage(p) for p in checkpoints(tmp_path/'run'/'checkpoints')] == ['']
+    assert [find_damage(p) for p in checkpoints(tmp_path/'run'/'checkpoints')] == ['']
     assert value(pretrain(override(recipe, ['checkpoint.every=0.2']), data, tmp_path/'run', steps=10), 'steps') == 10
 
 

@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cramlit.track as track
-import cramlit.train as train
-from cramlit.checkpoint import checkpoints
-from cramlit.command import main
-from cramlit.config import UsageError, override
-from cramlit.distributed import World
-from cramlit.packing import open_data
-from cramlit.page import page, read_run, state, write_page
-from cramlit.precision import Precision
-from cramlit.run import Run
-from cramlit.schedule import Clock
+import cramlit.training.tracking as track
+import cramlit.training.training as train
+from cramlit.training.checkpoints import checkpoints
+from cramlit.running.command import main
+from cramlit.core.recipes import UsageError, override
+from cramlit.training.distributed import World
+from cramlit.data.packing import open_data
+from cramlit.reporting.run_report import page, read_run, state, write_page
+from cramlit.core.devices import Precision
+from cramlit.training.training import Run
+from cramlit.training.schedule import Clock
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 
@@ -189,7 +189,7 @@ def test_guessing_changes_no_weight(done, often, data, tmp_path, monkeypatch):
 
 
 def test_guesses_are_about_held_out_sentences(done, data, text):
-    from cramlit.packing import read_documents
+    from cramlit.data.packing import read_documents
     held = ' '.join(d.text for d in read_documents(data/'holdout.jsonl.gz')).lower()
     samples = lines(done/'samples.jsonl')
     assert [s['step'] for s in samples[::6]] == [0, 10, 20, 30, 40]
@@ -268,7 +268,7 @@ def test_how_a_run_stands(going, done):
 
 
 def watch(*args, **env):
-    return subprocess.run([sys.executable, '-m', 'cramlit.command', 'watch', *map(str, args)], capture_output=True, text=True, timeout=60,
+    return subprocess.run([sys.executable, '-m', 'cramlit.running.command', 'watch', *map(str, args)], capture_output=True, text=True, timeout=60,
                           env=os.environ | dict(PYTHONIOENCODING='utf-8') | env)
 
 
@@ -307,7 +307,7 @@ def terminal():
     children = []
 
     def start(*args, **env):
-        child = pexpect.spawn(sys.executable, ['-m', 'cramlit.command', 'watch', *map(str, args)], dimensions=(30, 90), timeout=30, encoding='utf-8',
+        child = pexpect.spawn(sys.executable, ['-m', 'cramlit.running.command', 'watch', *map(str, args)], dimensions=(30, 90), timeout=30, encoding='utf-8',
                               env={k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm-256color') | env)
         children.append(child)
         return child
