@@ -89,11 +89,14 @@ def write_rows(
     with atomic(path) as f: f.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + '\n' for r in rows)
 
 def read_rows(
-    path: str|Path,  # a .jsonl file, or a folder to search for files named rows.jsonl, folders named trials left out
+    path: str|Path,  # a .jsonl file, or a folder to search for rows.jsonl, in all but folders named trials or superseded
 ) -> list[dict]:     # in order of path and line
     "Read result rows; raises `CramlitError` when there are none or a line is broken"
     path = Path(path)
-    files = [p for p in sorted(path.rglob('rows.jsonl')) if 'trials' not in p.relative_to(path).parts] if path.is_dir() else [path] if path.exists() else []
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        left_out = {'trials', 'superseded'}
+        files = [p for p in sorted(path.rglob('rows.jsonl')) if left_out.isdisjoint(p.relative_to(path).parts)]
     if not files: raise CramlitError(f"no result rows at {path}: run `cramlit glue` or `cramlit reproduce` first")
     rows = []
     for f in files:

@@ -148,7 +148,8 @@ def report(
     rows, runs, out = read_rows(runs), Path(runs), Path(out)
     scales = sorted({r['scale'] for r in rows if r.get('scale')})
     if len(scales) > 1: raise UsageError(f'{runs} holds results of the scales {", ".join(scales)}: give the folder of one of them')
-    found = sorted(p.parent for p in runs.rglob('metrics.jsonl') if (p.parent/'rows.jsonl').exists() and 'trials' not in p.relative_to(runs).parts)
+    found = sorted(p.parent for p in runs.rglob('metrics.jsonl') if (p.parent/'rows.jsonl').exists()
+                   and {'trials', 'superseded'}.isdisjoint(p.relative_to(runs).parts))
     names = [json.loads((p/'run.json').read_text())['recipe'] for p in found]
     labels = [f"{n['name']} (seed {n['seed']})" if len({m['name'] for m in names}) < len(names) else n['name'] for n in names]
     files = write_curves(dict(zip(labels, found, strict=True)), out) if found else []
