@@ -14,7 +14,7 @@ from importlib.util import resolve_name
 from itertools import count
 from pathlib import Path
 
-from ..core.recipes import CramlitError, UsageError, digest, recipe_hash, unknown
+from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash, unknown
 from ..core.results import atomic, provenance, read_rows, sha256
 from ..core.scales import get_recipe, get_scale
 
@@ -167,8 +167,11 @@ def workspace(
 # %% ../../nbs/running/80_pipeline.ipynb #a1b2c304
 def _question(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
     "What a stage's runs are asked: name → value or hash"
-    asked = {f'recipe {r}': recipe_hash(get_recipe(r, ws.scale)) for r in ws.recipes_of(stage, recipe)}
-    s = get_scale(ws.scale)
+    asked, s = {}, get_scale(ws.scale)
+    for name in ws.recipes_of(stage, recipe):
+        r = get_recipe(name, ws.scale)
+        if stage == 'prepare': r = Recipe(corpus=r.corpus, tokenizer=r.tokenizer, packing=r.packing, seed=r.seed)
+        asked[f'recipe {name}'] = f'{recipe_hash(r)}, seed {r.seed}'
     if stage == 'pretrain': asked['budget'] = f'{s.steps} steps' if s.steps else f'{s.budget:g} s'
     if STAGES[stage].timed: asked['hardware'] = provenance()['hardware']
     return asked
