@@ -75,7 +75,8 @@ def test_the_source_archive_installs_in_an_empty_environment(tmp_path):
     clean = dict(cwd=tmp_path, env={}, capture_output=True, text=True, timeout=120)
     install = ['install', '--quiet', '--no-deps', '--no-index', wheel]
     subprocess.run([sys.executable, '-m', 'pip', '--python', python, *install], check=True, **clean)
-    assert str(tmp_path/'env') in subprocess.run([python, '-c', 'import cramlit; print(cramlit.__file__)'], **clean).stdout
+    where = subprocess.run([python, '-c', 'import cramlit; print(cramlit.__file__)'], **clean).stdout
+    assert str(tmp_path/'env') in where
     assert 'pretrain' in subprocess.run([python.with_name('cramlit'), '--help'], **clean).stdout
 
 

@@ -170,7 +170,8 @@ def _question(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
     asked, s = {}, get_scale(ws.scale)
     for name in ws.recipes_of(stage, recipe):
         r = get_recipe(name, ws.scale)
-        if stage == 'prepare': r = Recipe(corpus=r.corpus, tokenizer=r.tokenizer, packing=r.packing, seed=r.seed)
+        if stage == 'prepare':  # nothing else of a recipe changes its text
+            r = Recipe(corpus=r.corpus, tokenizer=r.tokenizer, packing=r.packing, seed=r.seed)
         asked[f'recipe {name}'] = f'{recipe_hash(r)}, seed {r.seed}'
     if stage == 'pretrain': asked['budget'] = f'{s.steps} steps' if s.steps else f'{s.budget:g} s'
     if STAGES[stage].timed: asked['hardware'] = provenance()['hardware']
