@@ -63,7 +63,8 @@ def test_executed_notebooks_are_there_to_be_read(finished):
         cells = json.loads(text)['cells']
         outputs = [o for c in cells for o in c.get('outputs', [])]
         assert outputs and not {'error', 'stderr'} & {o.get('name', o['output_type']) for o in outputs}
-    assert 'out = "runs/tiny"' in json.loads(copies['pretrain_modern'].read_text())['cells'][2]['source']
+    given = ''.join(json.loads(copies['pretrain_modern'].read_text())['cells'][2]['source'])
+    assert 'out = "runs/tiny"' in given and 'recipe = "modern"' in given
     assert 'image/png' in copies['figure_pretraining'].read_text()
 
 
