@@ -267,7 +267,7 @@ def _publish_notebook(ws: Workspace, stage: str, recipe: str = '') -> Path:
     text = (ws.folder(stage, recipe)/f'{stage}.ipynb').read_text()
     for here, usual in ((ws.figures, f'paper_figures/{ws.scale}'), (ws.out, f'runs/{ws.scale}')):
         text = text.replace(json.dumps(str(here), ensure_ascii=False)[1:-1], usual)
-    text = text.replace('](../', '](../../../nbs/')  # links to chapters, seen from paper_figures/SCALE/notebooks
+    text = text.replace('](../', '](../../../nbs/')  # links to chapters, from paper_figures/SCALE/notebooks
     nb = json.loads(text)
     nb['metadata'] = dict(kernelspec=nb['metadata']['kernelspec'])
     nb['cells'] = [c for c in nb['cells'] if c['cell_type'] != 'raw']
