@@ -48,6 +48,8 @@ def add_contents(app, docname, source):
         trees += [toctree("The paper's notebooks", entries('nbs/paper'))]
         trees += [toctree('About', ['Index of names <genindex>', 'CONTRIBUTING', 'CHANGELOG', 'LABBOOK'])]
         source[0] += '\n\n' + '\n'.join(trees)
+    if docname.startswith(book.RESULTS) and source[0][0] not in '#{':  # a table by itself
+        source[0] = f'# {Path(docname).name}\n\n{source[0]}'
     if docname == f'{book.RESULTS}/README' and entries(f'{book.RESULTS}/notebooks'):
         source[0] += '\n\n' + toctree('As they ran', entries(f'{book.RESULTS}/notebooks'))
 
