@@ -1,7 +1,7 @@
 """What must stay as it is while modules are renamed and merged: data, losses, weights, answers, logits
 
-python tests/golden.py           compares with tests/data/golden.json, prints each difference, exit code 1 on any
-python tests/golden.py --write   writes that file anew
+python tests/golden.py          compares with tests/data/golden.json, prints differences; exit code 1 on any
+python tests/golden.py --write  writes that file anew
 
 Run it with this checkout as the current folder and in PYTHONPATH. Everything is calculated on the CPU, in
 float32, with one thread, and the runs are counted in steps. On the kind of machine that wrote the file every
@@ -15,6 +15,7 @@ import math
 import re
 import sys
 import tempfile
+import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -98,10 +99,10 @@ def logged_train(stop):
             raise Enough
 
     @functools.wraps(train)
-    def wrapper(run, *args):
+    def wrapper(run, *args, **options):
         run.listeners.append(listen)
         try:
-            return train(run, *args, log_every=1)
+            return train(run, *args, **options | dict(log_every=1))
         except Enough:
             run.saver.wait()
             raise
@@ -155,7 +156,7 @@ def losses_of(run):
 
 
 def training_of(name, scale, data, run, stop=0):
-    "Train a recipe on prepared data; with `stop` above 0 only the first steps of the same run, without weights"
+    "Train a recipe on prepared data; with `stop` above 0 only that run's first steps, without weights"
     with exact(), replaced(train, logged_train(stop)):
         try:
             rows = pretrain(recipe_of(name, scale), data, run, steps=STEPS[scale], scale=scale)
@@ -238,7 +239,9 @@ def differences(want, got, same_machine, path=''):
         pairs = enumerate(zip(want, got, strict=False))
         return lines + [x for i, (w, g) in pairs for x in inner(w, g, path=f'{path}/{i}')]
     numbers = isinstance(want, float) and isinstance(got, float)
-    if want == got or numbers and not same_machine and math.isclose(want, got, rel_tol=RELATIVE, abs_tol=RELATIVE):
+    if want == got:
+        return []
+    if numbers and not same_machine and math.isclose(want, got, rel_tol=RELATIVE, abs_tol=RELATIVE):
         return []
     return [f'{path}: {got!r}, stored {want!r}']
 
@@ -255,9 +258,13 @@ def compare(want, got):
 
 
 def as_text(result):
-    "JSON with short lists on one line"
+    "JSON with as many numbers of a list on a line as there is room for"
+    def fill(m):
+        edges = dict(initial_indent=m[1], subsequent_indent=m[1] + ' ')
+        return textwrap.fill(m[2], 110, break_on_hyphens=False, **edges)
     text = json.dumps(result, indent=1)
-    return re.sub(r'\[[^\[\]{}]*\]', lambda m: re.sub(r'\s+', ' ', m[0]), text) + '\n'
+    text = re.sub(r'\[[^\[\]{}]*\]', lambda m: re.sub(r'\s+', ' ', m[0]), text)
+    return re.sub(r'^( *)(\[.{100,}|".{100,})$', fill, text, flags=re.M) + '\n'
 
 
 def main():
