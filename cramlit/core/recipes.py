@@ -45,12 +45,12 @@ def limited(
     "A field whose values have limits, which `validate` checks"
     return field(default=default, metadata=limits)
 
-# %% ../../nbs/core/00_recipes.ipynb #ca5020c5
+# %% ../../nbs/core/00_recipes.ipynb #dac07532
 @dataclass(frozen=True)
 class Corpus:
     "Which text, and how much of it is held out"
-    source: str = 'enwik8'    # enwik8 | hub:NAME[:CONFIG] | files and folders, separated by the path separator
-    holdout: float = limited(0.005, above=0, below=1)  # fraction of the documents held out; 0.5 % in the paper
+    source: str = 'enwik8'    # enwik8 | hub:NAME[:CONFIG] | files and folders, with the path separator between
+    holdout: float = limited(0.005, above=0, below=1)  # fraction of the documents; 0.5 % in the paper
     max_documents: int = limited(0, at_least=0)        # stop after so many documents; 0 = read everything
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def validate(
     _check(replaced <= 1, 'masking.replace_mask + replace_random', replaced, 'at most 1')
     return r
 
-# %% ../../nbs/core/00_recipes.ipynb #ec4d15ad
+# %% ../../nbs/core/00_recipes.ipynb #245a6ae9
 _BERT_POST: dict[str, Any] = dict(norm='post', embedding_norm=True)
 _BERT_OPTIM = Optim(lr=1e-4, beta2=0.999)
 _MODERN: dict[str, Any] = dict(first_norm=False, position='rotary', ffn='geglu', rope_theta=10_000.)
@@ -248,7 +248,7 @@ RECIPES = {r.name: r for r in (
     # Geiping and Goldstein (2022), arXiv 2212.14034: "bert-c5" trained with "bert-o3" at batch 4096, values
     # from their repository (JonasGeiping/cramming). Theirs has scaled sinusoidal positions, a LayerNorm
     # before the first attention, no transform in the head and no bias of the decoder; its rate starts at a
-    # quarter of the peak, its batch grows over time. The inner 3072 of their file are both halves of the gate.
+    # quarter of the peak, its batch grows over time. Their inner 3072 are both halves of the gate.
     Recipe('cramming', packing=Packing('stream'), optim=Optim(1e-3, eps=1e-12, clip=0.5),
            schedule=Schedule(0.75), batch=Batch(4096, 128),
            model=Model(16, 768, 12, 1536, dropout=0., attention_dropout=0., bias=False, **_MODERN)),
