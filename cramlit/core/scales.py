@@ -90,12 +90,12 @@ _TINY_SCALE = Scale(
     processes=1, suite='stand-in', finetune=_TINY_FINETUNE, trials=_TINY_TRIALS, comparison=_TINY_COMPARISON,
     shapes=_TINY + ('batch.micro_batch_size=8',))
 
-# %% ../../nbs/core/01_scales.ipynb #4d8bb730
+# %% ../../nbs/core/01_scales.ipynb #26b4fac7
 _LAPTOP = (
     'tokenizer.vocab_size=4096', 'packing.seq_len=32', 'model.num_layers=2', 'model.hidden_size=128',
     'model.num_heads=2', 'model.intermediate_size=512', 'model.max_positions=128',
-    'batch.global_batch_size=128', 'batch.micro_batch_size=128', 'validation.every=0.05', 'validation.max_sequences=2048',
-    'checkpoint.every=0.05')
+    'batch.global_batch_size=128', 'batch.micro_batch_size=128', 'validation.every=0.05',
+    'validation.max_sequences=2048', 'checkpoint.every=0.05')
 _LAPTOP_MODERN = (
     'model.intermediate_size=256', 'model.window=8', 'model.global_every=2', 'batch.global_batch_size=64',
     'batch.micro_batch_size=64', 'optim.lr=3e-3', 'optim.muon_lr=0.012', 'optim.momentum=0.9')
