@@ -66,7 +66,7 @@ class Scale:
     budget: float = 24*3600.  # seconds of pretraining, validation and saving included
     steps: int = 0            # optimiser steps instead of seconds; 0 = by the clock
     processes: int = 0        # that train together; 0 = one for each GPU, one on a CPU
-    suite: str = 'glue'       # glue | stand-in
+    suite: str = 'glue'       # glue | surrogate
     finetune: Finetune = Finetune()
     trials: Trials = Trials()
     comparison: Comparison = Comparison()
@@ -83,14 +83,14 @@ _TINY_CONTEST = Comparison(steps=10, seeds=2, lrs=(1e-3, 2e-3), rates=.5, ablati
                         ideas=.3, idea_seeds=2, fresh_seeds=2, sizes=((1, 32), (1, 64), (2, 64), (2, 96)), spans=(.4, .6, .8, 1.))
 _PAPER = Scale('paper', ('corpus.source=hub:wikimedia/wikipedia:20231101.en',))
 SCALES = {s.name: s for s in (
-    Scale('tiny', _SMALL + _TINY + ('batch.global_batch_size=32', 'batch.micro_batch_size=32'), steps=30, processes=1, suite='stand-in', finetune=_TINY_TUNE,
+    Scale('tiny', _SMALL + _TINY + ('batch.global_batch_size=32', 'batch.micro_batch_size=32'), steps=30, processes=1, suite='surrogate', finetune=_TINY_TUNE,
           trials=_TINY_TRIALS, comparison=_TINY_CONTEST, shapes=_TINY + ('batch.micro_batch_size=8',)),
     Scale('laptop', _SMALL + ('tokenizer.vocab_size=4096', 'packing.seq_len=32', 'model.num_layers=2', 'model.hidden_size=128',
           'model.num_heads=2', 'model.intermediate_size=512', 'model.max_positions=128', 'batch.global_batch_size=128', 'batch.micro_batch_size=128',
           'validation.every=0.05', 'validation.max_sequences=2048', 'checkpoint.every=0.05'),
           per_recipe={'modern': ('model.intermediate_size=256', 'model.window=8', 'model.global_every=2', 'batch.global_batch_size=64', 'batch.micro_batch_size=64',
                           'optim.lr=3e-3', 'optim.muon_lr=0.012', 'optim.momentum=0.9')},
-          budget=240., processes=1, suite='stand-in', finetune=Finetune((5,), (32,), (1e-3,), 3, max_length=64, max_train=1000, max_eval=1000),
+          budget=240., processes=1, suite='surrogate', finetune=Finetune((5,), (32,), (1e-3,), 3, max_length=64, max_train=1000, max_eval=1000),
           trials=Trials(30., 0, ('validation.every=0.2', 'validation.max_sequences=512', 'validation.stop_loss=6.6', 'validation.stop_after=0.5',
                                        'checkpoint.every=0.5'), (32, 64, 128), (1e-3, 2e-3, 4e-3), (0., .06),
                         tasks=('continuation', 'review_polarity', 'verse_match'), finetune=Finetune((4,), (32,), (1e-3,), 1, max_length=64, max_train=500, max_eval=500)),
@@ -106,7 +106,7 @@ SCALES = {s.name: s for s in (
           comparison=Comparison(1200.)),
     _PAPER,
     replace(_PAPER, name='paper-rehearsal', overrides=_SMALL + _TINY + ('batch.global_batch_size=64', 'batch.micro_batch_size=4'), budget=30., processes=8,
-            suite='stand-in', finetune=_TINY_TUNE, trials=replace(_TINY_TRIALS, budget=15., steps=0, seeds=1),
+            suite='surrogate', finetune=_TINY_TUNE, trials=replace(_TINY_TRIALS, budget=15., steps=0, seeds=1),
             comparison=replace(_TINY_CONTEST, budget=30., steps=0, lrs=(2e-3,), ablation=.5, ablation_seeds=1, spans=(.5, 1.)), shapes=_TINY),
 )}
 

@@ -271,23 +271,19 @@ def submission_zip(
     return out.getvalue()
 
 # %% ../../nbs/evaluation/40_glue.ipynb #81b256e5
-def _broken_rules(
-    lines: list[str],  # of one file
-    task: str,         # whose answers they are
-    examples: int,     # of its test set
-) -> Iterator[str]:    # in the order of the lines
-    "What the benchmark would refuse"
-    header, answers = lines[0] if lines else '', lines[1:]
+def _broken_rules(text: str, task: str, examples: int) -> Iterator[str]:
+    "What the benchmark would refuse of a file with a task's answers, line by line"
+    header, *answers = text.split('\n')
+    if answers and not answers[-1]: answers.pop()
+    else: yield 'the end: no line break'
     if header != 'index\tprediction': yield f'line 1: the header is {header!r}, not index, a tab, prediction'
     if len(answers) != examples: yield f'{len(answers)} answers for {examples} test examples'
-    allowed = GLUE[task].classes
-    for i, text in enumerate(answers):
-        index, _, word = text.partition('\t')
-        in_range = re.fullmatch(r'\d\.\d{3}', word) and float(word) <= 5
-        line = f'line {i + 2}'
-        if index != str(i): yield f'{line}: the index is {index!r}, not {i}'
-        elif allowed and word not in allowed: yield f'{line}: {word!r} is not one of {", ".join(allowed)}'
-        elif not allowed and not in_range: yield f'{line}: {word!r} is not a number from 0.000 to 5.000'
+    classes = GLUE[task].classes
+    allowed = '|'.join(classes) or r'[0-4]\.\d{3}|5\.000'
+    expected = f'one of {", ".join(classes)}' if classes else 'a number from 0.000 to 5.000'
+    for i, line in enumerate(answers):
+        if re.fullmatch(rf'{i}\t({allowed})', line): continue
+        yield f'line {i + 2}: {line!r} is not {i}, a tab, {expected}'
 
 def check_submission(
     path: str|Path|io.BytesIO,  # the zip
@@ -295,16 +291,13 @@ def check_submission(
 ):
     "Raise `CramlitError` naming what breaks the benchmark's rules"
     try:
-        with zipfile.ZipFile(path) as z: files = {n: z.read(n).decode().split('\n') for n in z.namelist()}
+        with zipfile.ZipFile(path) as z: files = {n: z.read(n).decode() for n in z.namelist()}
     except (OSError, zipfile.BadZipFile, UnicodeDecodeError) as e:
         raise CramlitError(f'{path} is not a zip of text files: {e}') from None
     bad = [f'{n} is missing' for n in SUBMISSION_FILES if n not in files]
     bad += [f'{n} does not belong there' for n in files if n not in SUBMISSION_FILES]
-    for name, lines in files.items():
-        if name not in SUBMISSION_FILES: continue
-        if lines[-1]: bad.append(f'{name} does not end with a line break')
-        else: lines.pop()
-        first = next(_broken_rules(lines, SUBMISSION_FILES[name][0], examples[name]), '')
+    for name, (task, _) in SUBMISSION_FILES.items():
+        first = next(_broken_rules(files[name], task, examples[name]), '') if name in files else ''
         if first: bad.append(f'{name}, {first}')
     if bad: raise CramlitError('this is no submission:' + ''.join(f'\n  {b}' for b in bad))
 
