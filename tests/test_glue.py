@@ -46,7 +46,8 @@ def make_parquet(root, name, drop=''):
     for split in splits_of(src):
         labels = [i % len(src.classes) if src.classes else i/2 for i in range(ROWS)]
         if split.startswith('test'): labels = [-1]*ROWS
-        columns = {c: [f'{c} {i}' for i in range(ROWS)] for c in src.hub} | {'label': labels, 'idx': list(range(ROWS))}
+        columns = {c: [f'{c} {i}' for i in range(ROWS)] for c in src.hub}
+        columns |= dict(label=labels, idx=list(range(ROWS)))
         table = pa.table({k: v for k, v in columns.items() if k != drop})
         pq.write_table(table, root/name/f'{split}-00000-of-00001.parquet')
     return root
@@ -116,7 +117,8 @@ def test_baselines_by_hand():
     right = sum(y == 0 for y in task.validation['v'].labels)
     assert majority(task, 0)['v']['accuracy'] == pytest.approx(100*right/32)
     assert bag_of_words(task, 0, 0)['v']['accuracy'] == 100
-    train, held_out = Examples(['a b', 'a c', 'd b'], None, [1., 2., 3.]), Examples(['d', 'a'], None, [3., 1.])
+    train = Examples(['a b', 'a c', 'd b'], None, [1., 2., 3.])
+    held_out = Examples(['d', 'a'], None, [3., 1.])
     scores = Task('s', 1, ('pearson', 'spearman'), train, {'v': held_out})
     assert majority(scores, 0)['v'] == dict(pearson=0, spearman=0)
     assert bag_of_words(scores, 0, 0)['v']['pearson'] == pytest.approx(100)
@@ -147,8 +149,8 @@ def test_glue_from_the_command_with_a_local_copy(tmp_path, data, recipe, capsys)
     pretrain(recipe, data, tmp_path/'run', steps=1)
     model = export_run(tmp_path/'run', data/'tokenizer', tmp_path/'model')
     make_tsv(tmp_path/'glue', 'mnli')
-    code = main(['glue', '--model', str(model), '--suite', 'glue', '--glue-dir', str(tmp_path/'glue'), '--tasks', 'mnli',
-                 '--scale', 'tiny', '--seeds', '1', '--out', str(tmp_path/'out'), '--json'])
+    code = main(['glue', '--model', str(model), '--suite', 'glue', '--glue-dir', str(tmp_path/'glue'),
+                 '--tasks', 'mnli', '--scale', 'tiny', '--seeds', '1', '--json', '--out', str(tmp_path/'o')])
     out, err = capsys.readouterr()
     assert code == 0, err
     assert '"task": "mnli"' in out and '"split": "validation_mismatched"' in out

@@ -16,9 +16,10 @@ import cramlit.evaluation.protocol as protocol
 from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.results import write_rows
 from cramlit.core.scales import Finetune
-from cramlit.evaluation.finetuning import check_length, classifier, encode, load_parts, make_batches, padding_rows
+from cramlit.evaluation.finetuning import check_length, classifier, encode, make_batches, padding_rows
 from cramlit.evaluation.glue import Examples, Task
 from cramlit.evaluation.protocol import average, best_runs, job_results, jobs, load_tasks, run_suite, summary
+from cramlit.model.stock_models import load_parts
 from cramlit.reporting.figures import report
 from cramlit.reporting.tables import NINE, PUBLISHED, table4, verdict, write_table4
 from cramlit.running.command import main
@@ -92,7 +93,8 @@ def test_a_failing_job_is_tried_twice_and_the_others_go_on(model, tmp_path, monk
     kept = [json.loads(p.read_text())['job']['seed'] for p in (tmp_path/'jobs').iterdir()]
     assert sorted(kept) == [0, 5]
     tried.clear()
-    with parallel_config('threading', n_jobs=1), pytest.raises(CramlitError): job_results(model, [toy()], work, tmp_path)
+    with parallel_config('threading', n_jobs=1), pytest.raises(CramlitError):
+        job_results(model, [toy()], work, tmp_path)
     assert tried == [7, 7]
 
 
@@ -119,8 +121,8 @@ def test_both_ways_of_padding_see_every_example_and_are_timed_in_turns(model):
     job = replace(jobs(task, GRID, 1, ('pretrained',))[0], task='')
     rows = padding_rows(model, [task], job, dict(scale='tiny'), turns=1)
     assert {(r['metric'], r['variant']) for r in rows} == {
-        ('seconds_per_job', 'tight'), ('seconds_per_job', 'padded'), ('headline', 'tight'), ('headline', 'padded'),
-        ('ratio_to_padded', 'tight')}
+        ('seconds_per_job', 'tight'), ('seconds_per_job', 'padded'), ('headline', 'tight'),
+        ('headline', 'padded'), ('ratio_to_padded', 'tight')}
     assert all(r['task'] == 'toy' and r['value'] > 0 for r in rows)
 
 
@@ -139,7 +141,7 @@ STOCK = {  # architecture: settings, token id of padding, positions for text
 
 
 def stock_folder(name, folder):
-    "A small random model as transformers saves it, and a tokenizer whose padding token has the id the model expects"
+    "A small random model as transformers saves it, with a tokenizer that pads as the model expects"
     from transformers import AutoConfig, AutoModelForMaskedLM, BertTokenizerFast
     settings, pad, _ = STOCK[name]
     special = ['[CLS]', '[PAD]'] if pad else ['[PAD]', '[CLS]']
@@ -166,8 +168,10 @@ def test_any_stock_folder_is_fine_tuned_up_to_its_last_position(name, tmp_path):
     scored = {r['variant'] for r in rows if r['metric'] == 'headline' and r['value'] is not None}
     assert scored == {'from-scratch', 'pretrained', 'majority', 'bag-of-words'}
     _, tok = load_parts(folder)
-    network, features, collate = classifier(folder, task, True, 0).eval(), encode(tok, e, room), DataCollatorWithPadding(tok)
-    with torch.no_grad(): alone, together = (network(**collate(fs)).logits for fs in (features[1:2], features[:2]))
+    network = classifier(folder, task, True, 0).eval()
+    features, collate = encode(tok, e, room), DataCollatorWithPadding(tok)
+    with torch.no_grad():
+        alone, together = network(**collate(features[1:2])).logits, network(**collate(features[:2])).logits
     assert max(len(f['input_ids']) for f in features) == room
     assert (alone[0] - together[1]).abs().max() < 1e-5  # padding changes nothing
 
@@ -242,8 +246,9 @@ def test_two_recipes_have_rows_of_their_own():
     two = ('24hbert', 'bert-base')
     rows = []
     for i, recipe in enumerate(two):
-        mine = [headline('x', v, 50. + i, 40., 60., recipe) for v in ('majority', 'from-scratch', 'pretrained')]
-        mine = [r for pair in mine for r in pair]
+        mine = []
+        for v in ('majority', 'from-scratch', 'pretrained'):
+            mine += headline('x', v, 50. + i, 40., 60., recipe)
         rows += [*mine, *average(mine, IDS | dict(recipe=recipe))]
     columns = {'majority', '24hbert, pretrained', 'bert-base, pretrained', 'bert-base, from-scratch'}
     assert set(table4(rows).columns) >= columns
@@ -261,7 +266,8 @@ def test_rows_are_json_that_any_reader_takes(tmp_path):
     write_rows(tmp_path/'rows.jsonl', [dict(metric='x', value=None, unit='%')])
     row = json.loads((tmp_path/'rows.jsonl').read_text(), parse_constant=lambda c: pytest.fail(c))
     assert row == dict(metric='x', value=None, unit='%')
-    with pytest.raises(ValueError): write_rows(tmp_path/'nan.jsonl', [dict(metric='x', value=math.nan, unit='%')])
+    with pytest.raises(ValueError):
+        write_rows(tmp_path/'nan.jsonl', [dict(metric='x', value=math.nan, unit='%')])
     assert not (tmp_path/'nan.jsonl').exists()
 
 

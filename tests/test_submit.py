@@ -1,4 +1,4 @@
-"GLUE submissions: from a folder in either public form to a zip that keeps the rules, and refusals before any training"
+"GLUE submissions: from a folder in either public form to a valid zip, and refusals before any training"
 import json
 import zipfile
 from dataclasses import replace
@@ -44,8 +44,8 @@ def whole(make, root):
 
 def glue(model, root, out, *more):
     with parallel_config('threading', n_jobs=1):
-        return main(['glue', '--model', str(model), '--suite', 'glue', '--glue-dir', str(root), '--scale', 'tiny',
-                     '--seeds', '1', '--out', str(out), *more])
+        return main(['glue', '--model', str(model), '--suite', 'glue', '--glue-dir', str(root),
+                     '--scale', 'tiny', '--seeds', '1', '--out', str(out), *more])
 
 
 @pytest.mark.parametrize('make', [make_tsv, make_parquet])
@@ -80,8 +80,8 @@ def test_what_is_missing_is_named_before_any_training(model, tmp_path, capsys):
     submission = '--submit', str(tmp_path/'out.zip')
     assert glue(model, root, tmp_path/'out', *submission) == 1
     err = capsys.readouterr().err
-    for part in ('qnli: no test set', 'mnli: no test_mismatched set', 'wnli: ', 'train.tsv is missing', 'AX: '):
-        assert part in err
+    expected = 'qnli: no test set', 'mnli: no test_mismatched set', 'wnli: ', 'train.tsv is missing', 'AX: '
+    for part in expected: assert part in err
     assert 'cola' not in err and not (tmp_path/'out').exists() and not (tmp_path/'out.zip').exists()
     for more in (['--submit', str(tmp_path)], ['--seeds', '-1']):
         assert glue(model, root, tmp_path/'out', *submission, *more) == 2
@@ -100,7 +100,8 @@ def test_no_line_of_a_test_set_goes_missing(tmp_path, capsys):
 
 
 def test_a_zip_with_other_files_or_folders_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.writestr('answers/CoLA.tsv', 'index\tprediction\n0\t1\n')
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z:
+        z.writestr('answers/CoLA.tsv', 'index\tprediction\n0\t1\n')
     with pytest.raises(CramlitError, match='(?s)CoLA.tsv is missing.*answers/CoLA.tsv does not belong there'):
         check_submission(tmp_path/'a.zip', dict.fromkeys(SUBMISSION_FILES, 1))
     with pytest.raises(CramlitError, match='not a zip'): check_submission(tmp_path/'nowhere.zip', {})

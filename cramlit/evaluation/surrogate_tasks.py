@@ -35,7 +35,7 @@ def split_by_group(
     rows: list[Example],         # each with the group it belongs to
 ) -> tuple[Examples, Examples]:  # train, validation
     "Split by group, in an order that is random and always the same"
-    train, validation = [], []
+    train, validation = list[Example](), list[Example]()
     for i in np.random.default_rng(0).permutation(len(rows)):
         held_out = holdout_position(f'group {rows[i][0]}') < VALIDATION
         (validation if held_out else train).append(rows[i])
