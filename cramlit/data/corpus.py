@@ -271,17 +271,18 @@ def hub(
     name: str,         # such as wikimedia/wikipedia, or a folder in the hub's layout
     config: str = '',  # such as 20231101.en
 ) -> Iterator[Document]:
-    "Documents of the train split of a hub data set; raises `CramlitError` when it cannot be reached"
+    "Documents of the train split of a hub data set; raises `CramlitError` when it cannot be read to its end"
     from datasets import load_dataset
-    try: records = load_dataset(name, config or None, split='train', streaming=True)
+    try:
+        for n, r in enumerate(load_dataset(name, config or None, split='train', streaming=True)):
+            if 'text' not in r:
+                raise CramlitError(f'the data set {name} has no column "text", only {", ".join(r)}')
+            yield Document(f'{name}:{n}', r['text'] or '')
+    except CramlitError: raise
     except Exception as e:  # the library raises a dozen kinds, from huggingface_hub, fsspec and its own
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise CramlitError(f'cannot read the data set {name!r} from the hub: {reason}. '
                            'Check its name and the network, or use --source enwik8 or local files') from None
-    for n, r in enumerate(records):
-        if 'text' not in r:
-            raise CramlitError(f'the data set {name} has no column "text", only {", ".join(r)}')
-        yield Document(f'{name}:{n}', r['text'])
 
 # %% ../../nbs/data/10_corpus.ipynb #65186ccc
 def documents(
