@@ -43,6 +43,12 @@ def cut_gzip(path):
     return write(path, gzip.compress(os.urandom(9000).hex().encode())[:2000])
 
 
+def spoilt_gzip(path):
+    data = bytearray(gzip.compress(os.urandom(9000).hex().encode()))
+    data[200:220] = bytes(20)
+    return write(path, bytes(data))
+
+
 def cut_parquet(path):
     return write(path, parquet(path.with_name('whole'), text=['a']).read_bytes()[:-7])
 
@@ -57,6 +63,7 @@ BAD = {
     'json number as text': (lambda d: write(d/'x.jsonl', '{"text": 4}\n'), 'x.jsonl, line 1'),
     'json utf-8': (lambda d: write(d/'x.jsonl', b'{"text": "a"}\n{"text": "\xff"}\n'),
                    'x.jsonl, line 2: not UTF-8'),
+    'damaged gzip': (lambda d: spoilt_gzip(d/'x.jsonl.gz'), 'x.jsonl.gz'),
     'truncated gzip': (lambda d: cut_gzip(d/'x.jsonl.gz'), 'x.jsonl.gz is truncated or damaged'),
     'parquet without text': (lambda d: parquet(d/'x.parquet', body=['a']), 'x.parquet has no column "text"'),
     'parquet of numbers': (lambda d: parquet(d/'x.parquet', text=[1]), 'only text (int64)'),

@@ -7,7 +7,7 @@ __all__ = ['ENWIK8', 'MIN_WORDS', 'Document', 'fetch_member', 'install_enwik8', 
            'wikipedia', 'files', 'hub', 'documents', 'unique', 'holdout_position']
 
 # %% ../../nbs/data/10_corpus.ipynb #773182c8
-import gzip, hashlib, html, json, os, re, subprocess, sys, tarfile, tempfile, zipfile
+import gzip, hashlib, html, json, os, re, subprocess, sys, tarfile, tempfile, zipfile, zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def _member(archive: Path, name: str) -> bytes:
             assert file is not None  # it is None only for what is not a file
             return file.read()
     except StopIteration: raise CramlitError(f'{archive.name} has no member {name}') from None
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as e:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as e:
         raise CramlitError(f'{archive.name} is damaged ({e}): fetch it again') from None
 
 def fetch_member(
@@ -85,7 +85,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
     try:
         with _unpacked(path) as f:
             while piece := f.read(1 << 20): yield piece
-    except (EOFError, OSError, zipfile.BadZipFile) as e:
+    except (EOFError, OSError, zlib.error, zipfile.BadZipFile) as e:
         raise CramlitError(f'{path} is truncated or damaged ({e}): delete it and fetch it again') from None
 
 def install_enwik8(
@@ -233,7 +233,7 @@ def _json_lines(path: Path) -> Iterator[Document]:
             for n, line in enumerate(f, 1):
                 if line.strip(): yield Document(f'{path.name}:{n}', _json_text(line))
     except CramlitError as e: raise CramlitError(f'{path}, line {n}: {e}') from None
-    except (EOFError, OSError) as e:
+    except (EOFError, OSError, zlib.error) as e:
         raise CramlitError(f'{path} is truncated or damaged ({e}): fetch it again') from None
 
 def _parquet(path: Path) -> Iterator[Document]:
