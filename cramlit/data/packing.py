@@ -246,7 +246,7 @@ def _build(recipe: Recipe, folder: Path) -> dict:
                 tokenizer_sha256=sha256(folder/'tokenizer'/'tokenizer.json'), documents=dict(counts),
                 splits=splits, unigram_entropy=unigram_cross_entropy(train, validation, len(tok), ids))
 
-# %% ../../nbs/data/12_packing.ipynb #f10a0721
+# %% ../../nbs/data/12_packing.ipynb #6e8b9839
 def prepare(
     recipe: Recipe,
     out: str|Path,  # the folder to make
