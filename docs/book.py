@@ -3,41 +3,33 @@
 python docs/book.py writes llms.txt
 """
 import ast
-import json
 import re
 from pathlib import Path
 
 import nbformat
+from book_map import PARTS, title
 from docutils.utils.math.latex2mathml import tex2mathml
 
 from cramlit.running.pipeline import is_noise
 
-ROOT = Path(__file__).parent.parent
-PARTS = 'core data model training evaluation efficiency experiments reporting running guides'.split()
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = 'paper_figures/laptop'
-FIRST = 'nbs/index.ipynb'
-
-
-def title_of(
-    path: str,             # of a notebook, from the root
-) -> tuple[str, str]:      # its number and heading, and the line below it
-    cells = json.loads((ROOT/path).read_text())['cells']
-    text = next(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
-    heading, line = re.match(r'# (.+)\n\n> (.+)', text).groups()
-    number = re.match(r'\d\d(?=_)', Path(path).name)
-    return f'{number[0]} {heading}' if number else heading, line
 
 
 def contents(
-    folder: str,                     # nbs/core, nbs/paper, paper_figures/laptop/notebooks
-) -> list[tuple[str, str, str]]:     # path, title and one line of each notebook, in order
-    paths = [str(p.relative_to(ROOT)) for p in sorted((ROOT/folder).glob('*.ipynb'))]
-    return [(path, *title_of(path)) for path in paths]
+    folder: str,                  # nbs/core, nbs/paper, paper_figures/laptop/notebooks
+) -> list[tuple[str, str, str]]:  # of each notebook its path from the root, its number and title, its one line
+    found = []
+    for path in sorted((ROOT/folder).glob('*.ipynb')):
+        heading, line = title(path)
+        number = f'{path.name[:2]} ' if path.name[:2].isdigit() else ''
+        found.append((str(path.relative_to(ROOT)), number + heading, line))
+    return found
 
 
 def llms_text() -> str:
     "The book's contents in one short text, for programs that read"
-    heading, line = title_of(FIRST)
+    heading, line = title(ROOT/'nbs'/'index.ipynb')
     about = 'Notebooks are the source: each chapter explains, defines and exports one module.'
     parts = [f'# {heading}', f'> {line}', about]
     sections = [(part.capitalize(), f'nbs/{part}') for part in PARTS]
