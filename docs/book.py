@@ -18,7 +18,7 @@ RESULTS = 'paper_figures/laptop'
 
 def contents(
     folder: str,                  # nbs/core, nbs/paper, paper_figures/laptop/notebooks
-) -> list[tuple[str, str, str]]:  # of each notebook its path from the root, its number and title, its one line
+) -> list[tuple[str, str, str]]:  # of each notebook the path from the root, number and title, one line
     found = []
     for path in sorted((ROOT/folder).glob('*.ipynb')):
         heading, line = title(path)

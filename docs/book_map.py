@@ -44,8 +44,8 @@ def book_map(path: Path) -> str:
     for chapter in chapters(here):
         name = f'{chapter.name[:2]} {title(chapter)[0]}'
         mine.append(f'**{name}**' if chapter == path else f'[{name}]({chapter.name})')
-    concept, reference = 'Concept chapter: ideas, pictures, exercises', 'Reference chapter: interface and examples'
-    kind = concept if is_concept(path) else reference
+    kind = 'Reference chapter: interface and examples'
+    if is_concept(path): kind = 'Concept chapter: ideas, pictures, exercises'
     return f'You are here: {" → ".join(parts)}\n\n{" · ".join(mine)}\n\n*{kind}.*'
 
 
