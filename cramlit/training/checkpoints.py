@@ -74,7 +74,7 @@ def write_checkpoint(
     state: dict,         # JSON-able; must hold `step`
     keep: int = 2,       # the newest so many stay, so that a damaged one has one before it
 ) -> Path:               # the new checkpoint, folder/step-00000123
-    "Write a checkpoint completely or not at all; raises `CramlitError` when the disk is full, and keeps the old ones"
+    "Write a checkpoint completely or not at all; on a full disk raises `CramlitError` and keeps the old ones"
     folder = Path(folder)
     name = f"step-{state['step']:08d}"
     final, tmp = folder/name, folder/f'.{name}.tmp'
@@ -158,7 +158,7 @@ def load_checkpoint(
 def verify_folder(
     folder: str|Path,  # prepared data, a run, or a folder that holds several of them
 ) -> list[dict]:       # result rows: how many are whole
-    "Check data and checkpoints; raises `CramlitError` naming all that is damaged, `UsageError` if there is nothing"
+    "Check data and checkpoints; `CramlitError` names all damage, `UsageError` a folder without either"
     folder = Path(folder)
     data = sorted(p.parent for p in folder.rglob('manifest.json'))
     saved = sorted(p for p in folder.rglob('step-*') if p.is_dir())
@@ -181,9 +181,9 @@ def load_run(
 ) -> tuple[MaskedLM, dict]:     # the model in evaluation mode, and what run.json says
     "The model of a run's newest checkpoint; raises `CramlitError` when there is no run or no checkpoint"
     run = Path(run)
-    try: info = json.loads((run/'run.json').read_text())
-    except OSError:
-        raise CramlitError(f'{run} is not a run: it has no run.json. Make one with `cramlit pretrain`') from None
+    if not (run/'run.json').exists():
+        raise CramlitError(f'{run} is not a run: it has no run.json. Make one with `cramlit pretrain`')
+    info = json.loads((run/'run.json').read_text())
     model = MaskedLM(recipe_from_dict(info['recipe']).model, info['vocab_size'])
     if load_checkpoint(run/kept, model) is None:
         raise CramlitError(f'{run/kept} has no checkpoint yet: let `cramlit pretrain` finish')
