@@ -304,18 +304,19 @@ def forward(
     return summed_cross_entropy(scores.flatten(0, 1), labels.flatten(), IGNORE)
 
 # %% ../../nbs/model/21_encoder.ipynb #5ccdde2e
+_PART_OF = {'embeddings.word': 'embedding matrix, shared with the decoder',
+            'embeddings.position': 'positions and segments', 'embeddings.segment': 'positions and segments',
+            'blocks': 'blocks', 'embeddings.norm': 'LayerNorms outside blocks',
+            'final_norm': 'LayerNorms outside blocks', 'head': 'head: transform, norm, bias'}
+
 def count_parameters(
     cfg: ModelConfig,  # shape of the network
     vocab_size: int,   # rows of the embedding matrix
 ) -> dict[str, int]:   # part → number of weights
-    "Where the weights are, by arithmetic"
-    H, I, bias = cfg.hidden_size, cfg.intermediate_size, int(cfg.bias)
-    def matrix(inputs, outputs): return inputs*outputs + bias*outputs
-    norm = H + bias*H
-    up = matrix(H, 2*I if cfg.ffn == 'geglu' else I)
-    block = matrix(H, 3*H) + matrix(H, H) + up + matrix(I, H) + 2*norm
-    return {'embedding matrix, shared with the decoder': vocab_size*H,
-            'positions and segments': (cfg.max_positions + 2)*H if cfg.position == 'absolute' else 0,
-            'blocks': cfg.num_layers*block - (0 if cfg.first_norm else norm),
-            'LayerNorms outside blocks': norm*(cfg.embedding_norm + (cfg.norm == 'pre')),
-            'head: transform, norm, bias': matrix(H, H) + norm + vocab_size}
+    "Where the weights are"
+    with torch.device('meta'): model = MaskedLM(cfg, vocab_size)
+    counts = dict.fromkeys(_PART_OF.values(), 0)
+    for name, p in model.named_parameters():
+        part = next(part for prefix, part in _PART_OF.items() if name.startswith(prefix))
+        counts[part] += p.numel()
+    return counts
