@@ -327,7 +327,7 @@ def load_weights(
     folder: str|Path,    # a stock transformers model
     rows: int,           # of the embedding matrix
 ) -> dict[str, Tensor]:  # as `MaskedLM.state_dict` names them
-    "Weights to start from; raises `CramlitError` when some are missing or our network computes something else"
+    "Weights to start from; raises `CramlitError` if some are missing or our network computes something else"
     from transformers import AutoModelForMaskedLM
     how = dict(trust_remote_code=False, use_safetensors=True, local_files_only=True, dtype=torch.float32,
                output_loading_info=True)
