@@ -45,11 +45,11 @@ def limited(
     "A field whose values have limits, which `validate` checks"
     return field(default=default, metadata=limits)
 
-# %% ../../nbs/core/00_recipes.ipynb #dac07532
+# %% ../../nbs/core/00_recipes.ipynb #0e51678d
 @dataclass(frozen=True)
 class Corpus:
     "Which text, and how much of it is held out"
-    source: str = 'enwik8'    # enwik8 | hub:NAME[:CONFIG] | files and folders, with the path separator between
+    source: str = 'enwik8'    # enwik8 | hub:NAME[:CONFIG] | files and folders, path separator between
     holdout: float = limited(0.005, above=0, below=1)  # fraction of the documents; 0.5 % in the paper
     max_documents: int = limited(0, at_least=0)        # stop after so many documents; 0 = read everything
 

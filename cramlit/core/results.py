@@ -105,7 +105,7 @@ def provenance() -> dict:  # commit, dirty, versions, hardware
         versions={'python': platform.python_version(), **{p: _version(p) for p in packages}},
         hardware=' + '.join(gpus) if gpus else f'{os.cpu_count()} × {_cpu()}')
 
-# %% ../../nbs/core/02_results.ipynb #a63234bb
+# %% ../../nbs/core/02_results.ipynb #b5f02c29
 def result_row(
     metric: str,    # what was measured, such as `validation_loss`
     value: float|None,  # None where there is none, and for NaN and inf
@@ -133,7 +133,7 @@ def read_json_lines(
         for n, line in enumerate(f, 1):
             try: rows.append(json.loads(line))
             except json.JSONDecodeError as e:
-                raise CramlitError(f"{path}, line {n}: not JSON ({e.msg}). Remove it or redo the stage") from None
+                raise CramlitError(f"{path}, line {n}: not JSON ({e.msg}): remove it") from None
     return rows
 
 def read_rows(
@@ -143,5 +143,5 @@ def read_rows(
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.rglob('rows.jsonl'))
     if path.is_dir(): files = [p for p in files if 'trials' not in p.relative_to(path).parts]
-    if not files: raise CramlitError(f"no rows at {path}: run `cramlit glue` or `cramlit reproduce` first")
+    if not files: raise CramlitError(f"no result rows at {path}: run `cramlit glue` or `reproduce` first")
     return [row for file in files for row in read_json_lines(file)]
