@@ -148,7 +148,7 @@ def _sentence(sample: dict) -> Markup:
     masked = iter(sample['words'])
     parts = [f'<mark>{escape(next(masked))}</mark>' if token == '[MASK]' else str(escape(token))
              for token in sample['tokens']]
-    return Markup(' '.join(parts).replace(' ##', '').replace('<mark>##', '<mark>'))
+    return Markup(' '.join(parts).replace(' <mark>##', '<mark>').replace(' ##', ''))
 
 def predictions(
     samples: list[dict],  # lines of samples.jsonl
