@@ -177,7 +177,7 @@ lowest and the highest seed. *from-scratch* is the same network without pretrain
 
 {{ t.table }}
 {% if t.suite != 'glue' %}
-These tasks are surrogates and not GLUE. Labels marked *derived* were made by a rule, not by people.
+These are surrogate tasks and not GLUE. Labels marked *derived* were made by a rule, not by people.
 {% endif %}{% else %}
 Not evaluated yet: `cramlit glue` does.
 {% endfor %}

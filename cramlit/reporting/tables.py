@@ -199,10 +199,9 @@ def gain_from_pretraining(
 # %% ../../nbs/reporting/70_tables.ipynb #e132b7f0
 _PROTOCOL = ('Median over seeds of the best configuration, lowest and highest seed in parentheses, percent; '
              'in the average a task counts once, as the mean of its metrics and validation sets.')
-_SURROGATE = ('These tasks are a surrogate suite and not GLUE. † Labels derived by a rule from real text; '
-              'the others are human. Sources: rated sentences from vaderSentiment (MIT; Hutto and Gilbert, '
-              '2014), verses from pythonbible (MIT; public-domain text), Wikipedia from enwik8 (GFDL, '
-              'CC BY-SA).')
+_SURROGATE = ('These are surrogate tasks and not GLUE. † Labels derived by a rule from real text; the others '
+              'are human. Sources: rated sentences from vaderSentiment (MIT; Hutto and Gilbert, 2014), '
+              'verses from pythonbible (MIT; public-domain text), Wikipedia from enwik8 (GFDL, CC BY-SA).')
 _GLUE = 'The average leaves WNLI out. Validation sets, not the test server.'
 
 def write_table4(
@@ -215,7 +214,7 @@ def write_table4(
     notes = [*(gain_from_pretraining(rows, r) for r in recipes), _PROTOCOL, _GLUE if glue else _SURROGATE]
     file = folder/'submitted.csv'
     submitted = pd.read_csv(file, index_col=0) if file.exists() else None
-    caption = f'Table 4. {"GLUE" if glue else "Surrogate suite"}, measured at scale {rows[0]["scale"]}.'
+    caption = f'Table 4. {"GLUE" if glue else "Surrogate tasks"}, measured at scale {rows[0]["scale"]}.'
     summaries = [r for r in rows if r.get('aggregate')]
     files = write_table(table4(rows, submitted), folder/'table4_glue', caption, notes, summaries)
     apart, numbers = folder/'table4_published.md', published('table4').fillna('').to_markdown()
