@@ -20,14 +20,10 @@ from safetensors.torch import load_file
 import cramlit.training.tracking as track
 import cramlit.training.training as train
 from cramlit.core.recipes import UsageError, override
-from cramlit.core.devices import Precision
-from cramlit.data.packing import open_data
 from cramlit.reporting.run_report import read_run, report_html, state, write_page
 from cramlit.running.command import main
 from cramlit.training.checkpoints import checkpoints
 from cramlit.training.distributed import World
-from cramlit.training.schedule import Clock
-from cramlit.training.training import Run
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 
