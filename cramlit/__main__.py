@@ -1,6 +1,6 @@
-"""`python -m cramlit`: the command, for shells without it on their path, and for torchrun"""
+"The `cramlit` command as `python -m cramlit`, which is what torchrun starts"
 import sys
 
 from cramlit.running.command import main
 
-sys.exit(main())
+if __name__ == '__main__': sys.exit(main())

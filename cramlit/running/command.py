@@ -155,8 +155,8 @@ def report(
     out: Needed = None,       # folder for tables and figures
 ) -> list[dict]:
     "Draw the tables and figures from result rows"
-    from cramlit.reporting.figures import report as write
-    return [result_row('files_written', len(write(runs, out)), 'files', stage='report')]
+    from cramlit.reporting.report import report as draw
+    return [result_row('files_written', len(draw(runs, out)), 'files', stage='report')]
 
 # %% ../../nbs/running/81_command.ipynb #fdb8b4d1
 def plan(
@@ -194,12 +194,10 @@ def search(
 ) -> list[dict]:
     "Pretrain every combination of a grid, and find the best of each batch size"
     from cramlit.experiments.search import search as run
-    from cramlit.reporting.figures import write_grid
-    from cramlit.reporting.tables import write_table3
+    from cramlit.reporting.report import report as draw
     from cramlit.training.schedule import parse_budget
     rows = run(recipe, scale, data, out, grid, parse_budget(budget) if budget else 0., nproc, glue_dir)
-    files = write_table3(rows, get_scale(scale).trials.tasks[0], Path(out)) + write_grid(rows, Path(out))
-    print(*files, sep='\n', file=sys.stderr)
+    print(*draw(out, out), sep='\n', file=sys.stderr)
     return rows
 
 def bench(
@@ -234,7 +232,7 @@ def verify(
     folder: str,  # prepared data, a run, or a folder that holds several of them
 ) -> list[dict]:
     "Check data and checkpoints against their checksums"
-    from cramlit.training.survival import verify_folder
+    from cramlit.training.checkpoints import verify_folder
     return verify_folder(folder)
 
 COMMANDS = {f.__name__: f for f in
@@ -276,7 +274,7 @@ def _run(name: str, args: list[str]):
 # %% ../../nbs/running/81_command.ipynb #a1b2c406
 EXTRAS = dict(  # extra → modules that it brings
     data='datasets pyarrow', eval='joblib pandas scipy sklearn tabulate',
-    reproduce='jupyter_client matplotlib nbclient papermill psutil', track='tensorboard trackio wandb')
+    reproduce='jupyter_client matplotlib nbclient papermill plotext psutil', track='tensorboard trackio wandb')
 
 def _missing(e: ModuleNotFoundError) -> str:
     "Which extra brings a module; raises the error again when none does"
