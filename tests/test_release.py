@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = '''datasets pyarrow joblib pandas sklearn scipy tabulate matplotlib papermill nbclient jupyter_client
+EXTRAS = '''datasets pyarrow joblib pandas sklearn scipy tabulate matplotlib plotext papermill nbclient jupyter_client
     IPython psutil trackio tensorboard wandb nbdev sphinx'''.split()
 HEAVY = ['torch', 'transformers', 'tokenizers', 'numpy', 'rich', 'fastcore', *EXTRAS]
 WITHOUT_TORCH = '''core.recipes core.results core.scales core.randomness data.corpus data.tokenizer

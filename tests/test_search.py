@@ -87,7 +87,7 @@ def test_a_run_given_up_in_several_processes_is_not_started_again(text, data, tm
     args = ['pretrain', '--scale', 'tiny', '--data', str(data), '--out', str(tmp_path), '--steps', '10', '--nproc', '2', *(x for s in small for x in ('-o', s))]
     assert main(args) == 1
     err = capfd.readouterr().err
-    assert 'the run was given up: validation loss' in err and 'Traceback' not in err and err.count('on 2 × cpu') == 1 and (tmp_path/'model'/'config.json').exists()
+    assert 'the run stopped early: validation loss' in err and 'Traceback' not in err and err.count('on 2 × cpu') == 1 and (tmp_path/'model'/'config.json').exists()
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_before_the_first_run(text, data, tmp_path):

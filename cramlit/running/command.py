@@ -273,8 +273,8 @@ def _run(name: str, args: list[str]):
 
 # %% ../../nbs/running/81_command.ipynb #a1b2c406
 EXTRAS = dict(  # extra → modules that it brings
-    data='datasets pyarrow', eval='joblib pandas scipy sklearn tabulate',
-    reproduce='jupyter_client matplotlib nbclient papermill plotext psutil', track='tensorboard trackio wandb')
+    data='datasets pyarrow', eval='joblib pandas scipy sklearn tabulate', track='tensorboard trackio wandb',
+    reproduce='jupyter_client matplotlib nbclient papermill plotext psutil')
 
 def _missing(e: ModuleNotFoundError) -> str:
     "Which extra brings a module; raises the error again when none does"
