@@ -92,10 +92,10 @@ def test_a_missing_extra_is_named_and_a_missing_report_is_no_failure(monkeypatch
     monkeypatch.setitem(COMMANDS, 'verify', fail)
     assert main(['verify', 'x']) == 1
     assert capsys.readouterr().err == "cramlit: sklearn is missing: pip install 'cramlit[eval]'\n"
-    monkeypatch.setitem(sys.modules, 'pandas', None)
+    monkeypatch.setitem(sys.modules, 'plotext', None)
     monkeypatch.delitem(sys.modules, 'cramlit.reporting.run_report', raising=False)
     assert command._finish(str(tmp_path), str(data), [dict(stopped='')], bare=True) == [dict(stopped='')]
-    assert "report.html: pandas is missing: pip install 'cramlit[eval]'" in capsys.readouterr().err
+    assert "report.html: plotext is missing: pip install 'cramlit[reproduce]'" in capsys.readouterr().err
 
 
 def test_the_extras_bring_what_the_hint_says():
