@@ -10,6 +10,7 @@ __all__ = ['STAGES', 'run_notebook', 'Stage', 'paper_notebook', 'code_of', 'Work
 import ast, json, sys, time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import resolve_name
 from itertools import count
 from pathlib import Path
@@ -91,6 +92,7 @@ def paper_notebook(
 def _module_file(name: str) -> Path:
     return _package().joinpath(*name.split('.')[1:]).with_suffix('.py')
 
+@cache
 def _imports(source: str, package: str = 'cramlit') -> set[str]:
     "Full names of this project's modules that code in a package imports"
     python = '\n'.join('' if line.lstrip().startswith(('%', '!')) else line for line in source.splitlines())
