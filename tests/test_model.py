@@ -88,5 +88,5 @@ def test_a_recipe_may_have_settings_of_its_own_at_a_scale():
     modern, other = get_recipe('modern', 'laptop'), get_recipe('24hbert', 'laptop')
     assert (modern.model.intermediate_size, modern.batch.global_batch_size) == (256, 64) != (other.model.intermediate_size, other.batch.global_batch_size)
     assert modern.tokenizer == other.tokenizer and get_recipe('modern', 'laptop', ['batch.global_batch_size=128']).batch.global_batch_size == 128
-    assert all(set(s.own) <= set(('modern', 'cramming', 'mosaicbert')) for s in SCALES.values())
+    assert all(set(s.per_recipe) <= set(('modern', 'cramming', 'mosaicbert')) for s in SCALES.values())
     assert validate(replace(Recipe(), model=modern.model))

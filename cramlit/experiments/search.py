@@ -39,6 +39,7 @@ class Trial:
     settings: tuple[str, ...] # what the trial changes, as `path=value`
     seed: int
     data: Path|None = None    # its own prepared text; None = that of all the others
+    versus: str = ''          # name of the trial it is compared with
 
     @property
     def all_settings(self) -> list[str]:  # those of all trials, its own, and the seed
@@ -113,13 +114,14 @@ def choice_trials(
     base: str,     # name of a recipe
     scale: str,    # name of a scale
     t: Trials,     # says how many seeds
-) -> list[Trial]:  # the recipe itself comes first
+) -> list[Trial]:  # the recipe itself comes first, and the others are compared with it
     "Single choices, each with every seed; those that change nothing are left out"
     recipe, trials = get_recipe(base, scale, t.overrides), []
+    (unchanged, _), *changes = choices(recipe).items()
+    changes = [(name, s) for name, s in changes if get_recipe(base, scale, [*t.overrides, *s]) != recipe]
     for seed in range(recipe.seed, recipe.seed + t.seeds):
-        for i, (name, settings) in enumerate(choices(recipe).items()):
-            if i == 0 or get_recipe(base, scale, [*t.overrides, *settings]) != recipe:
-                trials.append(Trial(name, base, scale, settings, seed))
+        trials.append(Trial(unchanged, base, scale, (), seed))
+        trials += [Trial(name, base, scale, settings, seed, versus=unchanged) for name, settings in changes]
     return trials
 
 # %% ../../nbs/experiments/60_search.ipynb #b401731c
@@ -145,10 +147,11 @@ def trial_ids(
 ) -> dict:
     "What identifies a trial in its rows"
     r, t = trial.recipe, study.trials
-    return dict(stage='trial', study=study.name, trial=trial.name, recipe=trial.base, recipe_hash=recipe_hash(r),
-                scale=trial.scale, seed=trial.seed, global_batch_size=r.batch.global_batch_size, lr=r.optim.lr,
-                warmup=r.schedule.warmup, schedule_length=r.schedule.length, layers=r.model.num_layers,
-                hidden_size=r.model.hidden_size, span=f'{t.steps} steps' if t.steps else f'{t.budget:g} s')
+    return dict(stage='trial', study=study.name, trial=trial.name, versus=trial.versus, recipe=trial.base,
+                recipe_hash=recipe_hash(r), scale=trial.scale, seed=trial.seed, lr=r.optim.lr,
+                global_batch_size=r.batch.global_batch_size, warmup=r.schedule.warmup, schedule_length=r.schedule.length,
+                layers=r.model.num_layers, hidden_size=r.model.hidden_size,
+                span=f'{t.steps} steps' if t.steps else f'{t.budget:g} s')
 
 # %% ../../nbs/experiments/60_search.ipynb #a61f0c37
 def train_trial(
@@ -227,8 +230,8 @@ def run_trials(
     return rows
 
 # %% ../../nbs/experiments/60_search.ipynb #8cc5a760
-_SETTINGS = ('trial', 'recipe', 'seed', 'global_batch_size', 'lr', 'warmup', 'schedule_length', 'layers', 'hidden_size',
-             'span', 'stopped')
+_SETTINGS = ('trial', 'versus', 'recipe', 'seed', 'global_batch_size', 'lr', 'warmup', 'schedule_length', 'layers',
+             'hidden_size', 'span', 'stopped')
 
 def trial_table(
     rows: list[dict],   # of trials
