@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STATE', 'LOGS', 'PATIENCE', 'Run', 'fingerprint', 'check_fits', 'acquire_run_dir', 'resume', 'save', 'due',
            'keep_milestones', 'should_stop_early', 'count_skips', 'result_rows', 'check_run', 'predictions', 'loss_of',
-           'add_gradients', 'accumulate', 'blank_batches', 'form_of', 'Graphs', 'micro_step', 'update', 'validate',
-           'set_lr', 'seed_dropout', 'progress', 'leave', 'first_look', 'train', 'check_budget', 'pretrain',
-           'pretrain_in']
+           'loss_and_count', 'add_gradients', 'accumulate', 'blank_batches', 'form_of', 'Graphs', 'micro_step',
+           'update', 'validate', 'set_lr', 'seed_dropout', 'progress', 'same_recipe', 'nothing', 'Hook', 'leave',
+           'first_look', 'train', 'check_budget', 'pretrain', 'pretrain_in']
 
 # %% ../../nbs/training/35_training.ipynb #2f299dc1
 import hashlib, json, math
@@ -39,15 +39,12 @@ class Run:
     world: World = field(default_factory=World)
     saver: Saver = field(default_factory=Saver)
     step: int = 0        # optimiser steps done, skipped ones included
+    tokens: int = 0      # trained on so far, padding included
     skipped: int = 0     # steps not taken because the gradient was no number
     in_a_row: int = 0    # of those, how many just now
     stopped: str = ''    # why the run was given up; '' = it was not
     init: str = ''       # `fingerprint` of the weights it starts from; '' = random ones
     listeners: list[Callable[[dict], None]] = field(default_factory=list)  # called with each line of the log, in the main process
-
-    @property
-    def tokens(self) -> int:  # seen so far, padding included
-        return self.step*self.recipe.batch.global_batch_size*self.recipe.packing.seq_len
 
     def identity(self) -> dict:
         "What makes two runs the same run"
@@ -97,7 +94,7 @@ def acquire_run_dir(
     with atomic(path) as f: json.dump(mine, f, indent=1)
 
 # %% ../../nbs/training/35_training.ipynb #1841879f
-STATE = ('step', 'skipped', 'in_a_row', 'stopped')  # what a checkpoint keeps of a run
+STATE = ('step', 'tokens', 'skipped', 'in_a_row', 'stopped')  # what a checkpoint keeps of a run
 LOGS = ('metrics.jsonl', 'samples.jsonl')           # files of lines with a step
 
 def resume(
@@ -231,6 +228,15 @@ def loss_of(
     "The summed cross-entropy of one micro-batch"
     with autocast(batch.input_ids.device, precision): return model(batch.input_ids, batch.attention_mask, batch.positions, batch.labels)
 
+def loss_and_count(
+    model: nn.Module,
+    batch: Batch,           # on the model's device
+    precision: Precision,
+    fraction: float = 0.,   # of the budget spent; makes no difference here
+) -> tuple[Tensor, Tensor]: # summed cross-entropy in nats, over how many predictions
+    "The loss of one micro-batch, and what it is a sum over"
+    return loss_of(model, batch, precision), predictions(batch)
+
 def add_gradients(
     model: nn.Module,
     batch: Batch,           # a micro-batch, on the model's device
@@ -238,12 +244,14 @@ def add_gradients(
     precision: Precision,
     scaler: torch.amp.GradScaler,  # does nothing unless the precision is float16
     grads: Gradients,       # changed in place: gradients, loss and predictions
+    loss_and_count: Callable[..., tuple[Tensor, Tensor]] = loss_and_count,  # model, batch, precision → summed loss, number of predictions
 ):
     "Add the gradient of one micro-batch; the host asks for no result"
     slots = shares*batch.labels.numel()
-    loss = loss_of(model, batch, precision)/slots
+    total, predicted = loss_and_count(model, batch, precision)
+    loss = total/slots
     scaler.scale(loss).backward()
-    grads.notes[:2] += torch.stack([loss.detach(), predictions(batch)/slots])
+    grads.notes[:2] += torch.stack([loss.detach(), predicted/slots])
 
 def accumulate(
     micro: Callable[[Batch], None],  # of `micro_step`
@@ -340,6 +348,8 @@ def update(
 
 # %% ../../nbs/training/35_training.ipynb #30123d3d
 import math, runpy, sys
+from dataclasses import dataclass
+from functools import partial
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -352,7 +362,7 @@ from tqdm import tqdm
 from ..core.recipes import Interrupted, Recipe, UsageError
 from .distributed import Gradients, World, heed_signals, join_world, launch
 from ..core.randomness import make_key
-from ..data.batches import Prefetcher, train_batches, validation_batches
+from ..data.batches import Batch, Prefetcher, train_batches, validation_batches
 from ..model.encoder import MaskedLM
 from .optimizers import make_optimizer
 from ..data.packing import Data, open_data
@@ -413,6 +423,28 @@ def progress(
             recent, mark = [], (run.clock.seconds, run.tokens)
         yield show
 
+# %% ../../nbs/training/35_training.ipynb #a7c1e035
+def same_recipe(
+    recipe: Recipe,
+    fraction: float,  # of the budget spent
+) -> Recipe:
+    "The recipe as it is"
+    return recipe
+
+def nothing(*args):
+    "Do nothing"
+
+@dataclass(frozen=True)
+class Hook:
+    "Where an experiment may change the loop; what it does not name stays as it is"
+    recipe: Callable[[Recipe, float], Recipe] = same_recipe
+    # recipe, fraction of the budget spent → what the batches of the next step are made from; they may be more or fewer
+    loss: Callable[[MaskedLM, Batch, Precision, float], tuple[Tensor, Tensor]] = loss_and_count
+    # model, micro-batch on its device, precision, fraction → summed cross-entropy, and the number of predictions that it is a sum over
+    after_step: Callable[[MaskedLM, float], None] = nothing          # model, fraction of the budget spent after the step
+    before_final_evaluation: Callable[[MaskedLM], None] = nothing    # model; such as to load averaged weights into it
+
+
 # %% ../../nbs/training/35_training.ipynb #5a5e5aba
 def leave(
     run: Run,
@@ -441,6 +473,7 @@ def train(
     run: Run,              # changed in place
     model: nn.Module,      # trained in place
     precision: Precision,
+    hook: Hook|None = None,  # what an experiment changes; with one, the model is not compiled
     log_every: int = 20,   # steps between training losses in the log
 ) -> float:                # validation loss at the end, nats
     "Train until the budget is spent; raises `Interrupted` when a signal stopped it, after saving"
@@ -453,17 +486,25 @@ def train(
     look = lambda: validate(model, run.data, recipe, precision, world)
     fraction = first_look(run, model, precision, keep)
     micro = micro_step(model, recipe, precision, scaler, grads)
+    exp = hook or Hook()
     with progress(run, log_every) as show, heed_signals(run.out/'stop') as asked:
         while fraction < 1 and not run.stopped:
             before, factor = fraction, lr_factor(fraction/recipe.schedule.length, recipe.schedule.warmup)
             set_lr(optimizer, factor); seed_dropout(run)
-            accumulate(micro, ahead(run.step), grads)
+            now = exp.recipe(recipe, fraction)
+            batches = ahead(run.step) if now is recipe else list(train_batches(run.data, now, run.step, world.rank, world.size))
+            if hook:
+                shares, loss_now = now.batch.global_batch_size//now.batch.micro_batch_size, partial(exp.loss, fraction=fraction)
+                micro = lambda b, s=shares, l=loss_now: add_gradients(model, b.to(world.device), s, precision, scaler, grads, l)
+            accumulate(micro, batches, grads)
             loss, seconds, stop = grads.all_reduce(world, clock.seconds, asked())
             norm = update(grads, optimizer, scaler, recipe.optim.clip)
             run.step += 1
+            run.tokens += now.batch.global_batch_size*now.packing.seq_len
             fraction = clock.fraction(run.step, seconds)
             count_skips(run, loss, norm, 1. if math.isfinite(norm) else scaler.get_scale())  # asking for the scale makes the host wait
             show(loss, factor*recipe.optim.lr)
+            exp.after_step(model, fraction)
             keep_milestones(run, model, before, fraction)
             if stop: keep(); leave(run)
             if due(before, fraction, recipe.validation.every) and fraction < 1:
@@ -471,6 +512,7 @@ def train(
                 run.log(validation_loss=loss)
                 run.stopped = run.stopped or should_stop_early(loss, fraction, recipe)
             if due(before, fraction, recipe.checkpoint.every) and fraction < 1: keep()
+    exp.before_final_evaluation(model)
     loss = look()
     run.log(validation_loss=loss, **(dict(stopped=run.stopped) if run.stopped else {}))
     keep(); run.saver.wait()
@@ -496,6 +538,7 @@ def pretrain(
     scale: str = '',      # for the record
     track: str = '',      # trackio | tensorboard | wandb: a tracker that sees the log too
     weights: dict[str, Tensor]|None = None,  # to start from, as `MaskedLM` names them; None = random ones
+    hook: Hook|None = None,  # what an experiment changes; no part of the run's identity, so give each its own folder
 ) -> list[dict]:          # result rows, also in out/rows.jsonl
     "Train a recipe for a budget, or go on where an interrupted run stopped; a finished run is not run again"
     with join_world() as world:
@@ -510,7 +553,7 @@ def pretrain(
         torch.manual_seed(recipe.seed)
         model = MaskedLM(recipe.model, run.data.padded_vocab_size).to(world.device)
         if weights: model.load_state_dict(weights)
-        with watched(run, model, precision, track): rows = result_rows(run, train(run, model, precision), precision)
+        with watched(run, model, precision, track): rows = result_rows(run, train(run, model, precision, hook), precision)
         if world.main: write_rows(run.out/'rows.jsonl', rows)
         return rows
 
