@@ -252,7 +252,7 @@ def holm(
 ) -> pd.Series:
     "p-values corrected for how many there are: Holm (1979)"
     known = p.dropna().sort_values()
-    return (known*range(len(known), 0, -1)).cummax().clip(upper=1.).reindex(p.index)
+    return (known*list(range(len(known), 0, -1))).cummax().clip(upper=1.).reindex(p.index)
 
 def compare(
     table: pd.DataFrame,           # as `trial_table` gives it
