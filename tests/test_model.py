@@ -75,7 +75,7 @@ def test_tables_follow_the_model_and_are_not_saved():
 
 
 @pytest.mark.parametrize('settings, says', [
-    (['model.position=rotary', 'model.num_heads=64'], 'turns pairs'), (['model.position=sinus'], 'absolute or rotary'), (['model.ffn=swiglu'], 'gelu or geglu'),
+    (['model.position=rotary', 'model.num_heads=64'], 'pairs of values'), (['model.position=sinus'], 'absolute or rotary'), (['model.ffn=swiglu'], 'gelu or geglu'),
     (['model.window=7'], 'even, half of it on each side'), (['model.global_every=0'], 'at least 1'), (['model.rope_theta=0'], 'above 1'),
     (['model.norm=post', 'model.first_norm=false'], 'true with model.norm=post'), (['optim.method=sgd'], 'adamw or muon'), (['optim.muon_lr=0'], 'above 0'),
     (['masking.rate=0.9'], 'at least 29, which is masking.rate=0.9 of packing.seq_len=32'), (['optim.momentum=1'], 'below 1'),
