@@ -57,8 +57,8 @@ def difference_cells(
     interval = '' if pd.isna(d.low) else f'{d.low:+.{digits}f} to {d.high:+.{digits}f}'
     return dict(zip(names, (f'{d.change:+.{digits}f}', interval, p_text(d.p)), strict=True))
 
-SIGNIFICANCE = ("Change: difference of the means over seeds, with its 95 % interval. p: Welch's two-sided t-test, corrected by "
-                'Holm for the number of lines.')
+SIGNIFICANCE = ("Change: difference of the means over seeds, with the 95 % interval of each line alone. p: Welch's two-sided "
+                "t-test, after Holm's correction for the number of lines.")
 VALIDATION = ('Validation: 15 % of the tokens of held-out text replaced by [MASK], chosen by the text around them and not by '
               'the packing.')
 
