@@ -1,4 +1,4 @@
-"Recipes compared: the same validation for all, the ablation, networks without a stock class, and statistics over seeds"
+"Recipes compared: validation, the ablation, networks without a stock class, and statistics over seeds"
 import json
 from dataclasses import replace
 
@@ -14,8 +14,9 @@ from cramlit.core.scales import RECIPES, SCALES, get_recipe, get_scale
 from cramlit.data.batches import VALIDATION_RATE, mask_for_validation, validation_batches
 from cramlit.data.masking import IGNORE
 from cramlit.data.packing import open_data
-from cramlit.experiments.comparison import (ablation_trials, best_rates, compare, evaluations, holm, rate_trials, reached,
-                                            recipe_trials, recipes_to_compare, steps_between, welch, with_data)
+from cramlit.experiments.comparison import (
+    ablation_trials, best_rates, compare, evaluations, holm, rate_trials, reached, recipe_trials,
+    recipes_to_compare, steps_between, welch, with_data)
 from cramlit.experiments.search import Trial, has_stock, run_trials, trial_table
 from cramlit.reporting.beyond import ablation_table, comparison_table, trial_runs
 
@@ -29,8 +30,8 @@ def small(trial, text):
 
 
 def test_validation_is_the_same_whatever_a_recipe_trains_with(data, recipe):
-    other = override(recipe, ['masking.rate=0.3', 'masking.replace_mask=0.5', 'masking.max_predictions=38', 'seed=7',
-                              'batch.micro_batch_size=16', 'batch.global_batch_size=16'])
+    other = override(recipe, ['masking.rate=0.3', 'masking.replace_mask=0.5', 'masking.max_predictions=38',
+                              'seed=7', 'batch.micro_batch_size=16', 'batch.global_batch_size=16'])
     batches = (validation_batches(open_data(data), r) for r in (recipe, other))
     for a, b in zip(*batches, strict=True):
         assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
@@ -44,7 +45,8 @@ def test_validation_masks_at_its_rate_and_never_special_tokens():
     used = m.labels != IGNORE
     rows, slots = np.nonzero(used)
     places = m.positions[rows, slots]
-    assert (m.input_ids[rows, places] == SPECIAL['mask']).all() and (ids[rows, places] == m.labels[used]).all()
+    assert (m.input_ids[rows, places] == SPECIAL['mask']).all()
+    assert (ids[rows, places] == m.labels[used]).all()
     assert (m.input_ids != ids).sum() == used.sum() == pytest.approx(VALIDATION_RATE*400*59, rel=.05)
     assert m.labels[used].min() > 4
 
@@ -86,7 +88,8 @@ def test_a_difference_that_no_step_takes_is_refused():
 def test_recipes_take_turns_and_one_alone_gets_another_to_be_compared_with():
     trials = recipe_trials({'24hbert': 1e-3, 'modern': 2e-3}, 'tiny')
     assert [(t.base, t.versus) for t in trials] == [('24hbert', ''), ('modern', '24hbert')]*2
-    assert {t.recipe.optim.lr for t in rate_trials(['bert-base'], 'laptop')} == set(get_scale('laptop').comparison.lrs)
+    rates = {t.recipe.optim.lr for t in rate_trials(['bert-base'], 'laptop')}
+    assert rates == set(get_scale('laptop').comparison.lrs)
     assert recipes_to_compare(['24hbert']) == recipes_to_compare(['modern']) == ['24hbert', 'modern']
     assert recipes_to_compare(['a', 'b', 'c']) == ['a', 'b', 'c']
     with pytest.raises(CramlitError, match='no learning rate gave x'):
@@ -101,7 +104,8 @@ def test_a_network_without_a_stock_class_is_compared_by_its_loss(text, tmp_path)
     assert trials[0].data != trials[1].data
     t = replace(get_scale('tiny').trials, steps=2, tasks=())
     rows = run_trials(trials, 'ablation', tmp_path/'data', tmp_path/'out', t)
-    assert set(trial_table(rows).trial) == {'a gate', 'plain'} and trial_table(rows).validation_loss.notna().all()
+    table = trial_table(rows)
+    assert set(table.trial) == {'a gate', 'plain'} and table.validation_loss.notna().all()
     runs = {name: folders[0] for name, folders in trial_runs(rows, tmp_path/'out'/'trials').items()}
     assert not (runs['a gate']/'model').exists() and (runs['plain']/'model'/'model.safetensors').exists()
 
@@ -118,7 +122,9 @@ def test_welch_is_scipys_with_its_interval():
 
 def test_holms_correction():
     p = pd.Series([.04, .001, float('nan'), .03, .9], index=list('abcde'))
-    assert list(holm(p).dropna()) == pytest.approx([.09, .004, .09, .9]) and list(holm(p).index) == list('abcde')
+    corrected = holm(p)
+    assert list(corrected.dropna()) == pytest.approx([.09, .004, .09, .9])
+    assert list(corrected.index) == list('abcde')
     assert list(holm(pd.Series([.6, .7]))) == [1., 1.] and holm(pd.Series([float('nan')])).isna().all()
 
 
@@ -133,8 +139,8 @@ def test_equal_things_are_rarely_found_different():
 
 
 def test_trials_are_compared_with_what_they_name():
-    lines = [dict(trial=n, versus=v, validation_loss=mean + e) for n, v, mean in (('a', '', 5), ('b', 'a', 4), ('c', 'b', 4.5))
-             for e in (-.1, 0, .1)]
+    trials = ('a', '', 5), ('b', 'a', 4), ('c', 'b', 4.5)
+    lines = [dict(trial=n, versus=v, validation_loss=mean + e) for n, v, mean in trials for e in (-.1, 0, .1)]
     found = compare(pd.DataFrame(lines))
     assert list(found.index) == ['b', 'c'] and list(found.change) == pytest.approx([-1, .5])
     assert compare(pd.DataFrame(lines[:3])).empty
@@ -147,7 +153,8 @@ def make_run(folder, name, seed, losses, versus):
     lines = [dict(step=i, seconds=10*i, validation_loss=x) for i, x in enumerate(losses)]
     lines.append(dict(step=2, seconds=20, loss=1.))  # a line of training
     (run/'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-    ids = dict(stage='trial', study='recipes', trial=name, versus=versus, recipe=name, seed=seed, lr=1., stopped='', folder=f'{name}{seed}')
+    ids = dict(stage='trial', study='recipes', trial=name, versus=versus, recipe=name, seed=seed, lr=1.,
+               stopped='', folder=f'{name}{seed}')
     values = dict(validation_loss=losses[-1], steps=2, seconds=20., tokens_per_second=1.)
     return [result_row(m, v, '', **ids) for m, v in values.items()]
 
@@ -156,7 +163,8 @@ def test_a_mark_that_is_never_reached_is_said_so(tmp_path):
     rows = make_run(tmp_path, 'a', 1, [7, 6, 5], '')
     rows += make_run(tmp_path, 'b', 1, [7, 5, 4], 'a') + make_run(tmp_path, 'b', 2, [7, 7, 6], 'a')
     assert evaluations(tmp_path/'b1'/'run') == [(0, 7), (10, 5), (20, 4)]
-    assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25) and np.isnan(reached(tmp_path/'b2'/'run', 5.))
+    assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25)
+    assert np.isnan(reached(tmp_path/'b2'/'run', 5.))
     t = trial_table(rows)
     table = comparison_table(t, [], trial_runs(rows, tmp_path))
     assert table.loc['b', 'part of its time to the loss of a'] == '50% (1 of 2 never)'

@@ -32,7 +32,7 @@ def shared_validation(
     return (f'validation.every={get_scale(scale).comparison.every}', f'validation.max_sequences={sequences}',
             'validation.stop_loss=0')
 
-SELDOM = 'validation.every=0.5'  # where only the end counts: in a short run twenty evaluations take half of the time
+SELDOM = 'validation.every=0.5'  # where only the end counts: twenty evaluations take half of a short run
 
 def with_rate(
     base: str,   # name of a recipe
@@ -86,8 +86,8 @@ def best_rates(
 STEPS = {  # name → the settings of a recipe that belong to it
     'rotary positions': ('model.position', 'model.rope_theta', 'model.local_rope_theta', 'model.window',
                          'model.global_every'),
-    'fewer norms, no biases': ('model.norm', 'model.embedding_norm', 'model.first_norm', 'model.layer_norm_eps',
-                               'model.bias'),
+    'fewer norms, no biases': ('model.norm', 'model.embedding_norm', 'model.first_norm',
+                               'model.layer_norm_eps', 'model.bias'),
     'gated feed-forward': ('model.ffn', 'model.intermediate_size'),
     'no dropout': ('model.dropout', 'model.attention_dropout'),
     'more masks, all [MASK]': ('masking.rate', 'masking.replace_mask', 'masking.replace_random',
@@ -108,19 +108,20 @@ def differences(
     for f in fields(a):
         x, y, path = getattr(a, f.name), getattr(b, f.name), prefix + f.name
         if is_dataclass(x): found |= differences(x, y, path + '.')
-        elif x != y and f.name != 'name': found[path] = ','.join(map(str, y)) if isinstance(y, tuple) else str(y)
+        elif x != y and f.name != 'name':
+            found[path] = ','.join(map(str, y)) if isinstance(y, tuple) else str(y)
     return found
 
 def steps_between(
     a: Recipe,
     b: Recipe,
 ) -> dict[str, tuple[str, ...]]:  # name → settings; all of them together make b of a
-    "What leads from one recipe to another, step by step; raises `UsageError` for a difference that is in no step"
+    "What leads from one recipe to another; raises `UsageError` for a difference that is in no step"
     left, steps = differences(a, b), {}
     for name, paths in STEPS.items():
         mine = [p for p in left if p in paths or p.split('.')[0] in paths]
         if mine: steps[name] = tuple(f'{p}={left.pop(p)}' for p in mine)
-    if left: raise UsageError(f'{a.name} and {b.name} differ in {", ".join(left)}, which no step of the ablation takes')
+    if left: raise UsageError(f'{a.name} and {b.name} differ in {", ".join(left)}, which is in no step')
     return steps
 
 # %% ../../nbs/experiments/61_comparison.ipynb #dc1442df
@@ -132,11 +133,11 @@ def ablation_trials(
     "From one recipe to another one step after the other, and the other without each of the steps"
     steps = steps_between(get_recipe(low, scale), get_recipe(high, scale))
     names = list(steps)
-    variants: list[tuple[str, str, list[str]]] = [(low, '', [])]  # name, what it is compared with, steps taken
+    variants: list[tuple[str, str, list[str]]] = [(low, '', [])]  # name, what it is compared with, steps
     for i, name in enumerate(names): variants.append((f'+ {name}', variants[-1][0], names[:i + 1]))
     whole = variants[-1][0]
-    if len(names) > 2:  # leaving the last one out gives the step before it
-        for name in names[:-1]: variants.append((f'{high} without {name}', whole, [n for n in names if n != name]))
+    for name in names[:-1] if len(names) > 2 else []:  # leaving the last one out gives the step before it
+        variants.append((f'{high} without {name}', whole, [n for n in names if n != name]))
     trials, seed = [], get_recipe(low, scale).seed
     for i in range(get_scale(scale).comparison.ablation_seeds):
         for name, versus, taken in variants:
@@ -151,14 +152,14 @@ def with_data(
     folder: Path,    # holds one prepared folder for each packing
 ) -> list[Trial]:    # each with its text
     "Prepare the text once for each packing; raises `CramlitError` when the tokenizers differ"
-    found, tokenizers = [], set()
+    found, tokenizers = list[Trial](), set[str]()
     for t in trials:
-        r = replace(t.recipe, seed=get_recipe(t.base, t.scale).seed)  # the seed of a trial is not that of its text
+        r = replace(t.recipe, seed=get_recipe(t.base, t.scale).seed)  # all seeds of a trial share one text
         data = folder/digest([asdict(r.corpus), asdict(r.tokenizer), asdict(r.packing)])
         if data not in [f.data for f in found]: tokenizers.add(prepare(r, data)['tokenizer_sha256'])
         found.append(replace(t, data=data))
     if len(tokenizers) > 1:
-        raise CramlitError(f'the texts in {folder} have different tokenizers, so that losses cannot be compared: '
+        raise CramlitError(f'the texts in {folder} have different tokenizers, and losses cannot be compared: '
                            'delete the folder')
     return found
 
@@ -188,8 +189,8 @@ def compare_recipes(
 ) -> list[dict]:        # rows of the rates, then of the recipes
     "Find each recipe's rate, then run each for several seeds; what has been run is not run again"
     s = get_scale(scale)
-    short = trial_settings(scale, s.comparison.rates)
-    rates = run_trials(with_data(rate_trials(names, scale), data), 'rates', data, out/'rates', short, s.processes)
+    short, tried = trial_settings(scale, s.comparison.rates), with_data(rate_trials(names, scale), data)
+    rates = run_trials(tried, 'rates', data, out/'rates', short, s.processes)
     finals = with_data(recipe_trials(best_rates(rates), scale), data)
     whole = trial_settings(scale, tasks=True)
     return rates + run_trials(finals, 'recipes', data, out/'recipes', whole, s.processes, glue_dir)
@@ -202,9 +203,9 @@ def run_ablation(
     out: Path,   # for trials and rows
 ) -> list[dict]: # rows of all trials
     "Run the ablation; what has been run is not run again"
-    s = get_scale(scale)
-    trials = with_data(ablation_trials(low, high, scale), data)
-    return run_trials(trials, 'ablation', data, out, trial_settings(scale, s.comparison.ablation), s.processes)
+    s, trials = get_scale(scale), with_data(ablation_trials(low, high, scale), data)
+    t = trial_settings(scale, s.comparison.ablation)
+    return run_trials(trials, 'ablation', data, out, t, s.processes)
 
 # %% ../../nbs/experiments/61_comparison.ipynb #60fdfb88
 def evaluations(

@@ -34,7 +34,7 @@ def sized(
     m = get_recipe(base, scale).model
     heads = 1
     for n in range(2, hidden//64 + 1):
-        if hidden % (2*n) == 0: heads = n  # rotary embeddings turn pairs of values, so a head has an even number
+        if hidden % (2*n) == 0: heads = n  # rotary embeddings turn pairs of values: a head has an even number
     inner = max(32, round(hidden*m.intermediate_size/m.hidden_size/32)*32)
     return (f'model.num_layers={layers}', f'model.hidden_size={hidden}', f'model.num_heads={heads}',
             f'model.intermediate_size={inner}')
@@ -70,6 +70,7 @@ def compute_rows(
     for r in rows:
         if r['metric'] != 'tokens': continue
         trial, tokens = by_name[r['trial']], r['value']
+        assert trial.data, 'as `with_data` gives it'
         manifest = open_data(trial.data).manifest
         V, text = manifest['padded_vocab_size'], manifest['splits']['train']['rows']*manifest['seq_len']
         found += [r | dict(metric='weights', value=multiplied(trial.recipe.model, V), unit='weights'),
@@ -104,9 +105,9 @@ class Law:
 
     def __call__(
         self,
-        N: np.ndarray,  # weights
-        D: np.ndarray,  # tokens
-    ) -> np.ndarray:    # nats
+        N: float|np.ndarray,  # weights
+        D: float|np.ndarray,  # tokens
+    ) -> float|np.ndarray:    # nats
         return self.E + self.A/N**self.a + self.B/D**self.b
 
 # %% ../../nbs/experiments/62_scaling.ipynb #954affda
@@ -121,8 +122,8 @@ def fit_law(
     "Hoffmann's law through losses; raises `CramlitError` when there are no more of them than unknowns"
     from scipy.optimize import least_squares
     if len(loss) <= UNKNOWNS:
-        raise CramlitError(f'{len(loss)} runs have a loss, and a law of {UNKNOWNS} unknowns takes at least {UNKNOWNS + 1}: '
-                           "give the scale's comparison more sizes or spans")
+        raise CramlitError(f'{len(loss)} runs have a loss, and a law of {UNKNOWNS} unknowns takes at least '
+                           f"{UNKNOWNS + 1}: give the scale's comparison more sizes or spans")
     middle_n, middle_d, y = np.log(N).mean(), np.log(D).mean(), np.log(loss)
     n, d = np.log(N) - middle_n, np.log(D) - middle_d
     def terms(x): return np.stack([x[0] + 0*n, x[1] - x[3]*n, x[2] - x[4]*d])  # their logarithms
@@ -154,17 +155,21 @@ class Fit:
         "The interval of whatever is derived from the law"
         return np.quantile([f(law) for law in self.resampled], (.05, .95), axis=0)
 
+    def loss_interval(self, N: float|np.ndarray, D: float|np.ndarray) -> np.ndarray:  # [2, ...]
+        "The interval of the loss of some sizes and tokens"
+        return self.interval(lambda law: law(N, D))
+
 def fit_runs(
-    runs: pd.DataFrame,  # a line a run, with `weights`, `tokens` and `validation_loss`; runs without a loss are left out
+    runs: pd.DataFrame,  # a line a run: `weights`, `tokens`, `validation_loss`; without a loss it is left out
     seed: int = 0,       # of the draws
 ) -> Fit:
-    "The law through the runs, and how certain it is; raises `CramlitError` when there are no more runs than unknowns"
+    "The law through the runs, and how certain it is; raises `CramlitError` when there are too few"
     from scipy.stats import bootstrap
-    columns = runs.dropna(subset='validation_loss')[['weights', 'tokens', 'validation_loss']].to_numpy(float).T
-    N, D, loss = columns
+    known = runs.dropna(subset='validation_loss')
+    N, D, loss = known[['weights', 'tokens', 'validation_loss']].to_numpy(float).T
     law = fit_law(N, D, loss)
     def unknowns(*drawn): return astuple(fit_law(*drawn))
-    draws = bootstrap(tuple(columns), unknowns, paired=True, vectorized=False, n_resamples=RESAMPLES,
+    draws = bootstrap((N, D, loss), unknowns, paired=True, vectorized=False, n_resamples=RESAMPLES,
                       method='percentile', rng=seed).bootstrap_distribution.T
     scatter = np.sqrt((np.log(loss/law(N, D))**2).sum()/(len(loss) - UNKNOWNS))
     return Fit(law, [Law(*draw) for draw in draws], float(scatter))

@@ -73,7 +73,8 @@ def grid_trials(
     return trials
 
 # %% ../../nbs/experiments/60_search.ipynb #aba22d5c
-_AXES = dict(batch=('batch_sizes', int), lr=('lrs', float), warmup=('warmups', float), length=('lengths', float))
+_AXES = dict(batch=('batch_sizes', int), lr=('lrs', float), warmup=('warmups', float),
+             length=('lengths', float))
 
 def parse_grid(
     text: str,  # such as 'batch=64,128 lr=1e-3,2e-3'; empty: nothing changes
@@ -87,7 +88,7 @@ def parse_grid(
         try: changed: dict[str, Any] = {field: tuple(dict.fromkeys(kind(v) for v in values.split(',')))}
         except ValueError:
             example = f'{axis}={getattr(t, field)[0]}'
-            raise UsageError(f'--grid {part}: expected numbers with commas between them, as in {example}') from None
+            raise UsageError(f'--grid {part}: expected numbers and commas, as in {example}') from None
         t = replace(t, **changed)
     return t
 
@@ -97,8 +98,9 @@ def choices(
 ) -> dict[str, tuple[str, ...]]:  # name → settings
     "What can be done otherwise, one change at a time"
     m, batch = recipe.model, recipe.batch.global_batch_size
-    smaller = (f'model.num_layers={max(1, m.num_layers//2)}', f'model.hidden_size={m.hidden_size*3//4}',
-               f'model.intermediate_size={m.intermediate_size*3//4}', f'model.num_heads={max(1, m.num_heads*3//4)}')
+    smaller = (f'model.num_layers={max(1, m.num_layers//2)}', f'model.num_heads={max(1, m.num_heads*3//4)}',
+               f'model.hidden_size={m.hidden_size*3//4}',
+               f'model.intermediate_size={m.intermediate_size*3//4}')
     return {
         'the recipe as it is': (),
         'schedule twice the budget': ('schedule.length=2',),
@@ -149,8 +151,8 @@ def trial_ids(
     r, t = trial.recipe, study.trials
     return dict(stage='trial', study=study.name, trial=trial.name, versus=trial.versus, recipe=trial.base,
                 recipe_hash=recipe_hash(r), scale=trial.scale, seed=trial.seed, lr=r.optim.lr,
-                global_batch_size=r.batch.global_batch_size, warmup=r.schedule.warmup, schedule_length=r.schedule.length,
-                layers=r.model.num_layers, hidden_size=r.model.hidden_size,
+                global_batch_size=r.batch.global_batch_size, warmup=r.schedule.warmup,
+                schedule_length=r.schedule.length, layers=r.model.num_layers, hidden_size=r.model.hidden_size,
                 span=f'{t.steps} steps' if t.steps else f'{t.budget:g} s')
 
 # %% ../../nbs/experiments/60_search.ipynb #a61f0c37
@@ -174,7 +176,7 @@ def trial_rows(
     study: Study,
     folder: Path,   # of the trial
 ) -> list[dict]:
-    "Pretrain, save as a stock model where there is a class for it, fine-tune it unless the run was stopped early"
+    "Pretrain, save as a stock model where there is a class for it, fine-tune unless the run stopped early"
     t = study.trials
     found = train_trial(trial, study, folder/'run')
     stopped = found[0]['stopped']
@@ -187,7 +189,8 @@ def trial_rows(
     tasks = load_tasks(get_scale(trial.scale).suite, list(t.tasks), study.glue_dir)
     work = [job for task in tasks for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',))]
     for score in run_grid(model, tasks, work, folder, {}):
-        if score['metric'] == 'headline': rows.append(result_row('headline', score['value'], '%', **ids, task=score['task']))
+        if score['metric'] != 'headline': continue
+        rows.append(result_row('headline', score['value'], '%', **ids, task=score['task']))
     return rows
 
 def run_trial(
@@ -198,7 +201,7 @@ def run_trial(
     "A trial from its recipe to its rows.jsonl; what it prints goes to log.txt"
     def work():
         write_rows(folder/'rows.jsonl', trial_rows(trial, study, folder))
-        shutil.rmtree(folder/'run'/'checkpoints')  # the model is kept; the optimizer's state is twice as large
+        shutil.rmtree(folder/'run'/'checkpoints')  # the model is kept; the optimizer's state is larger
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'log.txt', 'a', buffering=1) as log, redirect_stderr(log):
         return with_retry(f'{trial.name}, seed {trial.seed}', work)
@@ -213,7 +216,7 @@ def run_trials(
     nproc: int = 0, # processes a trial; 0 = one for each GPU, one on a CPU
     glue_dir: str = '',  # a local copy of GLUE; empty: the hub
 ) -> list[dict]:    # rows of all trials
-    "Run what is missing; raises `UsageError` for impossible settings, `CramlitError` naming the trials that failed twice"
+    "Run what is missing; raises `UsageError` for impossible settings, `CramlitError` for what failed twice"
     out, study = Path(out), Study(name, Path(data), t, nproc or max(1, torch.cuda.device_count()), glue_dir)
     folders, missing = [], []
     for trial in trials:
@@ -230,8 +233,8 @@ def run_trials(
     return rows
 
 # %% ../../nbs/experiments/60_search.ipynb #8cc5a760
-_SETTINGS = ('trial', 'versus', 'recipe', 'seed', 'global_batch_size', 'lr', 'warmup', 'schedule_length', 'layers',
-             'hidden_size', 'span', 'stopped')
+_SETTINGS = ('trial', 'versus', 'recipe', 'seed', 'global_batch_size', 'lr', 'warmup', 'schedule_length',
+             'layers', 'hidden_size', 'span', 'stopped')
 
 def trial_table(
     rows: list[dict],   # of trials
@@ -274,10 +277,11 @@ def search(
     trials = grid_trials(base, scale, t)
     recipes = [trial.recipe for trial in trials]  # an impossible value is found before the first run
     if not data: prepare(recipes[0], Path(out)/'data')
-    rows = run_trials(trials, 'grid', data or Path(out)/'data', out, t, nproc or get_scale(scale).processes, glue_dir)
+    nproc = nproc or get_scale(scale).processes
+    rows = run_trials(trials, 'grid', data or Path(out)/'data', out, t, nproc, glue_dir)
     for line in best(trial_table(rows), t.tasks[0]).to_dict('records'):
         judge = line['best_by']
         unit = 'nats' if judge == 'validation_loss' else '%'
-        rows.append(result_row('best', line[judge], unit, stage='search', recipe=base, scale=scale, trial=line['trial'],
-                               best_by=judge, global_batch_size=line['global_batch_size']))
+        ids = dict(stage='search', recipe=base, scale=scale, trial=line['trial'], best_by=judge)
+        rows.append(result_row('best', line[judge], unit, **ids, global_batch_size=line['global_batch_size']))
     return rows

@@ -21,7 +21,7 @@ from .tables import COLOURS, STYLE, needed, write_figure, write_table
 
 # %% ../../nbs/reporting/76_scaling.ipynb #28f67705
 POOR = .03    # standard deviation of log L above which a law is said to fit poorly
-FEW = 4       # epochs up to which repeated tokens are worth about as much as new ones: Muennighoff et al. (2023)
+FEW = 4       # epochs up to which repeated tokens are worth nearly as much as new ones
 
 def _number(x: float) -> str:
     "Three digits, or all of those before the point"
@@ -34,12 +34,13 @@ def scaling_table(
     "What was measured, and the law beside it"
     lines = {}
     for r in t.itertuples():
-        low, high = fit.interval(lambda law, r=r: law(r.weights, r.tokens))
-        lines[r.trial] = {'layers × hidden': f'{r.layers} × {r.hidden_size}', 'N, millions': _number(r.weights/1e6),
-                          'D, millions': _number(r.tokens/1e6), 'FLOPs': f'{r.flops:.2e}'.replace('e+', 'e'),
+        low, high = fit.loss_interval(r.weights, r.tokens)
+        fitted = f'{fit.law(r.weights, r.tokens):.3f} ({low:.3f}–{high:.3f})'
+        lines[r.trial] = {'layers × hidden': f'{r.layers} × {r.hidden_size}',
+                          'N, millions': _number(r.weights/1e6), 'D, millions': _number(r.tokens/1e6),
+                          'FLOPs': f'{r.flops:.2e}'.replace('e+', 'e'),
                           'seconds': f'{r.seconds:,.1f}', 'loss measured, nats': f'{r.validation_loss:.3f}',
-                          'loss by the law, nats': f'{fit.law(r.weights, r.tokens):.3f} ({low:.3f}–{high:.3f})',
-                          'epochs': _number(r.epochs)}
+                          'loss by the law, nats': fitted, 'epochs': _number(r.epochs)}
     return pd.DataFrame(lines).T
 
 @matplotlib.rc_context(STYLE)
@@ -50,10 +51,11 @@ def figure_by_compute(
     "Loss against compute: the runs of each size, and the law with its interval"
     fig = Figure(figsize=(5.5, 3.2), layout='constrained')
     ax = fig.subplots()
-    for ((layers, hidden), mine), colour, mark in zip(t.groupby(['layers', 'hidden_size']), COLOURS, 'os^Dv*', strict=False):
+    sizes = t.groupby(['layers', 'hidden_size'])
+    for ((layers, hidden), mine), colour, mark in zip(sizes, COLOURS, 'os^Dv*', strict=False):
         N, D = mine.weights.iloc[0], np.geomspace(mine.tokens.min(), mine.tokens.max(), 40)
         flops = D*mine.flops.iloc[0]/mine.tokens.iloc[0]
-        ax.fill_between(flops, *fit.interval(lambda law, N=N, D=D: law(N, D)), color=colour, alpha=.15, lw=0)
+        ax.fill_between(flops, *fit.loss_interval(N, D), color=colour, alpha=.15, lw=0)
         ax.plot(flops, fit.law(N, D), color=colour, lw=1)
         ax.plot(mine.flops, mine.validation_loss, mark, color=colour, ms=4, label=f'{layers} × {hidden}')
     ax.set(xscale='log', xlabel='FLOPs of training', ylabel='validation loss, nats')
@@ -61,7 +63,7 @@ def figure_by_compute(
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter('{x:.0e}')
     ax.legend(title='layers × hidden size', loc='upper left', bbox_to_anchor=(1, 1))
-    if fit.scatter > POOR: ax.set_title(f'the law fits poorly: losses scatter by {fit.scatter:.0%} about it', fontsize=9)
+    if fit.scatter > POOR: ax.set_title(f'the law fits poorly: scatter {fit.scatter:.0%}', fontsize=9)
     return fig
 
 def write_scaling(
@@ -75,17 +77,20 @@ def write_scaling(
     fit = fit_runs(t)
     law, ends = fit.law, zip(*fit.interval(lambda law: np.array([law.E, law.a, law.b])), strict=True)
     E, a, b = (f'{low:.2f}–{high:.2f}' for low, high in ends)
-    notes = [f"{first['recipe']}, {len(t)} runs, one seed each. All have the peak learning rate {t.lr.iloc[0]:g} of the recipe, not "
-             f'tuned for any of these sizes. {VALIDATION}',
-             'N: weights that something is multiplied with, the embedding matrix once, as the decoder. D: tokens of the sequences '
-             'seen, padding included. FLOPs: of the forward and backward pass, counted product by product.',
-             f'Law: L = E + A/Nᵃ + B/Dᵇ with E = {law.E:.2f} ({E}), a = {law.a:.2f} ({a}), b = {law.b:.2f} ({b}), A = {law.A:.3g}, '
-             f'B = {law.B:.3g}. The losses scatter by {fit.scatter:.1%} about it. In parentheses 5–95 % of {RESAMPLES} bootstrap '
-             'fits. It describes these runs, and is not meant for sizes or spans outside of them.']
+    notes = [f"{first['recipe']}, {len(t)} runs, one seed each. All have the recipe's peak learning rate, "
+             f'{t.lr.iloc[0]:g}, not tuned for any of these sizes. {VALIDATION}',
+             'N: weights that something is multiplied with, the embedding matrix once, as the decoder. D: '
+             'tokens of the sequences seen, padding included. FLOPs: of the forward and backward pass, counted '
+             f'product by product. In parentheses 5–95 % of {RESAMPLES} bootstrap fits.',
+             f'Law: L = E + A/Nᵃ + B/Dᵇ with E = {law.E:.2f} ({E}), a = {law.a:.2f} ({a}), '
+             f'b = {law.b:.2f} ({b}), A = {law.A:.3g}, B = {law.B:.3g}. The losses scatter by {fit.scatter:.1%} about it. '
+             'It describes these runs, and is not meant for sizes or spans outside of them.']
     if len(t) < len(whole): notes.append(f'{len(whole) - len(t)} more ended without a loss.')
     if fit.scatter > POOR: notes.append(f'**The law fits poorly**: {fit.scatter:.1%} is above {POOR:.0%}.')
     often = (t.epochs > FEW).sum()
-    if often: notes.append(f'Runs that read their text more than {FEW} times: {often}. From there on repeated tokens are worth less '
-                           'than new ones (Muennighoff et al., 2023), which the law does not know.')
-    return [*write_table(scaling_table(t, fit), folder/'scaling', f"Loss against compute, scale {first['scale']}.", notes, mine),
+    if often: notes.append(f'Runs that read their text more than {FEW} times: {often}. From there on '
+                           'repeated tokens are worth less than new ones (Muennighoff et al., 2023). The law '
+                           'does not know that.')
+    caption = f"Loss against compute, scale {first['scale']}."
+    return [*write_table(scaling_table(t, fit), folder/'scaling', caption, notes, mine),
             *write_figure(figure_by_compute(t, fit), folder/'loss_by_compute', mine)]
