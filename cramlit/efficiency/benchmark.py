@@ -448,7 +448,7 @@ from ..core.recipes import Recipe, override
 from ..training.distributed import World
 from ..model.stock_models import stock_config
 from ..core.randomness import make_key
-from ..data.batches import Batch, locate, rank_slice, train_batches
+from ..data.batches import Batch, epochs_and_rows, rank_slice, train_batches
 from ..data.masking import IGNORE, mask_rows
 from ..model.encoder import MaskedLM, gather
 from ..model.kernels import summed_cross_entropy
@@ -507,7 +507,7 @@ def whole_rows(
     size: int,   # rows a micro-batch
 ) -> list[dict[str, Tensor]]:  # what a stock model takes
     "The rows of a step as a stock model takes them"
-    epochs, rows = locate(rank_slice(recipe, step, 0, 1), len(data.train), recipe.seed)
+    epochs, rows = epochs_and_rows(rank_slice(recipe, step, 0, 1), len(data.train), recipe.seed)
     ids, special = data.train[rows], data.manifest['special_ids']
     m = mask_rows(ids, make_key(recipe.seed, epochs, rows), recipe.masking, special, data.manifest['vocab_size'])
     labels = np.full_like(ids, IGNORE)
@@ -586,7 +586,7 @@ def uncut(
 ) -> list[Batch]:
     "Micro-batches of whole rows in the order in which they come"
     special, batches = data.manifest['special_ids'], []
-    epochs, rows = locate(rank_slice(recipe, step, 0, 1), len(data.train), recipe.seed)
+    epochs, rows = epochs_and_rows(rank_slice(recipe, step, 0, 1), len(data.train), recipe.seed)
     for part in np.split(np.arange(len(rows)), range(recipe.batch.micro_batch_size, len(rows), recipe.batch.micro_batch_size)):
         ids = data.train[rows[part]]
         m = mask_rows(ids, make_key(recipe.seed, epochs[part], rows[part]), recipe.masking, special, data.manifest['vocab_size'])
@@ -645,7 +645,7 @@ import psutil
 import torch
 
 from ..core.recipes import Recipe
-from ..data.batches import locate, rank_slice
+from ..data.batches import epochs_and_rows, rank_slice
 from ..data.packing import Data
 from .planner import training_flops
 from ..core.devices import Precision, choose_precision
@@ -704,7 +704,7 @@ def text_tokens(
     step: int,
 ) -> int:
     "Tokens of a step that are no padding"
-    _, rows = locate(rank_slice(recipe, step, 0, 1), len(data.train), recipe.seed)
+    _, rows = epochs_and_rows(rank_slice(recipe, step, 0, 1), len(data.train), recipe.seed)
     return int((data.train[rows] != data.manifest['special_ids']['pad']).sum())
 
 def race_rows(

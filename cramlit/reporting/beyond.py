@@ -302,7 +302,7 @@ def write_comparison(
     scale, table = mine[0]['scale'], comparison_table(t, tasks_of_rows(mine), runs)
     notes = [f'{seeds_and_seconds(t)}, in turns on the same machine. '
              f'Mean ± standard deviation over seeds. {VALIDATION}', tried, SIGNIFICANCE]
-    if get_scale(scale).suite == 'stand-in': notes.append('The tasks are a stand-in suite and not GLUE.')
+    if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
     return [*write_table(table, folder/'comparison', f'Recipes at equal time, scale {scale}.', notes, mine),
             *write_figure(figure_by_time(runs, t.unigram_entropy[0]), folder/'comparison_by_time', mine)]
 

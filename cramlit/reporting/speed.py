@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core.recipes import unknown
 from ..data.packing import open_data, prepare
-from ..efficiency.benchmark import padding_rows
+from ..evaluation.finetuning import padding_rows
 from ..core.devices import pick_device
 from ..evaluation.protocol import jobs, load_tasks
 from ..efficiency.benchmark import PARTS, race_rows
@@ -103,8 +103,8 @@ def bench_finetuning(
     turns: int,  # seeds
     out: Path,   # for rows and table
 ) -> list[dict]: # rows, also in out/bench_finetuning.jsonl
-    "The stand-in suite, with tight batches and padded ones, two epochs of the laptop's setting"
-    tasks, grid = load_tasks('stand-in', []), get_scale('laptop').finetune
+    "The surrogate tasks, with tight batches and padded ones, two epochs of the laptop's setting"
+    tasks, grid = load_tasks('surrogate', []), get_scale('laptop').finetune
     job = replace(jobs(tasks[0], grid, 1, ('pretrained',))[0], epochs=2)
     rows = padding_rows(model, tasks, job, dict(scale='laptop'), turns)
     write_rows(out/'bench_finetuning.jsonl', rows)
@@ -113,6 +113,6 @@ def bench_finetuning(
                'padded, score': ('headline', 'padded'), 'tight, score': ('headline', 'tight')}
     table = pd.DataFrame({name: [of[*key, task.name] for task in tasks] for name, key in columns.items()}, [t.name for t in tasks])
     write_table(table, out/'bench_finetuning', 'Fine-tuning, batches padded to 128 tokens and tight ones.',
-                [f'Stand-in suite, not GLUE. Medians over {turns} seeds, lowest and highest in parentheses; one job at a time.',
+                [f'Surrogate tasks, not GLUE. Medians over {turns} seeds, lowest and highest in parentheses; one job at a time.',
                  'Made by `cramlit bench --model MODEL`.'], rows)
     return rows
