@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from html.parser import HTMLParser
 
@@ -17,15 +17,11 @@ from safetensors.torch import load_file
 
 import cramlit.training.tracking as track
 import cramlit.training.training as train
-from cramlit.training.checkpoints import checkpoints
-from cramlit.running.command import main
 from cramlit.core.recipes import UsageError, override
-from cramlit.training.distributed import World
-from cramlit.data.packing import open_data
 from cramlit.reporting.run_report import page, read_run, state, write_page
-from cramlit.core.devices import Precision
-from cramlit.training.training import Run
-from cramlit.training.schedule import Clock
+from cramlit.running.command import main
+from cramlit.training.checkpoints import checkpoints
+from cramlit.training.distributed import World
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 
@@ -175,20 +171,29 @@ def test_a_failing_tracker_is_said_once_and_training_goes_on(when, often, data, 
     assert next(r['value'] for r in rows if r['metric'] == 'steps') == 4
 
 
-def test_only_the_main_process_is_watched(often, data, tmp_path):
-    run = Run(often, open_data(data), tmp_path, Clock(steps=4), world=World(rank=1, size=2))
-    with track.watched(run, None, Precision(torch.float32, ''), 'tensorboard'): assert run.listeners == []
-    assert os.listdir(tmp_path) == []
+def test_only_the_main_process_logs_and_is_tracked(often, data, tmp_path, monkeypatch):
+    @contextmanager
+    def second_of_two(): yield World(rank=1)
+
+    def only_log(run, *args):
+        run.log(loss=1.)
+        assert run.listeners == []
+        return 5.
+    monkeypatch.setattr(train, 'join_world', second_of_two)
+    monkeypatch.setattr(train, 'train', only_log)
+    (tmp_path/'run').mkdir()
+    train.pretrain(often, data, tmp_path/'run', steps=2, track='tensorboard')
+    assert os.listdir(tmp_path/'run') == []
 
 
-def test_guessing_changes_no_weight(done, often, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, 'watched', lambda *args: nullcontext())
+def test_predicting_changes_no_weight(done, often, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'prediction_writer', lambda *args: lambda line: None)
     train.pretrain(often, data, tmp_path/'unseen', steps=40, scale='tiny')
     a, b = (load_file(checkpoints(r/'checkpoints')[-1]/'model.safetensors') for r in (done, tmp_path/'unseen'))
     assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path/'unseen'/'samples.jsonl').exists()
 
 
-def test_guesses_are_about_held_out_sentences(done, data, text):
+def test_predictions_are_about_held_out_sentences(done, data, text):
     from cramlit.data.packing import read_documents
     held = ' '.join(d.text for d in read_documents(data/'holdout.jsonl.gz')).lower()
     samples = lines(done/'samples.jsonl')
