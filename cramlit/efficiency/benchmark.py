@@ -36,7 +36,7 @@ from ..data.packing import Data, Rows
 from .planner import peak_memory
 from ..core.devices import Precision, choose_precision
 from ..core.results import provenance, result_row
-from ..training.training import add_gradients, update
+from ..training.training import micro_step, update
 from ..data.tokenizer import padded_vocab
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #5f56a31c
@@ -103,8 +103,9 @@ def our_loop(
     "A step as `train` takes it"
     grads, optimizer = parts.grads, parts.optimizer
     scaler = torch.amp.GradScaler(parts.device.type, enabled=parts.precision.scaled)
+    step = micro_step(parts.model, parts.recipe, parts.precision, scaler, grads, 'eager')
     def micro():
-        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH): add_gradients(parts.model, next(batches).to(parts.device), 1, parts.precision, scaler, grads)
+        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH): step(next(batches))
     def finish():
         for group in optimizer.param_groups: group['fused'], group['foreach'] = fused, False
         grads.all_reduce(World(device=parts.device), 0., False)
@@ -314,7 +315,7 @@ from ..data.packing import Data
 from ..core.devices import Precision
 from ..core.results import result_row
 from ..data.tokenizer import load_tokenizer
-from ..training.training import loss_of
+from ..training.training import summed_loss
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #4d57a5e7
 class DenseHead(nn.Module):
@@ -380,7 +381,7 @@ def validation_share(
 ) -> list[float]:    # of the budget, by each of a few batches
     "How much of the budget validation takes, from the time of a few batches; several devices share the rows"
     batches = list(islice(validation_batches(data, parts.recipe), 3))
-    look = lambda b: lambda: loss_of(parts.model.eval(), b.to(parts.device), parts.precision)
+    look = lambda b: lambda: summed_loss(parts.model.eval(), b.to(parts.device), parts.precision)
     with torch.no_grad(): one = [seconds(look(b), parts.device)/len(b.labels) for b in batches]
     parts.model.train()
     return [min(1., t*rows/parts.recipe.validation.every/budget/devices()) for t in one]
