@@ -97,7 +97,7 @@ def test_a_run_without_a_checkpoint_cannot_leave(run, data, tmp_path):
 
 
 def test_a_failed_export_keeps_the_old_one(run, data, model, tmp_path, monkeypatch):
-    import cramlit.model.stock_models as hub
+    import cramlit.training.checkpoints as hub
     before = (model/'config.json').read_bytes()
 
     class Full:

@@ -75,7 +75,7 @@ def test_tables_follow_the_model_and_are_not_saved():
 
 
 @pytest.mark.parametrize('settings, says', [
-    (['model.position=rotary', 'model.num_heads=64'], 'turns pairs'), (['model.position=sinus'], 'absolute or rotary'), (['model.ffn=swiglu'], 'gelu or geglu'),
+    (['model.position=rotary', 'model.num_heads=64'], 'pairs of values'), (['model.position=sinus'], 'absolute or rotary'), (['model.ffn=swiglu'], 'gelu or geglu'),
     (['model.window=7'], 'even, half of it on each side'), (['model.global_every=0'], 'at least 1'), (['model.rope_theta=0'], 'above 1'),
     (['model.norm=post', 'model.first_norm=false'], 'true with model.norm=post'), (['optim.method=sgd'], 'adamw or muon'), (['optim.muon_lr=0'], 'above 0'),
     (['masking.rate=0.9'], 'at least 29, which is masking.rate=0.9 of packing.seq_len=32'), (['optim.momentum=1'], 'below 1'),
@@ -88,5 +88,5 @@ def test_a_recipe_may_have_settings_of_its_own_at_a_scale():
     modern, other = get_recipe('modern', 'laptop'), get_recipe('24hbert', 'laptop')
     assert (modern.model.intermediate_size, modern.batch.global_batch_size) == (256, 64) != (other.model.intermediate_size, other.batch.global_batch_size)
     assert modern.tokenizer == other.tokenizer and get_recipe('modern', 'laptop', ['batch.global_batch_size=128']).batch.global_batch_size == 128
-    assert all(set(s.own) <= set(('modern', 'cramming', 'mosaicbert')) for s in SCALES.values())
+    assert all(set(s.per_recipe) <= set(('modern', 'cramming', 'mosaicbert')) for s in SCALES.values())
     assert validate(replace(Recipe(), model=modern.model))

@@ -108,7 +108,7 @@ print(json.dumps([(r.name, r.config, SQLiteStorage.get_logs('cramlit', r.name, r
 def test_trackio_continues_one_run(often, data, tmp_path):
     pytest.importorskip('trackio')
     env = os.environ | dict(TRACKIO_DIR=str(tmp_path/'trackio'), HF_HUB_OFFLINE='1', HF_TOKEN='hf_' + 'secret'*5)
-    code = (f'from cramlit.train import pretrain; from cramlit.config import recipe_from_dict; import json, sys; '
+    code = (f'from cramlit.training.training import pretrain; from cramlit.core.recipes import recipe_from_dict; import json, sys; '
             f'pretrain(recipe_from_dict(json.load(open({str(tmp_path/"recipe.json")!r}))), {str(data)!r}, {str(tmp_path/"run")!r}, steps=12, track="trackio")')
     (tmp_path/'recipe.json').write_text(json.dumps(asdict(often)))
     (tmp_path/'run').mkdir(); (tmp_path/'run'/'stop').touch()  # the wish to stop after the first step

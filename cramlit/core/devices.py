@@ -12,7 +12,7 @@ from multiprocessing import current_process
 
 import torch
 
-# %% ../../nbs/core/04_devices.ipynb #b39112e9
+# %% ../../nbs/core/04_devices.ipynb #4283decf
 @dataclass(frozen=True)
 class Precision:
     "What matrix products are calculated in, and why"
@@ -29,20 +29,22 @@ def choose_precision(
     "bfloat16 where the hardware multiplies it fast, float16 on older GPUs, else float32"
     if device.type == 'cuda':
         major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8: return Precision(torch.bfloat16, f'compute capability {major}.{minor} has bfloat16 tensor cores')
-        if major == 7: return Precision(torch.float16, f'compute capability {major}.{minor} has float16 tensor cores only')
-        return Precision(torch.float32, f'compute capability {major}.{minor} has no tensor cores')
+        capability = f'compute capability {major}.{minor}'
+        if major >= 8: return Precision(torch.bfloat16, f'{capability} has bfloat16 tensor cores')
+        if major == 7: return Precision(torch.float16, f'{capability} has float16 tensor cores only')
+        return Precision(torch.float32, f'{capability} has no tensor cores')
     has = torch.cpu.get_capabilities()
-    for name, words in (('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX512-BF16')):
-        if has.get(name): return Precision(torch.bfloat16, f'this CPU multiplies bfloat16 with {words}')
+    for flag, name in (('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX512-BF16')):
+        if has.get(flag): return Precision(torch.bfloat16, f'this CPU multiplies bfloat16 with {name}')
     return Precision(torch.float32, 'this CPU has no bfloat16 instructions')
 
-# %% ../../nbs/core/04_devices.ipynb #6d2f3d74
+# %% ../../nbs/core/04_devices.ipynb #15db38df
 def pick_device() -> torch.device:  # the first GPU, else the CPU; joblib's worker number n takes the n-th GPU
     "Where to train when nothing else is said"
     if not torch.cuda.is_available(): return torch.device('cpu')
     worker = current_process().name.rpartition('-')[2]  # such as LokyProcess-3
-    return torch.device('cuda', (int(worker) - 1) % torch.cuda.device_count() if worker.isdigit() else 0)
+    index = (int(worker) - 1) % torch.cuda.device_count() if worker.isdigit() else 0
+    return torch.device('cuda', index)
 
 def autocast(
     device: torch.device,
@@ -51,10 +53,12 @@ def autocast(
     "Calculate matrix products in the chosen precision"
     return torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32)
 
-# %% ../../nbs/core/04_devices.ipynb #3cb53d9f
+# %% ../../nbs/core/04_devices.ipynb #aed5ceb4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 def keep_memory():
     "Let the C library keep freed memory for the next tensor, where it can be told so (glibc)"
-    if mallopt := getattr(ctypes.CDLL(None) if sys.platform == 'linux' else None, 'mallopt', None):
-        mallopt(M_MMAP_THRESHOLD, 2**30), mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # a tensor above 1 GB still comes and goes by itself
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    if mallopt is None: return
+    mallopt(M_MMAP_THRESHOLD, 2**30)  # a tensor above 1 GB still comes and goes by itself
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -24,7 +24,7 @@ def shared_validation(
     scale: str,  # name of a scale
 ) -> tuple[str, ...]:  # settings
     "What makes runs of different recipes be looked at alike"
-    return (f'validation.every={get_scale(scale).contest.every}', f'validation.max_sequences={get_recipe(base, scale).validation.max_sequences//2}',
+    return (f'validation.every={get_scale(scale).comparison.every}', f'validation.max_sequences={get_recipe(base, scale).validation.max_sequences//2}',
             'validation.stop_loss=0')
 
 SELDOM = 'validation.every=0.5'  # where the end is all that counts: in a short run twenty looks take half of the time

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['family', 'name_map', 'stock_state', 'our_state', 'stock_config', 'our_config', 'to_stock', 'from_stock', 'quiet',
-           'load_parts', 'recipe_from', 'check_vocabulary', 'load_weights', 'init_from', 'weights_digest',
-           'find_scores']
+           'load_parts', 'recipe_from', 'check_vocabulary', 'load_weights', 'init_from', 'weights_digest']
 
 # %% ../../nbs/model/22_stock_models.ipynb #aace1623
 import json, os, shutil
@@ -16,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..training.checkpoints import load_checkpoint
-from ..core.recipes import CramlitError, UsageError, recipe_from_dict
+from ..core.recipes import CramlitError, UsageError, recipe_from_dict, digest
 from ..core.recipes import Model as ModelConfig
 from .encoder import MaskedLM
 from ..data.tokenizer import load_tokenizer, padded_vocab
+from ..core.results import sha256
 
 # %% ../../nbs/model/22_stock_models.ipynb #746515bf
 _OURS: dict[str, dict[str, Any]] = {  # what each family is made of
@@ -296,43 +295,3 @@ def weights_digest(
 ) -> str:              # eight hexadecimal digits
     "A name for the files with a model's weights"
     return digest([sha256(p) for p in sorted(Path(folder).glob('*.safetensors'))])
-
-def find_scores(
-    run: Path,
-    weights: str,       # `weights_digest` of the model
-    given: str = '',    # folder or file with rows; empty: folders in and beside the run
-) -> list[dict]:        # medians, a later file replacing an earlier one
-    "Rows of `cramlit glue` for these weights; raises `CramlitError` when rows were given and none is theirs"
-    places = [Path(given)] if given else sorted([*run.glob('*/rows.jsonl'), *run.parent.glob('*/rows.jsonl')])
-    rows = [r for p in places for r in read_rows(p) if r.get('stage') == 'glue' and r.get('aggregate') and r.get('weights') == weights]
-    if given and not rows: raise CramlitError(f'{given} holds no scores of these weights: run `cramlit glue --model {run}/model` first')
-    return list({tuple(r.get(k) for k in ('suite', 'scale', 'task', 'variant', 'split', 'metric')): r for r in rows}.values())
-
-def _protocol(suite: str, scale: str, seeds: int) -> str:
-    f = SCALES[scale].finetune
-    listed = lambda xs: ', '.join(f'{x:g}' for x in xs)
-    return (f"Suite `{suite}` under the protocol of scale `{scale}`: each task was fine-tuned with all combinations of epochs ({listed(f.epochs)}), batch "
-            f"({listed(f.batch_sizes)}) and learning rate ({listed(f.lrs)}), {seeds} seed{'s' if seeds > 1 else ''} each, weight decay {f.weight_decay:g}, "
-            f"{f.warmup:.0%} warm-up, at most {f.max_length} tokens, on {f'at most {f.max_train:,}' if f.max_train else 'all'} training examples. "
-            "Shown is the median over seeds of the best configuration, chosen on the same validation set, with the lowest and the highest seed. *from-scratch* is "
-            "the same network without pretraining, under the same protocol.")
-
-_KEYS = ['task', 'split', 'metric', 'labels_from']
-
-def _cell(r: dict) -> str:
-    "A median in percent, with the lowest and the highest seed"
-    if r['value'] is None: return ''
-    return f"{r['value']:.1f}" + (f" ({r['spread_low']:.1f} – {r['spread_high']:.1f})" if r.get('seeds', 1) > 1 else '')
-
-def _scores(rows: list[dict]) -> str:
-    "Tables of scores, one for each suite and scale"
-    parts = []
-    for suite, scale in dict.fromkeys((r['suite'], r['scale']) for r in rows):
-        mine = [r for r in rows if (r['suite'], r['scale']) == (suite, scale)]
-        t = pd.DataFrame(mine).assign(cell=[_cell(r) for r in mine])
-        for k in _KEYS: t[k] = t.get(k, pd.Series(dtype=object)).fillna('')
-        table = t.pivot_table('cell', _KEYS, 'variant', 'first', sort=False, fill_value='').reset_index()
-        note = '\n\nThese tasks stand in for GLUE and are not GLUE. Labels marked *derived* were made by a rule, not by people.' if suite == 'stand-in' else ''
-        about = _protocol(suite, scale, max(r.get('seeds', 0) for r in mine))
-        parts.append(f'{about}\n\n{table.to_markdown(index=False, disable_numparse=True)}{note}')
-    return '\n\n'.join(parts) or 'Not evaluated yet: `cramlit glue` does.'

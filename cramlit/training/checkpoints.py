@@ -151,6 +151,7 @@ from ..core.recipes import CramlitError, UsageError, recipe_from_dict
 from ..core.recipes import Model as ModelConfig
 from ..model.encoder import MaskedLM
 from ..data.tokenizer import load_tokenizer, padded_vocab
+from ..model.stock_models import to_stock
 
 # %% ../../nbs/training/33_checkpoints.ipynb #c3d8453d
 def load_run(
