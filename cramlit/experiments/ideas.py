@@ -107,7 +107,7 @@ def view_among(
     "What some tokens of each row see of one another, at the places they have in it"
     (B, S), N, view = input_ids.shape, kept.shape[1], contexts(input_ids, attention_mask, local, kept)
     mask = None if view.mask is None else view.mask.expand(B, 1, N, S).gather(3, kept[:, None, None].expand(B, 1, N, N))
-    return AttentionContext(mask, view.queries, view.queries)
+    return AttentionContext(mask, view.query_rotary, view.query_rotary)
 
 def body(
     model: MaskedLM,
