@@ -335,7 +335,8 @@ class PlainAttention(SelfAttention):
 
     def forward(self, x: Tensor, context: AttentionContext, query_states: Tensor|None = None) -> Tensor:
         q, k, v = self.project(x, query_states)
-        if context.key_rotary is not None: q, k = rotate(q, context.query_rotary), rotate(k, context.key_rotary)
+        if context.key_rotary is not None:
+            q, k = rotate(q, context.query_rotary), rotate(k, context.key_rotary)
         p = self.dropout if self.training else 0.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, dropout_p=p)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -536,7 +537,7 @@ def validation_row(
     shares = [seconds(work)/few/devices()/v.every/budget for _ in range(3)]  # of the budget, a sequence
     hours = [24*(min(1., every*x) - min(1., sample*x)) for x in shares]
     return _row('hours_of_24', hours, 'hours', **ids, variant=WITHOUT + 'sparse_validation', kind='projected',
-                recipe=recipe.name, sequences=sample, all_sequences=every)
+                recipe=recipe.name, validated=every, sample=sample)
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #e2326592
 def measured_step(
