@@ -9,26 +9,23 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cramlit.efficiency import benchmark as race
-from cramlit.reporting import speed
-from cramlit.training import training as train
-from cramlit.efficiency.benchmark import make_parts
-from cramlit.running.command import main
-from cramlit.core.recipes import override
-from cramlit.data.corpus import Document, documents
-from cramlit.training.distributed import Gradients, World
-from cramlit.data.batches import train_batches
-from cramlit.data.masking import IGNORE
-from cramlit.model.encoder import MaskedLM
-from cramlit.data.packing import open_data, prepare
 from cramlit.core.devices import Precision
-from cramlit.efficiency.benchmark import DenseHead
+from cramlit.core.recipes import override
 from cramlit.core.scales import get_recipe
+from cramlit.data.batches import train_batches
+from cramlit.data.corpus import Document, documents
+from cramlit.data.masking import IGNORE
+from cramlit.data.packing import open_data, prepare
+from cramlit.data.tokenizer import encoded, load_tokenizer, sentences
+from cramlit.efficiency import benchmark as bench
+from cramlit.efficiency.benchmark import OtherLoss, dense_head, make_setup, our_step, plain_kernels, uncut
+from cramlit.model.encoder import MaskedLM
+from cramlit.reporting import speed
+from cramlit.running.command import main
+from cramlit.training import training as train
+from cramlit.training.distributed import Gradients, World
 from cramlit.training.schedule import lr_factor
-from cramlit.data.tokenizer import encoded, sentences
-from cramlit.training.training import accumulate, blank_batches, micro_step
-from cramlit.data.tokenizer import load_tokenizer
-from cramlit.efficiency.benchmark import our_way, plain_operations, uncut
+from cramlit.training.training import accumulate, blank_batches, micro_step, update
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')
@@ -41,15 +38,15 @@ def opened(data):
     return open_data(data)
 
 
-def curve(way, parts, steps):
+def curve(contender, setup, steps):
     "The training loss of each step under the recipe's schedule"
     losses = []
     for step in range(steps):
-        train.set_lr(parts.optimizer, lr_factor(step/steps, parts.recipe.schedule.warmup))
-        with way.around():
-            for batch in way.batches(step): way.micro(batch)
-            losses.append((parts.grads.notes[0]/parts.grads.notes[1]).item())
-            way.finish()
+        train.set_lr(setup.optimizer, lr_factor(step/steps, setup.recipe.schedule.warmup))
+        contender.passes(contender.batches(step))
+        loss, _, _ = setup.grads.all_reduce(World(), 0., False)
+        losses.append(loss)
+        update(setup.grads, setup.optimizer, OFF, setup.recipe.optim.clip)
     return np.array(losses)
 
 
@@ -59,11 +56,13 @@ def test_the_fast_and_the_naive_way_have_one_loss_curve(recipe, opened):
     made = []
     for r in (quick, naive):
         torch.manual_seed(0)
-        made.append(replace(make_parts(r, opened.padded_vocab_size, CPU), precision=FP32))
-    dense = replace(made[1], model=DenseHead(made[1].model))
-    fast, plain = our_way(made[0], opened), our_way(dense, opened, uncut, fused=False, around=plain_operations)
+        made.append(replace(make_setup(r, opened.padded_vocab_size, CPU), precision=FP32))
+    dense = replace(made[1], model=OtherLoss(plain_kernels(made[1].model), dense_head))
+    for group in dense.optimizer.param_groups: group.update(fused=False, foreach=False)
+    fast, plain = our_step(made[0], opened), our_step(dense, opened, uncut)
     widths = [b.input_ids.shape for step in range(20) for b in fast.batches(step)]
-    assert (8, 16) in widths and (8, 32) in widths and {b.input_ids.shape for b in plain.batches(0)} == {(32, 32)}  # cut and sorted, and whole
+    assert (8, 16) in widths and (8, 32) in widths, 'cut and sorted'
+    assert {b.input_ids.shape for b in plain.batches(0)} == {(32, 32)}, 'whole'
     a, b = curve(fast, made[0], 200), curve(plain, dense, 200)
     assert a[-1] < a[0] - .5, 'both should learn'
     assert abs(a[0]/b[0] - 1) < 1e-6
@@ -156,25 +155,44 @@ def test_a_row_has_the_same_masks_and_scores_however_it_is_cut(name, opened):
 
 
 def test_bench_writes_rows_that_agree_with_one_another(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed, 'race_rows', partial(race.race_rows, compiled=False))  # a compiler needs minutes
-    monkeypatch.setattr(race, 'ceiling', partial(race.ceiling, n=512))
-    assert main(['bench', '--shape', 'tiny', '--turns', '1', '--json', '--data', str(data), '--out', str(tmp_path/'out')]) == 0
+    for steps in ('stock_steps', 'our_steps'):  # a compiler needs minutes
+        monkeypatch.setattr(speed, steps, partial(getattr(bench, steps), compiled=False))
+    monkeypatch.setattr(bench, 'ceiling', partial(bench.ceiling, n=512))
+    out = tmp_path/'out'
+    args = ['--shape', 'tiny', '--turns', '1', '--json', '--data', str(data), '--out', str(out)]
+    assert main(['bench', *args]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {(r['stage'], r['shape'], r['scale'], r['recipe'], r['stock_best']) for r in rows} == {('race', 'tiny', 'tiny', '24hbert', 'stock_eager')}
+    ids = {(r['stage'], r['shape'], r['scale'], r['recipe']) for r in rows}
+    assert ids == {('bench', 'tiny', 'tiny', '24hbert')}
     at = {(r['metric'], r.get('variant')): r['value'] for r in rows if r['metric'] != 'share_of_step'}
-    rate, ms = ({v: x for (m, v), x in at.items() if m == metric} for metric in ('tokens_per_second', 'ms_per_step'))
-    without = {f'ours_without_{x}' for x in ('padding_cut', 'last_layer_cut', 'sparse_prediction', 'quick_operations', 'fused_optimiser', 'large_micro_batches')}
-    assert {'ours', 'stock_default', 'stock_best'} | without <= set(rate) <= {'ours', 'stock_default', 'stock_best', 'ours_without_mixed_precision'} | without
-    tokens = rate['ours']*ms['ours']
+    rate = {v: x for (m, v), x in at.items() if m == 'tokens_per_second'}
+    left_out = {v.removeprefix('ours_without_') for v in rate if v.startswith('ours_without_')}
+    assert left_out >= {'padding_cut', 'last_layer_cut', 'sparse_prediction', 'quick_operations', 'fused_optimiser',
+                        'large_micro_batches', 'large_batches', 'short_sequences', 'prepared_rows'}
+    assert {v for v in rate if not v.startswith('ours_without_')} == {'ours', 'stock_default', 'stock_eager'}
+    tokens = 32*32e3  # of a step, in thousandths
+    for name in set(rate) - {'ours_without_large_batches'}:
+        assert rate[name]*at['ms_per_step', name] == pytest.approx(tokens), 'everybody processes the same sequences'
     for name in rate:
-        assert rate[name]*ms[name] == pytest.approx(tokens), 'every way works on the same text'
-        assert at['mfu', name]/at['mfu', 'ours'] == pytest.approx(rate[name]/rate['ours']) and at['peak_memory_bytes', name] > 0
-        if name != 'ours': assert at['time_of_ours', name] == pytest.approx(ms[name]/ms['ours'])
-    for peer in ('default', 'best'): assert at[f'ratio_to_stock_{peer}', 'ours'] == pytest.approx(ms[f'stock_{peer}']/ms['ours'])
+        assert at['mfu', name]/at['mfu', 'ours'] == pytest.approx(rate[name]/rate['ours'])
+        assert at['peak_memory_bytes', name] > 0
+        if name != 'ours': assert at['time_of_ours', name] == pytest.approx(rate['ours']/rate[name])
     for name in ('ours', 'stock_default'):
-        assert sum(r['value'] for r in rows if r['metric'] == 'share_of_step' and r['variant'] == name) == pytest.approx(1)
-    assert {p.name for p in (tmp_path/'out').iterdir()} == {f'bench_tiny.{x}' for x in ('jsonl', 'md', 'tex', 'csv', 'svg', 'pdf')}
-    assert [json.loads(line) for line in (tmp_path/'out'/'bench_tiny.jsonl').read_text().splitlines()] == rows
+        shares = [r['value'] for r in rows if r['metric'] == 'share_of_step' and r['variant'] == name]
+        assert sum(shares) == pytest.approx(1)
+    assert {p.name for p in out.iterdir()} == {f'bench_tiny.{x}' for x in ('jsonl', 'md', 'tex', 'csv', 'svg', 'pdf')}
+    assert [json.loads(line) for line in (out/'bench_tiny.jsonl').read_text().splitlines()] == rows
+    text = (out/'bench_tiny.md').read_text()
+    assert 'as stock as documented' in text and 'without sparse prediction' in text
+
+
+def test_a_brief_bench_makes_what_it_times_and_nothing_else(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, 'stock_steps', partial(bench.stock_steps, compiled=False))
+    monkeypatch.setattr(bench, 'ceiling', partial(bench.ceiling, n=512))
+    def unwanted(*args): raise AssertionError('made for nothing')
+    for name in ('plain_kernels', 'text_batches', 'lengthen'): monkeypatch.setattr(bench, name, unwanted)
+    rows = speed.bench_steps('tiny', 1, True, data, tmp_path, [])
+    assert {r['variant'] for r in rows if r.get('variant')} == {'stock_default', 'stock_eager', 'ours'}
 
 
 @pytest.mark.parametrize('more, says', [(['--shape', 'laptpo'], "Did you mean 'laptop'?"), (['--turns', '0'], 'above zero')])

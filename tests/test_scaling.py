@@ -7,7 +7,7 @@ import pytest
 import cramlit.reporting.scaling as scaling
 from cramlit.core.recipes import CramlitError
 from cramlit.model.encoder import MaskedLM
-from cramlit.efficiency.planner import MFU, get_card, training_flops
+from cramlit.efficiency.planner import MFU, get_gpu, training_flops
 from cramlit.experiments.comparison import part_of, size_trials, sized
 from cramlit.core.results import result_row
 from cramlit.core.scales import SCALES, get_recipe, get_scale
@@ -117,7 +117,7 @@ def test_predictions_are_the_best_network_for_a_day(few):
     p, nets = points(s), networks(s)
     told = foretell(p, fit_points(p), nets, s.text).set_index('machine')
     paper = told.loc['8 × titan-v, 24 h']
-    assert paper.C == pytest.approx(8*MFU*get_card('titan-v').tflops*1e12*86400) and paper.beyond == pytest.approx(np.log10(paper.C/p.C.max()))
+    assert paper.C == pytest.approx(8*MFU*get_gpu('titan-v').tflops*1e12*86400) and paper.beyond == pytest.approx(np.log10(paper.C/p.C.max()))
     assert paper.D == pytest.approx(paper.C/nets.set_index('shape').flops[paper['shape']]) and paper['read'] == pytest.approx(paper.D/25e6)
     N, f = nets.N.to_numpy(float), nets.flops.to_numpy(float)
     for C in (p.C.max(), paper.C):

@@ -331,7 +331,7 @@ class PlainAttention(SelfAttention):
         self,
         layer: SelfAttention,  # which shares its weights and settings
     ):
-        vars(self).update(vars(layer))
+        self.__dict__.update(layer.__dict__)
 
     def forward(self, x: Tensor, context: AttentionContext, query_states: Tensor|None = None) -> Tensor:
         q, k, v = self.project(x, query_states)

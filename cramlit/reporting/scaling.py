@@ -18,7 +18,7 @@ import pandas as pd
 from .beyond import ASKED
 from ..core.recipes import CramlitError, Model, Recipe
 from ..model.encoder import count_parameters
-from ..efficiency.planner import MFU, get_card, training_flops
+from ..efficiency.planner import MFU, get_gpu, training_flops
 from ..experiments.comparison import size_trials, sized
 from .tables import COLOURS, STYLE, write_figure, write_table
 from ..core.scales import get_recipe, get_scale
@@ -181,7 +181,7 @@ def foretell(
 ) -> pd.DataFrame:       # a line a machine
     "The best network for a day on a machine, its loss, and how far that is from what was measured"
     def line(card, gpus):
-        C, N = gpus*MFU*get_card(card).tflops*1e12*DAY, nets.N.to_numpy(float)
+        C, N = gpus*MFU*get_gpu(card).tflops*1e12*DAY, nets.N.to_numpy(float)
         i, loss = lowest(fit.law, C, nets)
         D = C/nets.flops[i]
         sizes, losses = (fit.between(f) for f in (lambda law: N[lowest(law, C, nets)[0]], lambda law: lowest(law, C, nets)[1]))
@@ -257,7 +257,7 @@ def _notes(s: Study, p: pd.DataFrame, fit: Fit, told: pd.DataFrame) -> list[str]
     "What to beware of"
     r, law, missing = get_recipe(s.base, s.scale), fit.law, len({t['trial'] for t in s.trials}) - len(p)
     E, a, b = (f'{low:.2f}–{high:.2f}' for low, high in zip(*fit.between(lambda law: np.array([law.E, law.a, law.b])), strict=True))
-    peaks = ', '.join(f'{card}: {get_card(card).tflops:g} · 10¹² operations a second' for card, _ in MACHINES)
+    peaks = ', '.join(f'{card}: {get_gpu(card).tflops:g} · 10¹² operations a second' for card, _ in MACHINES)
     edge = list(told.machine[told.edge])
     notes = {
         f'{s.base}, {len(p)} runs, one seed each. All have the peak learning rate {r.optim.lr:g} of the recipe, not tuned for any of these sizes. {ASKED}': True,

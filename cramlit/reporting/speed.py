@@ -47,14 +47,15 @@ def contender_table(
 ) -> pd.DataFrame:      # texts: a line for each contender
     "Contenders with some of their numbers"
     ours = next(r for r in rows if r['metric'] == 'tokens_per_second' and r['variant'] == 'ours')
-    names, lines = {}, dict[str, dict[str, str]]()
+    names, lines = dict[str, str](), dict[str, dict[str, str]]()
+    empty = {COLUMNS[m][0]: '' for m in metrics}
     for r in rows:
         if r['value'] is None or r['metric'] not in metrics: continue
         heading, digits, factor = COLUMNS[r['metric']]
         scaled = {k: r[k]*factor for k in ('value', 'spread_low', 'spread_high') if k in r}
-        lines.setdefault(r['variant'], {})[heading] = shown(r | scaled, digits)
+        lines.setdefault(r['variant'], dict(empty))[heading] = shown(r | scaled, digits)
         names.setdefault(r['variant'], _name(r, ours))
-    return pd.DataFrame(lines).T.reindex(columns=[COLUMNS[m][0] for m in metrics]).fillna('').rename(names)
+    return pd.DataFrame(lines).T.rename(names)
 
 # %% ../../nbs/reporting/74_speed.ipynb #281efba9
 NETWORKS = {'bert-base': 'BERT-base', 'bert-large': 'BERT-large'}
@@ -65,18 +66,17 @@ def table1(
     "Training time, stock as documented against ours, beside the published days"
     t, lines = published('table1'), {}
     at = {(r['recipe'], r.get('global_batch_size'), r.get('variant'), r['metric']): r for r in rows}
-    def days(row: str, batch: int) -> str:  # published; '' where the paper has none
-        return f'{t.days[row]:.2f}' if row in t.index and t.batch_size[row] == batch else ''
+    def days(row: str) -> str: return f'{t.days[row]:.2f}' if row in t.index else ''
     for network, G in product(dict.fromkeys(r['recipe'] for r in rows), BATCHES):
-        name = NETWORKS[network]
+        name, official = NETWORKS[network], f'{NETWORKS[network]} official'
         stock, ours = (at.get((network, G, v, 'tokens_per_second')) for v in ('stock_default', 'ours'))
         lines[f'{name}, batch {G}'] = {
             'stock, tokens/s': shown(stock), 'cramlit, tokens/s': shown(ours),
             'times as fast': f"≈ {ours['value']/stock['value']:.1f}" if stock and ours else '',
             'stock, days': shown(at.get((network, G, 'stock_default', 'days_for_256m_samples')), 1),
             'cramlit, days': shown(at.get((network, G, 'ours', 'days_for_256m_samples')), 1),
-            'published official, days': days(f'{name} official', G),
-            'published optimised, days': days(f'{name} optimised {G}', G)}
+            'published official, days': days(official) if t.batch_size[official] == G else '',
+            'published optimised, days': days(f'{name} optimised {G}')}
     return pd.DataFrame(lines).T
 
 def write_table1(
@@ -158,7 +158,7 @@ def figure_bench(
     parts = parts.pivot(index='part', columns='variant', values='value').reindex(parts.part.unique())
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(6, 2.2))
-        ax, left = fig.subplots(), 0.
+        ax, left = fig.subplots(), np.zeros(2)
         shades = [*COLOURS, '0.2', '0.45', '0.65', '0.85']
         for (part, shares), colour in zip(parts.iterrows(), shades, strict=True):
             widths = np.array([shares[name]*ms[name] for name in ('ours', 'stock_default')])
@@ -177,12 +177,13 @@ def write_bench(
     about, best = {r['metric']: r for r in rows if r.get('variant') in (None, 'ours')}, best_stock(rows)
     r, top, path = about['tokens_per_second'], about['ceiling']['value'], folder/f"bench_{rows[0]['shape']}"
     notes = [f"Ours is {times['stock_default']:.2f} times as fast as stock as documented, "
-             f"{best['value']:.2f} times as fast as stock at its best ({best['variant'].replace('_', ' ')}). Medians of turns, "
-             f"lowest and highest in parentheses. Steps of {r['global_batch_size']} sequences in micro-batches "
-             f"of {r['micro_batch_size']}, for stock as documented of {gcd(DOCUMENTED, r['micro_batch_size'])}, "
-             f"dropout as in the recipe, products in {r['precision']}. tokens/s count padding; MFU counts "
-             f'what is needed for text, against {top/1e9:,.0f} GFLOP/s of one large product. '
-             f"Made by `cramlit bench --shape {r['shape']}`.", *not_timed(rows)]
+             f"{best['value']:.2f} times as fast as stock at its best ({best['variant'].replace('_', ' ')}).",
+             'Medians of turns, lowest and highest in parentheses.',
+             f"Steps of {r['global_batch_size']} sequences in micro-batches of {r['micro_batch_size']}, for "
+             f"stock as documented of {gcd(DOCUMENTED, r['micro_batch_size'])}; dropout as in the recipe; "
+             f"products in {r['precision']}. tokens/s count padding; MFU counts what is needed for text, "
+             f'against {top/1e9:,.0f} GFLOP/s of one large product.', *not_timed(rows),
+             f"Made by `cramlit bench --shape {r['shape']}`."]
     table = contender_table(rows, *(m for m in COLUMNS if m != 'hours_of_24'))
     files = write_table(table, path, f"Training steps, shape {r['shape']}.", notes, rows)
     return files + write_figure(figure_bench(rows), path, rows)

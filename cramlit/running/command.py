@@ -33,12 +33,12 @@ def plan(
     json: bool = False,       # one JSON object a line on standard output
 ) -> list[dict]:
     "Work out memory, steps, days, energy and cost of a run before it is made; no GPU is needed"
-    from cramlit.efficiency.planner import get_card, measured_rate
+    from cramlit.efficiency.planner import get_gpu, measured_rate
     from cramlit.efficiency.planner import plan as work_out
     from cramlit.core.devices import pick_device
     from cramlit.training.schedule import parse_budget
     r = get_recipe(recipe, scale, Override or [])
-    rows = work_out(r, gpus, parse_budget(budget), get_card(gpu) if gpu else None, measured_rate(measured, r) if measured else 0., mfu, price, scale)
+    rows = work_out(r, gpus, parse_budget(budget), get_gpu(gpu) if gpu else None, measured_rate(measured, r) if measured else 0., mfu, price, scale)
     if pick_device().type != 'cuda': return rows
     from cramlit.efficiency.benchmark import check_plan
     return rows + check_plan(r, rows, pick_device())
