@@ -236,12 +236,13 @@ def take_turns(
     for turn in range(turns):
         for name, build in contenders.items():
             if name in why: continue
-            try: taken[name].append(time_step(build(), device, least))
+            try: timing = time_step(build(), device, least)
             except RuntimeError as e:
                 if 'compil' not in name: raise
                 why[name] = f'{type(e).__name__}: {e}'.splitlines()[0]
-        now = ', '.join(f'{name} {t[-1].step():.3g} s' for name, t in taken.items() if t)
-        print(f'turn {turn + 1} of {turns}: {now}', file=sys.stderr)
+                continue
+            taken[name].append(timing)
+            print(f'turn {turn + 1} of {turns}, {name}: {timing.step():.3g} s', file=sys.stderr)
     return {name: t for name, t in taken.items() if name not in why}, why
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #d831c103
