@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import cramlit.data.corpus as corpus
-from cramlit.running.command import main
 from cramlit.core.recipes import CramlitError, UsageError
-from cramlit.data.corpus import clean, documents, fetch_member, install_enwik8, unique
-from cramlit.core.results import cache_dir
+from cramlit.core.results import cache_dir, sha256
+from cramlit.data.corpus import clean, documents, fetch_member, holdout_position, install_enwik8, unique
+from cramlit.running.command import main
 
 SENTENCE = 'The river walks slowly under the old stone house near the road.'
 
@@ -35,17 +34,40 @@ def parquet(path, **columns):
     return path
 
 
+def prepare(source, folder, *more):
+    "The exit code of `cramlit prepare` of a source into folder/out"
+    return main(['prepare', '--source', str(source), '--scale', 'tiny', '--out', str(folder/'out'), *more])
+
+
+def cut_gzip(path):
+    return write(path, gzip.compress(os.urandom(9000).hex().encode())[:2000])
+
+
+def spoilt_gzip(path):
+    data = bytearray(gzip.compress(os.urandom(9000).hex().encode()))
+    data[200:220] = bytes(20)
+    return write(path, bytes(data))
+
+
+def cut_parquet(path):
+    return write(path, parquet(path.with_name('whole'), text=['a']).read_bytes()[:-7])
+
+
 BAD = {
     'binary': (lambda d: write(d/'x.txt', b'\x7fELF\0\0\0'), 'x.txt is a binary file'),
     'utf-8': (lambda d: write(d/'x.txt', b'good \xe9 bad'), 'x.txt is not UTF-8 at byte 5'),
     'json': (lambda d: write(d/'x.jsonl', '{"text": "a"}\n\n{"text": \n'), 'x.jsonl, line 3: not JSON'),
-    'json without text': (lambda d: write(d/'x.jsonl', '{"text": "a"}\n{"body": "b"}\n'), 'x.jsonl, line 2: no field "text"'),
+    'json without text': (lambda d: write(d/'x.jsonl', '{"text": "a"}\n{"body": "b"}\n'),
+                          'x.jsonl, line 2: no field "text"'),
     'json list': (lambda d: write(d/'x.jsonl', '["a"]\n'), 'x.jsonl, line 1: no field "text"'),
     'json number as text': (lambda d: write(d/'x.jsonl', '{"text": 4}\n'), 'x.jsonl, line 1'),
-    'json utf-8': (lambda d: write(d/'x.jsonl', b'{"text": "a"}\n{"text": "\xff"}\n'), 'x.jsonl, line 2: not UTF-8'),
-    'truncated gzip': (lambda d: write(d/'x.jsonl.gz', gzip.compress(os.urandom(9000).hex().encode())[:2000]), 'x.jsonl.gz is truncated or damaged'),
-    'parquet without text': (lambda d: parquet(d/'x.parquet', body=['a']), 'x.parquet has no column "text", only body'),
-    'truncated parquet': (lambda d: write(d/'x.parquet', parquet(d/'whole', text=['a']).read_bytes()[:-7]), 'x.parquet is not a whole parquet file'),
+    'json utf-8': (lambda d: write(d/'x.jsonl', b'{"text": "a"}\n{"text": "\xff"}\n'),
+                   'x.jsonl, line 2: not UTF-8'),
+    'damaged gzip': (lambda d: spoilt_gzip(d/'x.jsonl.gz'), 'x.jsonl.gz'),
+    'truncated gzip': (lambda d: cut_gzip(d/'x.jsonl.gz'), 'x.jsonl.gz is truncated or damaged'),
+    'parquet without text': (lambda d: parquet(d/'x.parquet', body=['a']), 'x.parquet has no column "text"'),
+    'parquet of numbers': (lambda d: parquet(d/'x.parquet', text=[1]), 'only text (int64)'),
+    'truncated parquet': (lambda d: cut_parquet(d/'x.parquet'), 'x.parquet is not a whole parquet file'),
     'unknown kind': (lambda d: write(d/'x.docx', 'a'), 'x.docx is of no known kind'),
     'empty folder': (lambda d: d, 'holds no text'),
 }
@@ -56,7 +78,7 @@ def test_bad_source_is_one_line_and_nothing_is_left(kind, tmp_path, capsys):
     make, says = BAD[kind]
     (tmp_path/'in').mkdir()
     source = make(tmp_path/'in')
-    code = main(['prepare', '--source', str(source), '--scale', 'tiny', '--out', str(tmp_path/'out')])
+    code = prepare(source, tmp_path)
     err = capsys.readouterr().err
     assert code in (1, 2) and says in err and 'Traceback' not in err, err
     assert os.listdir(tmp_path) == ['in']
@@ -65,7 +87,7 @@ def test_bad_source_is_one_line_and_nothing_is_left(kind, tmp_path, capsys):
 @pytest.mark.parametrize('text', ['', ' \n\n '])
 def test_empty_corpus(text, tmp_path, capsys):
     write(tmp_path/'x.txt', text)
-    assert main(['prepare', '--source', str(tmp_path/'x.txt'), '--scale', 'tiny', '--out', str(tmp_path/'out')]) == 1
+    assert prepare(tmp_path/'x.txt', tmp_path) == 1
     assert 'has no text in it' in capsys.readouterr().err and os.listdir(tmp_path) == ['x.txt']
 
 
@@ -77,18 +99,33 @@ def test_every_kind_of_file_is_read(tmp_path):
     (tmp_path/'deep').mkdir()
     write(tmp_path/'deep'/'e.txt', 'five')
     assert [d.text for d in documents(str(tmp_path))] == ['one', 'two', 'three', 'four', 'five']
-    assert [d.text for d in documents(os.pathsep.join([str(tmp_path/'b.jsonl'), str(tmp_path/'a.txt')]))] == ['two', 'one']
+    two_files = os.pathsep.join([str(tmp_path/'b.jsonl'), str(tmp_path/'a.txt')])
+    assert [d.text for d in documents(two_files)] == ['two', 'one']
     assert [d.id for d in documents(str(tmp_path/'b.jsonl'))] == ['b.jsonl:1']
 
 
 def test_a_folder_in_the_layout_of_the_hub(tmp_path):
-    for config, text in (('20231101.en', 'english'), ('20231101.de', 'deutsch')):
-        (tmp_path/'wikipedia'/config).mkdir(parents=True)
-        parquet(tmp_path/'wikipedia'/config/'train-00000-of-00001.parquet', id=['1'], title=['T'], text=[text])
-    (tmp_path/'wikipedia'/'README.md').write_text('---\nconfigs:\n' + ''.join(
-        f'- config_name: {c}\n  data_files:\n  - split: train\n    path: {c}/train-*\n' for c in ('20231101.en', '20231101.de')) + '---\n')
-    assert [d.text for d in documents(f'hub:{tmp_path/"wikipedia"}:20231101.de')] == ['deutsch']
-    with pytest.raises(CramlitError, match='cannot read the data set'): list(documents(f'hub:{tmp_path/"wikipedia"}:20231101.fr'))
+    folder, configs = tmp_path/'wikipedia', {'20231101.en': 'english', '20231101.de': 'deutsch'}
+    card = '---\nconfigs:\n'
+    for config, text in configs.items():
+        (folder/config).mkdir(parents=True)
+        parquet(folder/config/'train-00000-of-00001.parquet', id=['1'], title=['T'], text=[text])
+        card += f'- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/train-*\n'
+    (folder/'README.md').write_text(card + '---\n')
+    assert [d.text for d in documents(f'hub:{folder}:20231101.de')] == ['deutsch']
+    with pytest.raises(CramlitError, match='cannot read the data set'):
+        list(documents(f'hub:{folder}:20231101.fr'))
+
+
+def test_a_hub_that_breaks_off_is_one_line(monkeypatch):
+    def records(*args, **kwargs):
+        yield dict(text='one')
+        yield dict(text=None)
+        raise ConnectionError('the line is dead')
+    monkeypatch.setattr('datasets.load_dataset', records)
+    stream = documents('hub:some/set')
+    assert next(stream).text == 'one'
+    with pytest.raises(CramlitError, match="the data set 'some/set' .*: the line is dead"): list(stream)
 
 
 def test_duplicates_go_and_first_ones_stay(tmp_path):
@@ -97,47 +134,65 @@ def test_duplicates_go_and_first_ones_stay(tmp_path):
 
 
 def test_clean_takes_markup_and_leaves_prose():
-    text = clean("{{Infobox|a={{b}}}}\n'''Paris''' is the [[capital city|capital]] of [[France]].<ref>a book</ref> [[Image:x.jpg|thumb|a [[b]] c]]\n"
-                 '== Heading ==\n* an item\n{|\n| cell\n|}\nIt lies on the [http://seine.fr Seine] and is &amp;mdash; old.\n[[fr:Paris]]')
+    text = clean("{{Infobox|a={{b}}}}\n'''Paris''' is the [[big city|capital]] of [[France]].<ref>book</ref> "
+                 '[[Image:x.jpg|thumb|a [[b]] c]]\n== Heading ==\n* an item\n{|\n| cell\n|}\n'
+                 'It lies on the [http://seine.fr Seine] and is &amp;mdash; old.\n[[fr:Paris]]')
     assert text.split('\n') == ['Paris is the capital of France.', 'It lies on the Seine and is — old.']
 
 
-@pytest.mark.parametrize('content, says', [(b'<mediawiki>', 'is not enwik8: sha256'), (gzip.compress(b'x'*5000, mtime=0)[:20], 'truncated or damaged')])
-def test_a_file_that_is_not_enwik8_is_refused(content, says, cache, tmp_path):
-    path = write(tmp_path/('enwik8' if content[0:1] == b'<' else 'enwik8.gz'), content)
-    with pytest.raises(CramlitError, match=says): install_enwik8(path)
+@pytest.mark.parametrize('name, content, says', [
+    ('enwik8', b'<mediawiki>', 'is not enwik8: sha256'), ('enwik8', None, 'No such file'),
+    ('enwik8.gz', gzip.compress(b'x'*5000, mtime=0)[:20], 'truncated or damaged'),
+])
+def test_a_file_that_is_not_enwik8_is_refused(name, content, says, cache, tmp_path):
+    if content is not None: write(tmp_path/name, content)
+    with pytest.raises(CramlitError, match=says): install_enwik8(tmp_path/name)
     assert not [p for p in cache.rglob('*') if p.is_file()]
 
 
 def test_damaged_zip_is_refused(cache, tmp_path):
-    with zipfile.ZipFile(tmp_path/'whole.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('enwik8', b'abc'*9999)
+    with zipfile.ZipFile(tmp_path/'whole.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('enwik8', b'abc'*9999)
     write(tmp_path/'enwik8.zip', (tmp_path/'whole.zip').read_bytes()[:60])
     with pytest.raises(CramlitError, match='truncated or damaged'): install_enwik8(tmp_path/'enwik8.zip')
 
 
-def package(folder, name='thing', member=b'data'):
-    "A source archive as a package index would give it, and its sha256"
+PYPROJECT = """\
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "thing"
+version = "1.0"
+[tool.setuptools]
+packages = ["thing"]
+package-data = {thing = ["*"]}
+"""
+
+
+def package(folder):
+    "A wheel as a package index would give it, and its sha256"
     root = folder/'src'
-    (root/name).mkdir(parents=True)
-    (root/'pyproject.toml').write_text(f'[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
-                                       f'[project]\nname = "{name}"\nversion = "1.0"\n[tool.setuptools]\npackages = ["{name}"]\n'
-                                       f'package-data = {{{name} = ["*"]}}\n')
-    (root/name/'__init__.py').write_text('')
-    (root/name/'member.bin').write_bytes(member)
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-build-isolation', '--no-deps', '-w', str(folder/'index'), str(root)], check=True)
-    return corpus.sha256(next((folder/'index').iterdir()))
+    (root/'thing').mkdir(parents=True)
+    (root/'pyproject.toml').write_text(PYPROJECT)
+    (root/'thing'/'__init__.py').write_text('')
+    (root/'thing'/'member.bin').write_bytes(b'data')
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-build-isolation', '--no-deps',
+                    '-w', str(folder/'index'), str(root)], check=True)
+    return sha256(next((folder/'index').iterdir()))
 
 
 def test_fetching_checks_the_checksum_and_keeps_what_is_whole(cache, tmp_path, monkeypatch):
+    def fetch(digest, member): return fetch_member('thing==1.0', digest, member, source=False)
     digest = package(tmp_path)
     monkeypatch.setenv('PIP_NO_INDEX', '1')
     monkeypatch.setenv('PIP_FIND_LINKS', str(tmp_path/'index'))
-    with pytest.raises(CramlitError, match='cannot fetch thing==1.0'): fetch_member('thing==1.0', '0'*64, 'member.bin', source=False)
+    with pytest.raises(CramlitError, match='cannot fetch thing==1.0'): fetch('0'*64, 'member.bin')
     assert not [p for p in cache.rglob('*') if p.is_file()]
-    with pytest.raises(CramlitError, match='has no member nothing.bin'): fetch_member('thing==1.0', digest, 'nothing.bin', source=False)
-    assert fetch_member('thing==1.0', digest, 'member.bin', source=False).read_bytes() == b'data'
+    with pytest.raises(CramlitError, match='has no member nothing.bin'): fetch(digest, 'nothing.bin')
+    assert fetch(digest, 'member.bin').read_bytes() == b'data'
     monkeypatch.setenv('PIP_FIND_LINKS', '/nowhere')
-    assert fetch_member('thing==1.0', digest, 'member.bin', source=False).read_bytes() == b'data'
+    assert fetch(digest, 'member.bin').read_bytes() == b'data'
 
 
 def test_no_network_is_one_line(cache, tmp_path, monkeypatch, capsys):
@@ -146,30 +201,34 @@ def test_no_network_is_one_line(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('PIP_NO_INDEX', '0')
     monkeypatch.setenv('PIP_FIND_LINKS', '')
     monkeypatch.setenv('PIP_RETRIES', '0')
-    assert main(['prepare', '--source', 'enwik8', '--scale', 'tiny', '--out', str(tmp_path/'out')]) == 1
+    assert prepare('enwik8', tmp_path) == 1
     err = capsys.readouterr().err
     assert 'Check the network' in err and 'Traceback' not in err
     assert not (tmp_path/'out').exists() and not [p for p in cache.rglob('*') if p.is_file()]
 
 
 def test_no_hub_is_one_line(tmp_path):
-    command = [sys.executable, '-m', 'cramlit.running.command', 'prepare', '--source', 'hub:nobody/nothing', '--scale', 'tiny', '--out', str(tmp_path/'out')]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '1'})
-    assert done.returncode == 1 and "cannot read the data set 'nobody/nothing'" in done.stderr and 'Traceback' not in done.stderr
+    command = [sys.executable, '-m', 'cramlit.running.command', 'prepare', '--source', 'hub:nobody/nothing',
+               '--scale', 'tiny', '--out', str(tmp_path/'out')]
+    offline = {**os.environ, 'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HUB_OFFLINE': '1'}
+    done = subprocess.run(command, capture_output=True, text=True, env=offline)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert "cannot read the data set 'nobody/nothing'" in done.stderr
     assert not (tmp_path/'out').exists()
 
 
 def test_output_that_cannot_be_written(text, tmp_path, capsys):
     (tmp_path/'file').write_text('in the way')
     small = ['-o', 'tokenizer.vocab_size=128', '-o', 'corpus.holdout=0.1']
-    assert main(['prepare', '--source', str(text), '--scale', 'tiny', '--out', str(tmp_path/'file'/'out'), *small]) == 1
+    assert prepare(text, tmp_path/'file', *small) == 1
     assert 'cannot write' in capsys.readouterr().err
 
 
 def test_a_text_that_stands_in_both_splits_does_not_exist(text):
     docs = list(documents(str(text)))
-    where = {d.text: corpus.holdout_position(d.text) for d in docs}
-    assert len({corpus.holdout_position(d.text) for d in docs}) == len(where) and all(0 <= p < 1 for p in where.values())
+    where = {d.text: holdout_position(d.text) for d in docs}
+    assert len({holdout_position(d.text) for d in docs}) == len(where)
+    assert all(0 <= p < 1 for p in where.values())
 
 
 def test_cache_is_where_the_user_says(cache):

@@ -16,7 +16,7 @@ from cramlit.data.batches import train_batches
 from cramlit.data.corpus import Document, documents
 from cramlit.data.masking import IGNORE
 from cramlit.data.packing import open_data, prepare
-from cramlit.data.tokenizer import encoded, load_tokenizer, sentences
+from cramlit.data.tokenizer import encode_documents, load_tokenizer, sentences
 from cramlit.efficiency import benchmark as bench
 from cramlit.efficiency.benchmark import OtherLoss, dense_head, make_setup, our_step, plain_kernels, uncut
 from cramlit.model.encoder import MaskedLM
@@ -204,14 +204,14 @@ def test_bench_refuses_what_it_does_not_know(tmp_path, capsys, more, says):
 def test_documents_tokenised_whole_are_their_sentences_tokenised_one_by_one(text, data):
     tok, docs = load_tokenizer(data/'tokenizer'), list(documents(str(text)))*3  # more than are taken at a time
     expected = [[tok(s, add_special_tokens=False).input_ids for s in sentences(d.text)] for d in docs]
-    got = list(encoded(docs, tok))
+    got = list(encode_documents(docs, tok))
     assert len(docs) > 128 and [d for d, _ in got] == docs and [p for _, p in got] == expected
 
 
 def test_a_text_may_name_special_tokens(data):
     tok = load_tokenizer(data/'tokenizer')
     plain, named, last = ('The stone house. A river sees people.', 'The stone [SEP] house. A [SEP] river sees people.', 'Cold light.')
-    (_, a), (_, b), (_, c) = encoded([Document('0', plain), Document('1', named), Document('2', last)], tok)
+    (_, a), (_, b), (_, c) = encode_documents([Document('0', plain), Document('1', named), Document('2', last)], tok)
     assert [i for piece in a for i in piece] == [i for piece in b for i in piece], 'the separator is not part of any sentence'
     assert c == [tok(last, add_special_tokens=False).input_ids], 'what follows is not shifted'
 

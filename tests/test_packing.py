@@ -2,18 +2,18 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import cramlit.data.packing as packing
-from cramlit.running.command import main
+from cramlit.core.randomness import make_key
 from cramlit.core.recipes import CramlitError, Packing, UsageError, override
 from cramlit.data.corpus import documents, holdout_position
-from cramlit.data.packing import document_rows, open_data, prepare, read_documents, stream_rows, verify, write_shards
-from cramlit.data.tokenizer import sentences
-from cramlit.data.tokenizer import load_tokenizer
+from cramlit.data.packing import document_rows, open_data, prepare, read_documents
+from cramlit.data.packing import stream_rows, verify, write_shards
+from cramlit.data.tokenizer import load_tokenizer, sentences
+from cramlit.running.command import main
 
 IDS = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 
@@ -23,19 +23,21 @@ def copy(data, tmp_path):
     return shutil.copytree(data, tmp_path/'copy')
 
 
-def harm_truncate(d): (d/'train-00000.npy').write_bytes((d/'train-00000.npy').read_bytes()[:-5])
-def harm_remove(d): (d/'validation-00000.npy').unlink()
-def harm_shape(d): np.save(d/'train-00000.npy', np.zeros((3, 32), np.uint16))
-def harm_pickle(d): np.save(d/'train-00000.npy', np.array([{}]), allow_pickle=True)
-def harm_manifest(d): (d/'manifest.json').write_text('{"format": 1,')
-def harm_tokenizer(d): (d/'tokenizer'/'tokenizer.json').write_text((d/'tokenizer'/'tokenizer.json').read_text() + ' ')
-def harm_no_manifest(d): (d/'manifest.json').unlink()
+def truncate(d): (d/'train-00000.npy').write_bytes((d/'train-00000.npy').read_bytes()[:-5])
+def remove(d): (d/'validation-00000.npy').unlink()
+def reshape(d): np.save(d/'train-00000.npy', np.zeros((3, 32), np.uint16))
+def pickle(d): np.save(d/'train-00000.npy', np.array([{}]), allow_pickle=True)
+def cut_manifest(d): (d/'manifest.json').write_text('{"format": 1,')
+def no_manifest(d): (d/'manifest.json').unlink()
+def other_tokenizer(d):
+    with open(d/'tokenizer'/'tokenizer.json', 'a') as f: f.write(' ')
 
 
 @pytest.mark.parametrize('harm, says', [
-    (harm_truncate, 'train-00000.npy is missing or damaged'), (harm_remove, 'validation-00000.npy is missing or damaged'),
-    (harm_shape, 'its manifest says'), (harm_pickle, 'train-00000.npy is missing or damaged'), (harm_manifest, 'manifest.json is damaged'),
-    (harm_tokenizer, 'not the tokenizer that the shards were made with'), (harm_no_manifest, 'no manifest.json'),
+    (truncate, 'train-00000.npy is missing or damaged'), (pickle, 'train-00000.npy is missing or damaged'),
+    (remove, 'validation-00000.npy is missing or damaged'), (reshape, 'its manifest says'),
+    (cut_manifest, 'manifest.json is damaged'), (no_manifest, 'no manifest.json'),
+    (other_tokenizer, 'not the tokenizer that the shards were made with'),
 ])
 def test_damage_is_named(copy, harm, says):
     harm(copy)
@@ -47,13 +49,16 @@ def test_a_flipped_byte_is_found(copy):
     raw = bytearray((copy/'train-00000.npy').read_bytes())
     raw[-40] ^= 1
     (copy/'train-00000.npy').write_bytes(raw)
-    with pytest.raises(CramlitError, match='train-00000.npy does not match its checksum'): verify(open_data(copy))
+    with pytest.raises(CramlitError, match='train-00000.npy does not match its checksum'):
+        verify(open_data(copy))
 
 
 def test_prepared_again_is_the_same_and_other_settings_are_refused(recipe, data):
     before = (data/'train-00000.npy').stat().st_mtime_ns
-    assert prepare(recipe, data) == open_data(data).manifest and (data/'train-00000.npy').stat().st_mtime_ns == before
-    with pytest.raises(UsageError, match='other settings .packing'): prepare(override(recipe, ['packing.seq_len=16']), data)
+    assert prepare(recipe, data) == open_data(data).manifest
+    assert (data/'train-00000.npy').stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match='other settings .packing'):
+        prepare(override(recipe, ['packing.seq_len=16']), data)
 
 
 def test_same_input_same_bytes(recipe, data, tmp_path):
@@ -66,7 +71,9 @@ def test_a_folder_with_other_things_is_refused(recipe, tmp_path):
     assert os.listdir(tmp_path) == ['letter']
 
 
-@pytest.mark.parametrize('error, kind', [(OSError(28, 'No space left on device'), CramlitError), (KeyboardInterrupt(), KeyboardInterrupt)])
+@pytest.mark.parametrize('error, kind', [
+    (OSError(28, 'No space left on device'), CramlitError), (KeyboardInterrupt(), KeyboardInterrupt),
+])
 def test_nothing_half_written(recipe, tmp_path, monkeypatch, error, kind):
     def full(*args): raise error
     monkeypatch.setattr(packing, 'write_shards', full)
@@ -78,7 +85,8 @@ def test_stream_rows_lose_at_most_one_row():
     docs = [list(range(100*i, 100*i + n)) for i, n in enumerate((5, 17, 1, 40, 8), 1)]
     rows = list(stream_rows(docs, Packing('stream', 10), sep=3))
     whole = [t for i, d in enumerate(docs) for t in ([3] if i else []) + d]
-    assert all(len(r) == 8 for r in rows) and [t for r in rows for t in r] == whole[:len(rows)*8] and len(whole) - len(rows)*8 < 8
+    assert all(len(r) == 8 for r in rows) and len(whole) - len(rows)*8 < 8
+    assert [t for r in rows for t in r] == whole[:len(rows)*8]
 
 
 def test_document_rows_are_whole_sentences_cut_at_one_end():
@@ -90,28 +98,34 @@ def test_document_rows_are_whole_sentences_cut_at_one_end():
 
 
 def test_short_rows_come_about_as_often_as_asked():
-    pieces = [[i]*5 for i in range(200)]
-    short = [max(map(len, document_rows(pieces, Packing(seq_len=64, short_seq_prob=.25), packing.make_key(1, k)[0]))) < 62 for k in range(800)]
+    pieces, cfg = [[i]*5 for i in range(200)], Packing(seq_len=64, short_seq_prob=.25)
+    short = [max(map(len, document_rows(pieces, cfg, make_key(1, k)[0]))) < 62 for k in range(800)]
     assert abs(np.mean(short) - .25) < 4*(.25*.75/800)**.5
 
 
-def test_many_words_take_four_bytes(tmp_path):
+def test_many_tokens_take_four_bytes(tmp_path):
     split = write_shards([[70_000, 5], [6]], tmp_path, 'train', 6, IDS, 80_000)
     a = np.load(tmp_path/split['files'][0]['name'])
-    assert a.dtype == np.uint32 and a.tolist() == [[2, 70_000, 5, 3, 0, 0], [2, 6, 3, 0, 0, 0]] and split['tokens'] == 7
+    assert a.dtype == np.uint32 and a.tolist() == [[2, 70_000, 5, 3, 0, 0], [2, 6, 3, 0, 0, 0]]
+    assert split['tokens'] == 7
 
 
 def test_shards_are_cut_and_numbered_through(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, 'SHARD_ROWS', 3)
     split = write_shards([[i] for i in range(10, 18)], tmp_path, 'train', 4, IDS, 100)
     rows = packing.Rows(tmp_path, split, 4)
-    assert [f['rows'] for f in split['files']] == [3, 3, 2] and rows[[7, 0, 3, 7]][:, 1].tolist() == [17, 10, 13, 17]
+    assert [f['rows'] for f in split['files']] == [3, 3, 2]
+    assert rows[[7, 0, 3, 7]][:, 1].tolist() == [17, 10, 13, 17]
+    full = write_shards([[i] for i in range(10, 16)], tmp_path, 'validation', 4, IDS, 100)
+    assert [f['rows'] for f in full['files']] == [3, 3]
+    assert write_shards([], tmp_path, 'empty', 4, IDS, 100) == dict(rows=0, tokens=0, files=[])
 
 
 def test_held_out_documents_are_never_trained_on(recipe, data):
     held = {d.text for d in read_documents(data/'holdout.jsonl.gz')}
     everything = {d.text for d in documents(recipe.corpus.source)}
-    assert held == {t for t in everything if holdout_position(t) < recipe.corpus.holdout} and 0 < len(held) < len(everything)
+    assert held == {t for t in everything if holdout_position(t) < recipe.corpus.holdout}
+    assert 0 < len(held) < len(everything)
     tok, d = load_tokenizer(data/'tokenizer'), open_data(data)
     seen = ' '.join(tok.decode(r, skip_special_tokens=True) for r in d.train[range(len(d.train))])
     assert not any(s.lower().rstrip('.') in seen for t in held for s in sentences(t) if len(s.split()) > 8)
@@ -121,30 +135,34 @@ def test_manifest_counts_are_true(data):
     d = open_data(data)
     for split, rows in (('train', d.train), ('validation', d.validation)):
         every = rows[range(len(rows))]
-        assert d.manifest['splits'][split] | dict(files=0) == dict(rows=len(every), tokens=int((every != 0).sum()), files=0)
-        assert (every[:, 0] == 2).all() and ((every == 3).sum(1) == 1).all() and every.max() < d.manifest['vocab_size']
+        said = d.manifest['splits'][split]
+        assert (said['rows'], said['tokens']) == (len(every), (every != 0).sum())
+        assert (every[:, 0] == 2).all() and ((every == 3).sum(1) == 1).all()
+        assert every.max() < d.manifest['vocab_size']
 
 
 def test_an_own_tokenizer_is_used_and_a_bad_one_refused(recipe, data, tmp_path, capsys):
-    own = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(data/'tokenizer')), packing=replace(recipe.packing, mode='stream'))
+    own = override(recipe, [f'tokenizer.path={data/"tokenizer"}', 'packing.mode=stream'])
     assert prepare(own, tmp_path/'data')['tokenizer_sha256'] == open_data(data).manifest['tokenizer_sha256']
     (tmp_path/'bad').mkdir()
     (tmp_path/'bad'/'tokenizer.json').write_text('{')
-    code = main(['prepare', '--source', recipe.corpus.source, '--scale', 'tiny', '--out', str(tmp_path/'out'), '-o', f'tokenizer.path={tmp_path/"bad"}',
-                 '-o', 'corpus.holdout=0.1'])
-    assert code == 1 and 'holds no tokenizer' in capsys.readouterr().err and not (tmp_path/'out').exists()
+    code = main(['prepare', '--source', recipe.corpus.source, '--scale', 'tiny', '--out', str(tmp_path/'out'),
+                 '-o', f'tokenizer.path={tmp_path/"bad"}', '-o', 'corpus.holdout=0.1'])
+    assert code == 1 and 'holds no tokenizer' in capsys.readouterr().err
+    assert not (tmp_path/'out').exists()
 
 
 def test_text_too_small_for_the_split(tmp_path, capsys):
     (tmp_path/'x.txt').write_text('One sentence is not enough to hold anything out.')
-    assert main(['prepare', '--source', str(tmp_path/'x.txt'), '--scale', 'tiny', '--out', str(tmp_path/'out')]) == 1
+    command = ['prepare', '--source', str(tmp_path/'x.txt'), '--scale', 'tiny', '--out', str(tmp_path/'out')]
+    assert main(command) == 1
     err = capsys.readouterr().err
     assert 'fell into the' in err and 'split' in err and os.listdir(tmp_path) == ['x.txt']
 
 
 @pytest.mark.parametrize('text, parts', [
-    ('Dr. A. Smith came. He left!', 2), ('It cost 3.5 dollars. "Really?" she asked.', 2), ('one line\nanother line', 2), ('', 0), (' . ', 1),
-    ('The U.S. army won.', 1), ('In the year 1900. Then came 1901.', 2),
+    ('Dr. A. Smith came. He left!', 2), ('It cost 3.5 dollars. "Really?" she asked.', 2), ('', 0), (' . ', 1),
+    ('one line\nanother line', 2), ('The U.S. army won.', 1), ('In the year 1900. Then came 1901.', 2),
 ])
 def test_sentences(text, parts):
     got = sentences(text)

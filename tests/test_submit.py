@@ -1,4 +1,4 @@
-"GLUE submissions: from a folder in either public form to a zip that keeps the rules, and refusals before any training"
+"GLUE submissions: from a folder in either public form to a valid zip, and refusals before any training"
 import json
 import zipfile
 from dataclasses import replace
@@ -9,14 +9,13 @@ import pytest
 from joblib import parallel_config
 from test_glue import ROWS, make_parquet, make_tsv
 
-from cramlit.running.command import main
 from cramlit.core.recipes import CramlitError
-from cramlit.evaluation.finetuning import run_job
-from cramlit.evaluation.glue import GLUE, Examples, load_ax, load_glue
-from cramlit.training.checkpoints import export_run
-from cramlit.evaluation.protocol import jobs
 from cramlit.core.scales import get_scale
-from cramlit.evaluation.protocol import FILES, check_submission
+from cramlit.evaluation.finetuning import run_job
+from cramlit.evaluation.glue import GLUE, SUBMISSION_FILES, Examples, check_submission, load_ax, load_glue
+from cramlit.evaluation.protocol import jobs
+from cramlit.running.command import main
+from cramlit.training.checkpoints import export_run
 from cramlit.training.training import pretrain
 
 
@@ -33,17 +32,20 @@ def whole(make, root):
     pairs = [f'premise {i}' for i in range(3)], [f'hypothesis {i}' for i in range(3)]
     if make is make_parquet:
         (root/'ax').mkdir()
-        pq.write_table(pa.table(dict(premise=pairs[0], hypothesis=pairs[1], label=[-1]*3, idx=[0, 1, 2])), root/'ax'/'test-00000-of-00001.parquet')
+        table = pa.table(dict(premise=pairs[0], hypothesis=pairs[1], label=[-1]*3, idx=[0, 1, 2]))
+        pq.write_table(table, root/'ax'/'test-00000-of-00001.parquet')
     else:
         (root/'diagnostic').mkdir()
-        lines = ['index\tsentence1\tsentence2', *(f'{i}\t{a}\t{b}' for i, (a, b) in enumerate(zip(*pairs, strict=True)))]
-        (root/'diagnostic'/'diagnostic.tsv').write_text('\n'.join(lines) + '\n')
+        lines = [f'{i}\t{a}\t{b}' for i, (a, b) in enumerate(zip(*pairs, strict=True))]
+        text = '\n'.join(['index\tsentence1\tsentence2', *lines]) + '\n'
+        (root/'diagnostic'/'diagnostic.tsv').write_text(text)
     return root
 
 
 def glue(model, root, out, *more):
     with parallel_config('threading', n_jobs=1):
-        return main(['glue', '--model', str(model), '--suite', 'glue', '--glue-dir', str(root), '--scale', 'tiny', '--seeds', '1', '--out', str(out), *more])
+        return main(['glue', '--model', str(model), '--suite', 'glue', '--glue-dir', str(root),
+                     '--scale', 'tiny', '--seeds', '1', '--out', str(out), *more])
 
 
 @pytest.mark.parametrize('make', [make_tsv, make_parquet])
@@ -51,44 +53,55 @@ def test_from_a_glue_folder_to_the_benchmarks_zip(make, model, tmp_path, capsys)
     root, to = whole(make, tmp_path/'glue'), tmp_path/'out.zip'
     assert glue(model, root, tmp_path/'out', '--submit', str(to), '--json') == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {r['file']: r['value'] for r in rows if r['metric'] == 'answers'} == {n: 3 if n == 'AX.tsv' else ROWS for n in FILES}
-    files = {n: zipfile.ZipFile(to).read(n).decode().splitlines() for n in zipfile.ZipFile(to).namelist()}
-    assert set(files) == set(FILES) and all(lines[0] == 'index\tprediction' for lines in files.values())
+    counts = {r['file']: r['value'] for r in rows if r['metric'] == 'answers'}
+    assert counts == {n: 3 if n == 'AX.tsv' else ROWS for n in SUBMISSION_FILES}
+    with zipfile.ZipFile(to) as z: files = {n: z.read(n).decode().splitlines() for n in z.namelist()}
+    assert set(files) == set(SUBMISSION_FILES)
+    assert all(lines[0] == 'index\tprediction' for lines in files.values())
     task = load_glue('mnli', str(root))
     task = replace(task, test=task.test | {'ax': load_ax(str(root))})
     job, = jobs(task, get_scale('tiny').finetune, 1, ('pretrained',))
     found = run_job(job, model, task)['predictions']
     for name, split in (('MNLI-m.tsv', 'test_matched'), ('MNLI-mm.tsv', 'test_mismatched'), ('AX.tsv', 'ax')):
-        assert files[name][1:] == [f'{i}\t{GLUE["mnli"].classes[p]}' for i, p in enumerate(found[split])]
+        words = [GLUE['mnli'].classes[p] for p in found[split]]
+        assert files[name][1:] == [f'{i}\t{word}' for i, word in enumerate(words)]
     kept = sorted((tmp_path/'out'/'jobs').iterdir())
     assert len(kept) == 2*9 + 9
     before, times = to.read_bytes(), [p.stat().st_mtime_ns for p in kept]
     assert glue(model, root, tmp_path/'out', '--submit', str(to)) == 0
-    assert to.read_bytes() == before and [p.stat().st_mtime_ns for p in sorted((tmp_path/'out'/'jobs').iterdir())] == times
+    assert to.read_bytes() == before
+    assert [p.stat().st_mtime_ns for p in sorted((tmp_path/'out'/'jobs').iterdir())] == times
 
 
 def test_what_is_missing_is_named_before_any_training(model, tmp_path, capsys):
     root = whole(make_tsv, tmp_path/'glue')
-    (root/'QNLI'/'test.tsv').unlink(), (root/'MNLI'/'test_mismatched.tsv').unlink(), (root/'WNLI'/'train.tsv').unlink(), (root/'diagnostic'/'diagnostic.tsv').unlink()
-    assert glue(model, root, tmp_path/'out', '--submit', str(tmp_path/'out.zip')) == 1
+    for name in ('QNLI/test.tsv', 'MNLI/test_mismatched.tsv', 'WNLI/train.tsv', 'diagnostic/diagnostic.tsv'):
+        (root/name).unlink()
+    submission = '--submit', str(tmp_path/'out.zip')
+    assert glue(model, root, tmp_path/'out', *submission) == 1
     err = capsys.readouterr().err
-    assert all(m in err for m in ('qnli: no test set', 'mnli: no test_mismatched set', 'wnli: ', 'train.tsv is missing', 'AX: ')) and 'cola' not in err
-    assert not (tmp_path/'out').exists() and not (tmp_path/'out.zip').exists()
-    for more in (['--submit', str(tmp_path)], ['--seeds', '-1']): assert glue(model, root, tmp_path/'out', '--submit', str(tmp_path/'out.zip'), *more) == 2
+    expected = 'qnli: no test set', 'mnli: no test_mismatched set', 'wnli: ', 'train.tsv is missing', 'AX: '
+    for part in expected: assert part in err
+    assert 'cola' not in err and not (tmp_path/'out').exists() and not (tmp_path/'out.zip').exists()
+    for more in (['--submit', str(tmp_path)], ['--seeds', '-1']):
+        assert glue(model, root, tmp_path/'out', *submission, *more) == 2
     capsys.readouterr()
-    for more in (['--tasks', 'cola'], ['--suite', 'stand-in']):
-        assert glue(model, root, tmp_path/'out', '--submit', str(tmp_path/'out.zip'), *more) == 2
+    for more in (['--tasks', 'cola'], ['--suite', 'surrogate']):
+        assert glue(model, root, tmp_path/'out', *submission, *more) == 2
         assert 'all tasks of GLUE' in capsys.readouterr().err
 
 
 def test_no_line_of_a_test_set_goes_missing(tmp_path, capsys):
     root = make_tsv(tmp_path, 'rte')
     (root/'RTE'/'test.tsv').write_text('index\tsentence1\tsentence2\n0\ta\tb\n1\tcut off\n2\tc\td\n\n')
-    assert load_glue('rte', str(root)).test['test'] == Examples(['a', 'cut off', 'c'], ['b', '', 'd'], [-1]*3)
+    test = load_glue('rte', str(root)).test['test']
+    assert test == Examples(['a', 'cut off', 'c'], ['b', '', 'd'], [-1]*3)
     assert '1 of 3 lines' in capsys.readouterr().err
 
 
 def test_a_zip_with_other_files_or_folders_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.writestr('answers/CoLA.tsv', 'index\tprediction\n0\t1\n')
-    with pytest.raises(CramlitError, match='(?s)CoLA.tsv is missing.*answers/CoLA.tsv does not belong there'): check_submission(tmp_path/'a.zip', dict.fromkeys(FILES, 1))
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z:
+        z.writestr('answers/CoLA.tsv', 'index\tprediction\n0\t1\n')
+    with pytest.raises(CramlitError, match='(?s)CoLA.tsv is missing.*answers/CoLA.tsv does not belong there'):
+        check_submission(tmp_path/'a.zip', dict.fromkeys(SUBMISSION_FILES, 1))
     with pytest.raises(CramlitError, match='not a zip'): check_submission(tmp_path/'nowhere.zip', {})

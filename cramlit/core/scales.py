@@ -65,7 +65,7 @@ class Scale:
     budget: float = 24*3600.  # seconds of pretraining, validation and saving included
     steps: int = 0            # optimiser steps instead of seconds; 0 = by the clock
     processes: int = 0        # that train together; 0 = one for each GPU, one on a CPU
-    suite: str = 'glue'       # glue | stand-in
+    suite: str = 'glue'       # glue | surrogate
     finetune: Finetune = Finetune()
     trials: Trials = Trials()
     comparison: Comparison = Comparison()
@@ -87,7 +87,7 @@ _TINY_COMPARISON = Comparison(
     tasks=('continuation',), sizes=((1, 32), (1, 64), (2, 64), (2, 96)), spans=(.4, .6, .8, 1.))
 _TINY_SCALE = Scale(
     'tiny', _SMALL + _TINY + ('batch.global_batch_size=32', 'batch.micro_batch_size=32'), steps=30,
-    processes=1, suite='stand-in', finetune=_TINY_FINETUNE, trials=_TINY_TRIALS, comparison=_TINY_COMPARISON,
+    processes=1, suite='surrogate', finetune=_TINY_FINETUNE, trials=_TINY_TRIALS, comparison=_TINY_COMPARISON,
     shapes=_TINY + ('batch.micro_batch_size=8',))
 
 # %% ../../nbs/core/01_scales.ipynb #26b4fac7
@@ -111,7 +111,7 @@ _LAPTOP_COMPARISON = Comparison(
     sizes=((2, 64), (2, 96), (3, 128), (4, 192)))
 _LAPTOP_SCALE = Scale(
     'laptop', _SMALL + _LAPTOP, per_recipe={'modern': _LAPTOP_MODERN}, budget=240., processes=1,
-    suite='stand-in', finetune=_LAPTOP_FINETUNE, trials=_LAPTOP_TRIALS, comparison=_LAPTOP_COMPARISON,
+    suite='surrogate', finetune=_LAPTOP_FINETUNE, trials=_LAPTOP_TRIALS, comparison=_LAPTOP_COMPARISON,
     shapes=('batch.micro_batch_size=4',))
 
 # %% ../../nbs/core/01_scales.ipynb #94ffa0f2
@@ -127,7 +127,7 @@ _GPU_SCALE = Scale(
 
 _PAPER_SCALE = Scale('paper', ('corpus.source=hub:wikimedia/wikipedia:20231101.en',))
 _REHEARSAL_SCALE = replace(
-    _PAPER_SCALE, name='paper-rehearsal', budget=30., processes=8, suite='stand-in', finetune=_TINY_FINETUNE,
+    _PAPER_SCALE, name='paper-rehearsal', budget=30., processes=8, suite='surrogate', finetune=_TINY_FINETUNE,
     overrides=_SMALL + _TINY + ('batch.global_batch_size=64', 'batch.micro_batch_size=4'), shapes=_TINY,
     trials=replace(_TINY_TRIALS, budget=15., steps=0, seeds=1),
     comparison=replace(_TINY_COMPARISON, budget=30., steps=0, lrs=(2e-3,), ablation=.5, ablation_seeds=1,

@@ -32,7 +32,7 @@ from ..core.devices import Precision, autocast, choose_precision
 from ..core.randomness import make_key
 from ..core.recipes import Recipe, override
 from ..core.results import provenance, result_row
-from ..data.batches import Batch, Prefetcher, locate, rank_slice, train_batches
+from ..data.batches import Batch, Prefetcher, epochs_and_rows, rank_slice, train_batches
 from ..data.masking import IGNORE, count_predictions, mask_rows
 from ..data.packing import Data
 from ..data.tokenizer import load_tokenizer, padded_vocab
@@ -115,7 +115,7 @@ def uncut(
     step: int,
 ) -> Iterator[Batch]:
     "Micro-batches of whole sequences in the order in which they come"
-    epochs, rows = locate(rank_slice(recipe, step, 0, 1), len(data.train), recipe.seed)
+    epochs, rows = epochs_and_rows(rank_slice(recipe, step, 0, 1), len(data.train), recipe.seed)
     for part in np.arange(len(rows)).reshape(-1, recipe.batch.micro_batch_size):
         keys = make_key(recipe.seed, epochs[part], rows[part])
         yield _whole_batch(data.train[rows[part]], keys, data, recipe)

@@ -151,7 +151,7 @@ def write_recipes(
     notes = [f'{t.seed.nunique()} seeds, {t.seconds.median():.0f} s each (median), in turns on the same machine. {ASKED}',
              f'Peak learning rates tried with each: {", ".join(f"{x:g}" for x in rates)}, one seed, a part of the budget.'
              + (f' The best lies at the edge, and a better one perhaps outside, for {", ".join(edge)}.' if edge else ''), WELCH,
-             *(['The tasks are a stand-in suite and not GLUE.'] if get_scale(mine[0]['scale']).suite == 'stand-in' else [])]
+             *(['The tasks are surrogate tasks and not GLUE.'] if get_scale(mine[0]['scale']).suite != 'glue' else [])]
     caption = f"Recipes at equal time, scale {mine[0]['scale']}."
     entropy = next(r['value'] for r in mine if r['metric'] == 'unigram_entropy')
     return [*write_table(recipes_table(rows, trials), folder/'beyond_recipes', caption, notes, mine),

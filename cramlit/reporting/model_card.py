@@ -119,7 +119,7 @@ def _scores(rows: list[dict]) -> str:
         t = pd.DataFrame(mine).assign(cell=[_cell(r) for r in mine])
         for k in _KEYS: t[k] = t.get(k, pd.Series(dtype=object)).fillna('')
         table = t.pivot_table('cell', _KEYS, 'variant', 'first', sort=False, fill_value='').reset_index()
-        note = '\n\nThese tasks stand in for GLUE and are not GLUE. Labels marked *derived* were made by a rule, not by people.' if suite == 'stand-in' else ''
+        note = '\n\nThese are surrogate tasks and not GLUE. Labels marked *derived* were made by a rule, not by people.' if suite != 'glue' else ''
         about = _protocol(suite, scale, max(r.get('seeds', 0) for r in mine))
         parts.append(f'{about}\n\n{table.to_markdown(index=False, disable_numparse=True)}{note}')
     return '\n\n'.join(parts) or 'Not evaluated yet: `cramlit glue` does.'

@@ -196,7 +196,7 @@ def pretrain(
 
 def glue(
     model: Needed = None,     # folder of a stock transformers model, such as RUN/model
-    suite: str = 'stand-in',  # stand-in | glue
+    suite: str = 'surrogate',  # surrogate | glue
     glue_dir: str = '',       # local copy of GLUE, parquet or TSV; default: the hub
     tasks: str = '',          # a,b: only these; default: all of the suite
     seeds: int = 0,           # seeds a configuration; default: the scale's
