@@ -14,7 +14,7 @@ import re, sys
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from math import gcd
 from statistics import median
@@ -40,9 +40,9 @@ from .planner import peak_memory, replace_modules, training_flops
 from ..model.encoder import AttentionContext, MaskedLM, SelfAttention, gather, rotate
 from ..model.kernels import Dropout, summed_cross_entropy
 from ..training.distributed import Gradients, World
-from ..training.optimizers import make_optimizer
 from ..model.stock_models import stock_config
-from ..training.training import accumulate, form_of, micro_step, set_lr, update, validate
+from ..training.optimizers import make_optimizer, set_lr
+from ..training.training import accumulate, form_of, micro_step, update, validate
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #5f56a31c
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def our_step(
     micro = micro_step(setup.model, recipe, setup.precision, scaler, grads, form)
     set_lr(optimizer, 0.)
     def finish():
-        grads.notes.fill_(1.)  # one prediction: the gradient is divided by it at every repetition
+        grads.totals.fill_(1.)  # one prediction: the gradient is divided by it at every repetition
         grads.all_reduce(world, 0., False)
         update(grads, optimizer, scaler, recipe.optim.clip)
     passes = partial(accumulate, micro, grads=grads)
@@ -170,7 +170,7 @@ def stock_steps(
     model = AutoModelForMaskedLM.from_config(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0., fused=True)
     def step(model: nn.Module, recipe: Recipe, precision: Precision) -> Callable[[], Contender]:
-        return partial(stock_step, model, optimizer, data, recipe, precision, most)
+        return cache(partial(stock_step, model, optimizer, data, recipe, precision, most))
     best = choose_precision(device)
     steps = {'stock_default': step(model, _documented(recipe), FULL),
              'stock_eager': step(model, recipe, best)}
@@ -401,7 +401,7 @@ def our_steps(
 ) -> dict[str, Callable[[], Contender]]:  # name → makes it
     "Our step, and our step without one optimisation"
     def step(batches=train_batches, data=data, form='', **changes) -> Callable[[], Contender]:
-        return partial(our_step, replace(setup, **changes), data, batches, most, form)
+        return cache(partial(our_step, replace(setup, **changes), data, batches, most, form))
     if brief: return {'ours': step()}
     r, model = setup.recipe, setup.model
     few = min(32, max(1, r.batch.global_batch_size//4))

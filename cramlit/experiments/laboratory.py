@@ -40,13 +40,7 @@ from ..training.training import check_budget, progress, seed_dropout, set_lr, va
 # %% ../../nbs/experiments/64_laboratory.ipynb #c621c10b
 @dataclass
 class Experiment(Run):
-    "A run that counts the tokens it was trained on, as their number may change from step to step"
-    seen: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.seen
-
+    "A run that looks at the held-out text"
     def look(
         self,
         model: MaskedLM,
@@ -81,7 +75,7 @@ def train_with(
             accumulate(partial(add_gradients, forward, shares=len(batches), precision=precision, scaler=scaler, grads=grads), batches, grads)
             loss, seconds, _ = grads.all_reduce(world, clock.seconds, False)
             norm = update(grads, optimizer, scaler, recipe.optim.clip)
-            run.step, run.seen = run.step + 1, run.seen + sum(b.input_ids.numel() for b in batches)
+            run.step, run.tokens = run.step + 1, run.tokens + sum(b.input_ids.numel() for b in batches)
             fraction = clock.fraction(run.step, seconds)
             count_skips(run, loss, norm, scaler.get_scale())
             if fraction >= 1 - idea.average: mean.update_parameters(model)  # without averaging: once, after the last step
