@@ -23,6 +23,7 @@ from ..core.scales import get_recipe, get_scale
 from ..data.packing import open_data, prepare
 from ..efficiency.benchmark import (BATCHES, DOCUMENTED, WITH, WITHOUT, bench_rows, make_setup,
                                           our_steps, stock_steps)
+from ..evaluation.finetuning import padding_rows
 from ..evaluation.protocol import jobs, load_tasks
 from .tables import (COLOURS, KINDS, STYLE, needed, published, shown, write_figure,
                                       write_table)
@@ -223,7 +224,6 @@ def bench_finetuning(
     out: Path,   # for rows and table
 ) -> list[dict]: # rows, also in out/bench_finetuning.jsonl
     "The surrogate tasks, with tight batches and padded ones, two epochs of the laptop's setting"
-    from cramlit.evaluation.finetuning import padding_rows
     tasks, grid = load_tasks('surrogate', []), get_scale('laptop').finetune
     job = replace(jobs(tasks[0], grid, 1, ('pretrained',))[0], epochs=2)
     rows = padding_rows(model, tasks, job, dict(scale='laptop'), turns)
