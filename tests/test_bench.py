@@ -1,7 +1,10 @@
 "The bench: every contender does the same work, rates follow from the parts, what cannot be timed says why"
+import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,11 +21,18 @@ from cramlit.efficiency.benchmark import (
 from cramlit.efficiency.planner import get_gpu, plan
 from cramlit.model.encoder import SelfAttention
 from cramlit.model.kernels import Dropout
+from cramlit.reporting import speed
 from cramlit.reporting.speed import best_stock, rate_of, table1, table2, write_table1, write_table2
 from cramlit.reporting.tables import shown
+from cramlit.running.command import main
+from cramlit.training.distributed import World
+from cramlit.training.optimizers import set_lr
+from cramlit.training.schedule import lr_factor
+from cramlit.training.training import update
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')
+OFF = torch.amp.GradScaler(enabled=False)
 
 
 @pytest.fixture(autouse=True)
@@ -168,9 +178,8 @@ def test_speed_rows_say_what_is_measured_and_what_is_projected(recipe, data, tmp
     for name in ('bert-base', 'bert-large'):
         named = replace(recipe, name=name)
         rows += speed_rows(named, data, data.padded_vocab_size, CPU, dict(scale='tiny'), turns=1, least=0.)
-    kinds = {(r['metric'], r['kind']) for r in rows if r.get('global_batch_size')}
     metrics = ('tokens_per_second', 'ms_per_step', 'days_for_256m_samples')
-    assert kinds == {(m, 'projected') for m in metrics}
+    assert {r['kind'] for r in rows if r['metric'] in metrics} == {'projected'}
     assert {r['kind'] for r in rows if r['metric'].startswith('seconds_per')} == {'measured'}
     at = {(r['recipe'], r.get('variant'), r['metric'], r.get('global_batch_size')): r['value'] for r in rows}
     for G in BATCHES:
@@ -282,3 +291,83 @@ def test_a_plan_that_does_not_fit_says_so(recipe, monkeypatch):
     monkeypatch.setattr(bench, 'measured_step', full)
     row, = bench.check_plan(recipe, plan(recipe, 1, 60., rate=1000.), CPU)
     assert row['value'] is None and 'does not fit' in row['why']
+
+
+def curve(contender, setup, steps):
+    "The training loss of each step under the recipe's schedule"
+    losses = []
+    for step in range(steps):
+        set_lr(setup.optimizer, lr_factor(step/steps, setup.recipe.schedule.warmup))
+        contender.passes(contender.batches(step))
+        loss, _, _ = setup.grads.all_reduce(World(), 0., False)
+        losses.append(loss)
+        update(setup.grads, setup.optimizer, OFF, setup.recipe.optim.clip)
+    return np.array(losses)
+
+
+def test_our_step_and_the_step_without_everything_have_one_loss_curve(recipe, data):
+    quick = override(recipe, ['model.dropout=0', 'model.attention_dropout=0', 'batch.micro_batch_size=8'])
+    naive = override(quick, ['batch.micro_batch_size=32'])
+    made = []
+    for r in (quick, naive):
+        torch.manual_seed(0)
+        made.append(replace(make_setup(r, data.padded_vocab_size, CPU), precision=FP32))
+    dense = replace(made[1], model=OtherLoss(plain_kernels(made[1].model), dense_head))
+    for group in dense.optimizer.param_groups: group.update(fused=False, foreach=False)
+    fast, plain = our_step(made[0], data), our_step(dense, data, uncut)
+    widths = [b.input_ids.shape for step in range(20) for b in fast.batches(step)]
+    assert (8, 16) in widths and (8, 32) in widths, 'cut and sorted'
+    assert {b.input_ids.shape for b in plain.batches(0)} == {(32, 32)}, 'whole'
+    a, b = curve(fast, made[0], 200), curve(plain, dense, 200)
+    assert a[-1] < a[0] - .5, 'both should learn'
+    assert abs(a[0]/b[0] - 1) < 1e-6
+    # a tenth of it was seen: sums are made in other orders, and errors grow from step to step
+    assert np.abs(a/b - 1).max() < 1e-4
+
+
+def test_bench_writes_rows_that_agree_with_one_another(data, tmp_path, capsys, monkeypatch):
+    folder = data.folder
+    for steps in ('stock_steps', 'our_steps'):  # a compiler needs minutes
+        monkeypatch.setattr(speed, steps, partial(getattr(bench, steps), compiled=False))
+    out = tmp_path/'out'
+    args = ['--shape', 'tiny', '--turns', '1', '--json', '--data', str(folder), '--out', str(out)]
+    assert main(['bench', *args]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    ids = {(r['stage'], r['shape'], r['scale'], r['recipe']) for r in rows}
+    assert ids == {('bench', 'tiny', 'tiny', '24hbert')}
+    at = {(r['metric'], r.get('variant')): r['value'] for r in rows if r['metric'] != 'share_of_step'}
+    rate = {v: x for (m, v), x in at.items() if m == 'tokens_per_second'}
+    left_out = {v.removeprefix('ours_without_') for v in rate if v.startswith('ours_without_')}
+    assert left_out >= {'padding_cut', 'last_layer_cut', 'sparse_prediction', 'quick_operations',
+                        'fused_optimiser', 'large_micro_batches', 'large_batches', 'short_sequences', 'prepared_rows'}
+    assert {v for v in rate if not v.startswith('ours_without_')} == {'ours', 'stock_default', 'stock_eager'}
+    tokens = 32*32e3  # of a step, in thousandths
+    for name in set(rate) - {'ours_without_large_batches'}:  # everybody processes the same sequences
+        assert rate[name]*at['ms_per_step', name] == pytest.approx(tokens)
+    for name in rate:
+        assert at['mfu', name]/at['mfu', 'ours'] == pytest.approx(rate[name]/rate['ours'])
+        assert at['peak_memory_bytes', name] > 0
+        if name != 'ours': assert at['time_of_ours', name] == pytest.approx(rate['ours']/rate[name])
+    for name in ('ours', 'stock_default'):
+        shares = [r['value'] for r in rows if r['metric'] == 'share_of_step' and r['variant'] == name]
+        assert sum(shares) == pytest.approx(1)
+    suffixes = ('jsonl', 'md', 'tex', 'csv', 'svg', 'pdf')
+    assert {p.name for p in out.iterdir()} == {f'bench_tiny.{x}' for x in suffixes}
+    assert [json.loads(line) for line in (out/'bench_tiny.jsonl').read_text().splitlines()] == rows
+    text = (out/'bench_tiny.md').read_text()
+    assert 'as stock as documented' in text and 'without sparse prediction' in text
+
+
+def test_a_brief_bench_makes_what_it_times_and_nothing_else(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, 'stock_steps', partial(bench.stock_steps, compiled=False))
+    def unwanted(*args): raise AssertionError('made for nothing')
+    for name in ('plain_kernels', 'text_batches', 'lengthen'): monkeypatch.setattr(bench, name, unwanted)
+    rows = speed.bench_steps('tiny', 1, True, data.folder, tmp_path, [])
+    assert {r['variant'] for r in rows if r.get('variant')} == {'stock_default', 'stock_eager', 'ours'}
+
+
+@pytest.mark.parametrize('more, says', [
+    (['--shape', 'laptpo'], "Did you mean 'laptop'?"), (['--turns', '0'], 'above zero')])
+def test_bench_refuses_what_it_does_not_know(tmp_path, capsys, more, says):
+    assert main(['bench', '--out', str(tmp_path/'out'), *more]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path/'out').exists()

@@ -1,32 +1,28 @@
-"The fast path: as quick as it is, it computes the same, asks for nothing, and meets no shape that it does not know"
+"The fast path computes the same, never makes the host wait, and meets no shape that was not foreseen"
 import json
-from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cramlit.core.devices import Precision
-from cramlit.core.recipes import override
-from cramlit.core.scales import get_recipe
-from cramlit.data.batches import train_batches
-from cramlit.data.corpus import Document, documents
-from cramlit.data.masking import IGNORE, count_predictions
-from cramlit.data.packing import open_data, prepare
-from cramlit.data.tokenizer import encode_documents, load_tokenizer, sentences
-from cramlit.efficiency import benchmark as bench
-from cramlit.efficiency.benchmark import OtherLoss, dense_head, make_setup, our_step, plain_kernels, uncut
-from cramlit.model.encoder import MaskedLM
-from cramlit.reporting import speed
-from cramlit.running.command import main
 from cramlit.training import training as train
+from cramlit.core.recipes import override
+from cramlit.data.corpus import Document, documents
 from cramlit.training.distributed import Gradients, World
-from cramlit.training.optimizers import set_lr
+from cramlit.data.batches import train_batches
+from cramlit.data.masking import IGNORE, count_predictions
+from cramlit.model.encoder import MaskedLM, gather
+from cramlit.data.packing import open_data, prepare
+from cramlit.core.devices import Precision
+from cramlit.core.scales import get_recipe
+from cramlit.training.optimizers import make_optimizer
 from cramlit.training.schedule import lr_factor
-from cramlit.training.training import accumulate, micro_step, update
+from cramlit.data.tokenizer import encode_documents, sentences
+from cramlit.training.training import accumulate, micro_step
+from cramlit.data.tokenizer import load_tokenizer
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')
@@ -39,41 +35,56 @@ def opened(data):
     return open_data(data)
 
 
-def curve(contender, setup, steps):
-    "The training loss of each step under the recipe's schedule"
-    losses = []
+def curve(recipe, data, loss_of, fused, steps):
+    "The training loss of each step under the recipe's schedule, and the shapes of the batches"
+    torch.manual_seed(0)
+    model = MaskedLM(recipe.model, data.padded_vocab_size)
+    optimizer = make_optimizer(model, recipe.optim)
+    for group in optimizer.param_groups: group['fused'] = fused
+    losses, shapes = [], set()
     for step in range(steps):
-        set_lr(setup.optimizer, lr_factor(step/steps, setup.recipe.schedule.warmup))
-        contender.passes(contender.batches(step))
-        loss, _, _ = setup.grads.all_reduce(World(), 0., False)
+        lr = recipe.optim.lr*lr_factor(step/steps, recipe.schedule.warmup)
+        for group in optimizer.param_groups: group['lr'] = lr
+        batches = list(train_batches(data, recipe, step))
+        predictions = sum((b.labels != IGNORE).sum() for b in batches)
+        optimizer.zero_grad()
+        loss = 0.
+        for b in batches:
+            part = loss_of(model, b)/predictions
+            part.backward()
+            loss += part.item()
+            shapes.add(tuple(b.input_ids.shape))
+        optimizer.step()
         losses.append(loss)
-        update(setup.grads, setup.optimizer, OFF, setup.recipe.optim.clip)
-    return np.array(losses)
+    return np.array(losses), shapes
+
+
+def sparse_loss(model, b):
+    return model(b.input_ids, b.attention_mask, b.positions, b.labels)
+
+
+def dense_loss(model, b):
+    "Every position scored by torch's own operations, and the masked ones picked out of them"
+    scores = gather(model.logits(b.input_ids, b.attention_mask), b.positions)
+    return F.cross_entropy(scores.flatten(0, 1), b.labels.flatten(), ignore_index=IGNORE, reduction='sum')
 
 
 def test_the_fast_and_the_naive_way_have_one_loss_curve(recipe, opened):
-    quick = override(recipe, [*NO_DROPOUT, 'batch.micro_batch_size=8'])
-    naive = override(quick, ['batch.micro_batch_size=32'])
-    made = []
-    for r in (quick, naive):
-        torch.manual_seed(0)
-        made.append(replace(make_setup(r, opened.padded_vocab_size, CPU), precision=FP32))
-    dense = replace(made[1], model=OtherLoss(plain_kernels(made[1].model), dense_head))
-    for group in dense.optimizer.param_groups: group.update(fused=False, foreach=False)
-    fast, plain = our_step(made[0], opened), our_step(dense, opened, uncut)
-    widths = [b.input_ids.shape for step in range(20) for b in fast.batches(step)]
-    assert (8, 16) in widths and (8, 32) in widths, 'cut and sorted'
-    assert {b.input_ids.shape for b in plain.batches(0)} == {(32, 32)}, 'whole'
-    a, b = curve(fast, made[0], 200), curve(plain, dense, 200)
+    fast = override(recipe, [*NO_DROPOUT, 'batch.micro_batch_size=8'])
+    naive = override(fast, ['batch.micro_batch_size=32'])
+    a, cut = curve(fast, opened, sparse_loss, True, 200)
+    b, whole = curve(naive, opened, dense_loss, False, 200)
+    assert {(8, 16), (8, 32)} <= cut and whole == {(32, 32)}
     assert a[-1] < a[0] - .5, 'both should learn'
     assert abs(a[0]/b[0] - 1) < 1e-6
-    assert np.abs(a/b - 1).max() < 1e-4, 'a tenth of it was seen: sums are made in other orders, and errors grow from step to step'
+    assert np.abs(a/b - 1).max() < 1e-4, 'sums are made in other orders, and errors grow from step to step'
 
 
 class NothingAsked(TorchDispatchMode):
     "Whatever a host does with a value, it must read it first"
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        assert op not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), f'{op} makes the host wait'
+        reads = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        assert op not in reads, f'{op} makes the host wait'
         return op(*args, **(kwargs or {}))
 
 
@@ -81,13 +92,25 @@ class NothingAsked(TorchDispatchMode):
 def read(monkeypatch):
     "Readings that pass by the dispatcher when a tensor is on the CPU already, by name as they happen"
     seen = []
+
+    def noted(name, real):
+        def method(self, *args, **kwargs):
+            seen.append(name)
+            return real(self, *args, **kwargs)
+        return method
+
     for name in ('tolist', 'numpy', 'cpu', '__array__'):
-        real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, name=name, real=real, **kw: (seen.append(name), real(self, *args, **kw))[1])
+        monkeypatch.setattr(torch.Tensor, name, noted(name, getattr(torch.Tensor, name)))
     return seen
 
 
-@pytest.mark.parametrize('name, settings', [('24hbert', []), ('bert-base', []), ('modern', []), ('modern', ['model.window=8', 'model.num_layers=4']), ('mosaicbert', [])])
+@pytest.mark.parametrize('name, settings', [
+    ('24hbert', []),
+    ('bert-base', []),
+    ('modern', []),
+    ('modern', ['model.window=8', 'model.num_layers=4']),
+    ('mosaicbert', []),
+])
 def test_a_micro_step_asks_nothing_of_the_device(name, settings, opened, read):
     r = get_recipe(name, 'tiny', ['batch.micro_batch_size=8', *settings])
     model = MaskedLM(r.model, opened.padded_vocab_size)
@@ -104,13 +127,14 @@ def test_validation_asks_once_however_many_batches_there_are(name, recipe, opene
     batches = list(train_batches(opened, r, 0))
     assert len(batches) == 4
     monkeypatch.setattr(train, 'validation_batches', lambda *args: iter(batches))
+    model = MaskedLM(r.model, opened.padded_vocab_size)
     read.clear()
-    with NothingAsked(): loss = train.validate(MaskedLM(r.model, opened.padded_vocab_size), opened, r, FP32, World())
+    with NothingAsked(): loss = train.validate(model, opened, r, FP32, World())
     assert read == ['tolist'] and 4 < loss < 6
 
 
 def foreseen_forms(r):
-    "Whole rows without a mask, and rows cut at multiples of 16 with one"
+    "Whole sequences without a mask, and sequences cut at multiples of 16 with one"
     B, S, K = r.batch.micro_batch_size, r.packing.seq_len, int(count_predictions(r.packing.seq_len, r.masking))
     widths = {min(S, -(-w//16)*16) for w in range(1, S + 1)}
     shapes = [(torch.Size([B, S]), True), *((torch.Size([B, w]), False) for w in widths)]
@@ -134,8 +158,8 @@ def test_no_batch_has_a_shape_that_was_not_foreseen(mode, seq_len, recipe, data,
     assert met == {(seq_len, True)} if mode == 'stream' else {(16, False), (seq_len, False)} <= met
 
 
-def rows_of(batches, model):
-    "What is asked in each row, and what is answered: masked words, positions and labels → scores"
+def scores_by_sequence(batches, model):
+    "Masked sequence, positions and labels → scores of the masked tokens"
     found = {}
     for b in batches:
         with torch.no_grad(): scores = model.logits(b.input_ids, b.attention_mask, b.positions)
@@ -147,67 +171,23 @@ def rows_of(batches, model):
 
 
 @pytest.mark.parametrize('name', ['24hbert', 'modern'])
-def test_a_row_has_the_same_masks_and_scores_however_it_is_cut(name, opened):
+def test_a_sequence_has_the_same_masks_and_scores_however_the_batch_is_cut(name, opened):
     r = get_recipe(name, 'tiny', ['model.window=8', 'model.num_layers=4'] if name == 'modern' else [])
     torch.manual_seed(0)
     model = MaskedLM(r.model, opened.padded_vocab_size).eval()
     nn.init.normal_(model.embeddings.word.weight, std=.2)  # scores that differ enough to be compared
-    whole = rows_of(uncut(opened, r, 1), model)
+
+    def found(size, world):
+        cut = override(r, [f'batch.micro_batch_size={size}'])
+        batches = [b for rank in range(world) for b in train_batches(opened, cut, 1, rank, world)]
+        return scores_by_sequence(batches, model)
+
+    whole = found(32, 1)
     assert sum(map(len, whole.values())) == 32
-    for size in (2, 8, 32):
-        for world in (1, 2) if size < 32 else (1,):
-            cut = override(r, [f'batch.micro_batch_size={size}'])
-            batches = [b for rank in range(world) for b in train_batches(opened, cut, 1, rank, world)]
-            mine = rows_of(batches, model)
-            assert mine.keys() == whole.keys()
-            for key in whole: torch.testing.assert_close(mine[key], whole[key], atol=1e-5, rtol=1e-4)
-
-
-def test_bench_writes_rows_that_agree_with_one_another(data, tmp_path, capsys, monkeypatch):
-    for steps in ('stock_steps', 'our_steps'):  # a compiler needs minutes
-        monkeypatch.setattr(speed, steps, partial(getattr(bench, steps), compiled=False))
-    monkeypatch.setattr(bench, 'ceiling', partial(bench.ceiling, n=512))
-    out = tmp_path/'out'
-    args = ['--shape', 'tiny', '--turns', '1', '--json', '--data', str(data), '--out', str(out)]
-    assert main(['bench', *args]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    ids = {(r['stage'], r['shape'], r['scale'], r['recipe']) for r in rows}
-    assert ids == {('bench', 'tiny', 'tiny', '24hbert')}
-    at = {(r['metric'], r.get('variant')): r['value'] for r in rows if r['metric'] != 'share_of_step'}
-    rate = {v: x for (m, v), x in at.items() if m == 'tokens_per_second'}
-    left_out = {v.removeprefix('ours_without_') for v in rate if v.startswith('ours_without_')}
-    assert left_out >= {'padding_cut', 'last_layer_cut', 'sparse_prediction', 'quick_operations', 'fused_optimiser',
-                        'large_micro_batches', 'large_batches', 'short_sequences', 'prepared_rows'}
-    assert {v for v in rate if not v.startswith('ours_without_')} == {'ours', 'stock_default', 'stock_eager'}
-    tokens = 32*32e3  # of a step, in thousandths
-    for name in set(rate) - {'ours_without_large_batches'}:
-        assert rate[name]*at['ms_per_step', name] == pytest.approx(tokens), 'everybody processes the same sequences'
-    for name in rate:
-        assert at['mfu', name]/at['mfu', 'ours'] == pytest.approx(rate[name]/rate['ours'])
-        assert at['peak_memory_bytes', name] > 0
-        if name != 'ours': assert at['time_of_ours', name] == pytest.approx(rate['ours']/rate[name])
-    for name in ('ours', 'stock_default'):
-        shares = [r['value'] for r in rows if r['metric'] == 'share_of_step' and r['variant'] == name]
-        assert sum(shares) == pytest.approx(1)
-    assert {p.name for p in out.iterdir()} == {f'bench_tiny.{x}' for x in ('jsonl', 'md', 'tex', 'csv', 'svg', 'pdf')}
-    assert [json.loads(line) for line in (out/'bench_tiny.jsonl').read_text().splitlines()] == rows
-    text = (out/'bench_tiny.md').read_text()
-    assert 'as stock as documented' in text and 'without sparse prediction' in text
-
-
-def test_a_brief_bench_makes_what_it_times_and_nothing_else(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, 'stock_steps', partial(bench.stock_steps, compiled=False))
-    monkeypatch.setattr(bench, 'ceiling', partial(bench.ceiling, n=512))
-    def unwanted(*args): raise AssertionError('made for nothing')
-    for name in ('plain_kernels', 'text_batches', 'lengthen'): monkeypatch.setattr(bench, name, unwanted)
-    rows = speed.bench_steps('tiny', 1, True, data, tmp_path, [])
-    assert {r['variant'] for r in rows if r.get('variant')} == {'stock_default', 'stock_eager', 'ours'}
-
-
-@pytest.mark.parametrize('more, says', [(['--shape', 'laptpo'], "Did you mean 'laptop'?"), (['--turns', '0'], 'above zero')])
-def test_bench_refuses_what_it_does_not_know(tmp_path, capsys, more, says):
-    assert main(['bench', '--out', str(tmp_path/'out'), *more]) == 2
-    assert says in capsys.readouterr().err and not (tmp_path/'out').exists()
+    for size, world in ((2, 1), (2, 2), (8, 1), (8, 2)):
+        part = found(size, world)
+        assert part.keys() == whole.keys()
+        for key in whole: torch.testing.assert_close(part[key], whole[key], atol=1e-5, rtol=1e-4)
 
 
 def test_documents_tokenised_whole_are_their_sentences_tokenised_one_by_one(text, data):

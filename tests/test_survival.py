@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from torture import save_costs, torture
 
 from cramlit.core.recipes import CramlitError, UsageError

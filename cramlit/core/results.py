@@ -126,11 +126,13 @@ def write_rows(
 
 def read_json_lines(
     path: str|Path,   # UTF-8, one JSON object a line
+    growing: bool = False,  # leave out a last line that is still being written
 ) -> list[dict]:
     "Read JSON lines; raises `CramlitError` naming a line that is broken"
     rows = []
     with open(path, encoding='utf-8', newline='\n') as f:  # a string may hold U+2028
         for n, line in enumerate(f, 1):
+            if growing and not line.endswith('\n'): break
             try: rows.append(json.loads(line))
             except json.JSONDecodeError as e:
                 raise CramlitError(f"{path}, line {n}: not JSON ({e.msg}): remove it") from None

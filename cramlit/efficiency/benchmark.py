@@ -200,6 +200,11 @@ class Timing:
 
     def sequences(self, batch: int) -> int: return batch or self.recipe.batch.global_batch_size
 
+    def ids(self) -> dict[str, int]:  # for result rows
+        "What the step was made of"
+        return dict(global_batch_size=self.sequences(0), micro_batch_size=self.recipe.batch.micro_batch_size,
+                    seq_len=self.recipe.packing.seq_len, devices=devices())
+
     def step(self, batch: int = 0) -> float:  # seconds
         "A step on all devices: each has its share of the sequences, and all of the update"
         return self.sequences(batch)/devices()/self.recipe.batch.micro_batch_size*self.micro + self.update
@@ -437,11 +442,10 @@ def step_rows(
     batches: Iterable[int] = (),  # sizes of a step, sequences; none = the recipe's
 ) -> list[dict]:
     "The two times; for each size of a step its time, its rate and the days of `SAMPLES` sequences"
-    b, S = turns[0].recipe.batch, turns[0].recipe.packing.seq_len
-    ids = ids | dict(micro_batch_size=b.micro_batch_size, seq_len=S, devices=devices(), kind='measured')
+    ids, S = ids | dict(kind='measured'), turns[0].recipe.packing.seq_len
     rows = [_row('seconds_per_micro_batch', [t.micro for t in turns], 's', **ids),
             _row('seconds_per_update', [t.update for t in turns], 's', **ids)]
-    for G in batches or (b.global_batch_size,):
+    for G in batches or (turns[0].sequences(0),):
         about = ids | dict(global_batch_size=G, kind=turns[0].kind(G))
         days = [SAMPLES*S/t.rate(G)/86400 for t in turns]
         rows += [_row('ms_per_step', [1e3*t.step(G) for t in turns], 'ms', **about),
@@ -471,7 +475,7 @@ def bench_rows(
     rows = [_row('ceiling', [top], 'FLOP/s', **ids)]
     rows += [result_row('ms_per_step', None, 'ms', **ids, variant=n, why=reason) for n, reason in why.items()]
     for name, mine in taken.items():
-        ids = ids | dict(variant=name, kind='measured')
+        ids = ids | dict(variant=name, kind='measured') | mine[0].ids()
         shares, memory = profiled(contenders[name](), device)
         rows.append(result_row('peak_memory_bytes', memory, 'bytes', **ids))
         for part, x in shares.items() if name in ('stock_default', 'ours') else ():

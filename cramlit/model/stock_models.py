@@ -7,7 +7,7 @@ __all__ = ['family', 'name_map', 'stock_state', 'our_state', 'stock_config', 'ou
            'load_parts', 'weights_digest', 'recipe_from', 'check_vocabulary', 'load_weights', 'init_from']
 
 # %% ../../nbs/model/22_stock_models.ipynb #aace1623
-import json
+import json, re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -85,18 +85,20 @@ _NAMES = {'bert': _BERT, 'megatron-bert': _MEGATRON, 'roberta-prelayernorm': _RO
           'modernbert': _MODERNBERT}
 
 def name_map(
-    cfg: ModelConfig,  # shape of the network
-) -> dict[str, str]:   # our module → the stock module
-    "Which stock name each of our modules has; `{part}` stands for query, key, value where these are three"
+    cfg: ModelConfig,       # shape of the network
+) -> dict[str, list[str]]:  # our weight → the stock weight, or those of query, key and value
+    "Which stock names our weights have"
+    with torch.device('meta'): weights = MaskedLM(cfg, 1).state_dict()
     names = {}
-    for layer in map(str, range(cfg.num_layers)):
-        for ours, theirs in _NAMES[family(cfg)].items():
-            names[ours.replace('{i}', layer)] = theirs.replace('{i}', layer)
+    for name in weights:
+        module, kind = name.rsplit('.', 1)  # kind: weight or bias
+        layer = ''.join(re.findall(r'\.(\d+)\.', module))
+        theirs = _NAMES[family(cfg)][re.sub(r'\.\d+\.', '.{i}.', module)]
+        parts = ('query', 'key', 'value') if '{part}' in theirs else ('',)
+        names[name] = [f'{theirs.format(i=layer, part=part)}.{kind}' for part in parts]
     return names
 
 # %% ../../nbs/model/22_stock_models.ipynb #e1925eb2
-_PARTS = ('query', 'key', 'value')
-
 def _position_offset(cfg: ModelConfig, pad: int) -> int:
     "Rows before the first position: RoBERTa has `padding_idx + 1` of them"
     return pad + 1 if family(cfg) == 'roberta-prelayernorm' else 0
@@ -105,18 +107,14 @@ def stock_state(
     state: dict[str, Tensor],  # of our model
     cfg: ModelConfig,          # its shape
     pad: int,                  # id of the padding token
-) -> dict[str, Tensor]:        # of the stock model
+) -> dict[str, Tensor]:        # of the stock model, in the same memory
     "Rename and cut our weights into the stock ones"
-    names, out = name_map(cfg), dict[str, Tensor]()
-    for name, w in state.items():
-        module, kind = name.rsplit('.', 1)  # kind: weight or bias
-        theirs = f'{names[module]}.{kind}'
-        if '{part}' in theirs:
-            for part, piece in zip(_PARTS, w.chunk(3), strict=True):
-                out[theirs.format(part=part)] = piece.clone()
-        elif module == 'embeddings.position':
-            out[theirs] = torch.cat([w.new_zeros(_position_offset(cfg, pad), w.shape[1]), w])
-        else: out[theirs] = w
+    out = dict[str, Tensor]()
+    for name, theirs in name_map(cfg).items():
+        w = state[name]
+        if name == 'embeddings.position.weight':
+            w = torch.cat([w.new_zeros(_position_offset(cfg, pad), w.shape[1]), w])
+        out |= dict(zip(theirs, w.chunk(len(theirs)), strict=True))
     if not cfg.bias and family(cfg) != 'modernbert':
         for name, w in list(out.items()):
             if name.endswith('.weight') and not name.endswith('_embeddings.weight'):
@@ -129,14 +127,9 @@ def our_state(
     pad: int,                  # id of the padding token
 ) -> dict[str, Tensor]:        # of our model
     "Rename and join stock weights into ours; the inverse of `stock_state`"
-    with torch.device('meta'): expected = MaskedLM(cfg, 1).state_dict()
-    names, out = name_map(cfg), dict[str, Tensor]()
-    for name in expected:
-        module, kind = name.rsplit('.', 1)
-        theirs = f'{names[module]}.{kind}'
-        if '{part}' in theirs: out[name] = torch.cat([state[theirs.format(part=p)] for p in _PARTS])
-        elif module == 'embeddings.position': out[name] = state[theirs][_position_offset(cfg, pad):]
-        else: out[name] = state[theirs]
+    out = {name: torch.cat([state[n] for n in theirs]) for name, theirs in name_map(cfg).items()}
+    positions = out.get('embeddings.position.weight')
+    if positions is not None: out['embeddings.position.weight'] = positions[_position_offset(cfg, pad):]
     return out
 
 # %% ../../nbs/model/22_stock_models.ipynb #2e699cac
