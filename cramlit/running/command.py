@@ -172,10 +172,10 @@ def plan(
 ) -> list[dict]:
     "Work out memory, steps, days, energy and cost of a run before it is made; no GPU is needed"
     from cramlit.core.devices import pick_device
-    from cramlit.efficiency.planner import get_card, measured_rate, plan as work_out
+    from cramlit.efficiency.planner import get_gpu, measured_rate, plan as work_out
     from cramlit.training.schedule import parse_budget
     r = get_recipe(recipe, scale, Override or [])
-    card = get_card(gpu) if gpu else None
+    card = get_gpu(gpu) if gpu else None
     rate = measured_rate(measured, r) if measured else 0.
     rows = work_out(r, gpus, parse_budget(budget), card, rate, mfu, price, scale)
     if pick_device().type != 'cuda': return rows
