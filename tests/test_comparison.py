@@ -10,7 +10,8 @@ from scipy.stats import ttest_ind
 
 from cramlit.core.recipes import CramlitError, UsageError, override
 from cramlit.core.results import result_row
-from cramlit.core.scales import RECIPES, SCALES, get_recipe, get_scale
+from cramlit.core.recipes import RECIPES
+from cramlit.core.scales import SCALES, get_recipe, get_scale
 from cramlit.data.batches import VALIDATION_RATE, mask_for_validation, validation_batches
 from cramlit.data.masking import IGNORE
 from cramlit.data.packing import open_data

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from ..core.scales import get_scale
 from ..experiments.comparison import compare, evaluations, reached
 from ..experiments.search import best, trial_table
-from .tables import COLOURS, STYLE, needed, time_unit, write_figure, write_table
+from .figures import COLOURS, STYLE, time_unit, write_figure
+from .tables import needed, write_table
 from ..training.schedule import lr_factor
 
 # %% ../../nbs/reporting/75_beyond.ipynb #5832028a

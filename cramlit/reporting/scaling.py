@@ -17,7 +17,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from ..experiments.scaling import RESAMPLES, Fit, fit_runs
 from ..experiments.search import trial_table
 from .beyond import VALIDATION
-from .tables import COLOURS, STYLE, needed, write_figure, write_table
+from .figures import COLOURS, STYLE, write_figure
+from .tables import needed, write_table
 
 # %% ../../nbs/reporting/76_scaling.ipynb #28f67705
 POOR = .03    # standard deviation of log L above which a law is said to fit poorly
