@@ -15,9 +15,28 @@ from cramlit.core.scales import get_recipe
 from cramlit.data.packing import open_data
 from cramlit.efficiency import benchmark as bench
 from cramlit.efficiency.benchmark import (
-    BATCHES, OtherLoss, PlainAttention, Timing, bench_rows, dense_head, lengthen, make_setup, our_step,
-    our_steps, plain_kernels, plain_scores, speed_rows, step_rows, stock_steps, take_turns, text_batches,
-    time_step, uncut, validation_row, whole_last_layer)
+    BATCHES,
+    OtherLoss,
+    PlainAttention,
+    Timing,
+    bench_rows,
+    dense_head,
+    lengthen,
+    make_setup,
+    our_step,
+    our_steps,
+    plain_kernels,
+    plain_scores,
+    speed_rows,
+    step_rows,
+    stock_steps,
+    take_turns,
+    text_batches,
+    time_step,
+    uncut,
+    validation_row,
+    whole_last_layer,
+)
 from cramlit.efficiency.planner import get_gpu, plan
 from cramlit.model.encoder import SelfAttention
 from cramlit.model.kernels import Dropout

@@ -8,21 +8,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cramlit.training import training as train
-from cramlit.core.recipes import override
-from cramlit.data.corpus import Document, documents
-from cramlit.training.distributed import Gradients, World
-from cramlit.data.batches import train_batches
-from cramlit.data.masking import IGNORE, count_predictions
-from cramlit.model.encoder import MaskedLM, gather
-from cramlit.data.packing import open_data, prepare
 from cramlit.core.devices import Precision
+from cramlit.core.recipes import override
 from cramlit.core.scales import get_recipe
+from cramlit.data.batches import train_batches
+from cramlit.data.corpus import Document, documents
+from cramlit.data.masking import IGNORE, count_predictions
+from cramlit.data.packing import open_data, prepare
+from cramlit.data.tokenizer import encode_documents, load_tokenizer, sentences
+from cramlit.model.encoder import MaskedLM, gather
+from cramlit.training import training as train
+from cramlit.training.distributed import Gradients, World
 from cramlit.training.optimizers import make_optimizer
 from cramlit.training.schedule import lr_factor
-from cramlit.data.tokenizer import encode_documents, sentences
 from cramlit.training.training import accumulate, micro_step
-from cramlit.data.tokenizer import load_tokenizer
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')
