@@ -228,7 +228,8 @@ def run_trials(
     run_parallel(missing, len(trials), 'trials', one_by_one=study.nproc > 1)
     rows = []
     for trial, folder in zip(trials, folders, strict=True):
-        rows += [row | trial_ids(trial, study) for row in read_rows(folder/'rows.jsonl')]
+        ids = trial_ids(trial, study)
+        rows += [row | ids for row in read_rows(folder/'rows.jsonl')]
     write_rows(out/'rows.jsonl', rows)
     return rows
 
