@@ -49,6 +49,7 @@ class Run:
     tokens: int = 0      # in the batches of these steps, padding included
     skipped: int = 0     # steps not taken because the gradient was NaN or inf
     in_a_row: int = 0    # of those, how many just now
+    done: float = -1.    # fraction of the budget up to which evaluations and milestones are made; 1 = all
     stopped: str = ''    # why the run was stopped early; '' = it was not
     init: str = ''       # `fingerprint` of the weights it starts from; '' = random ones
     listeners: list[Callable[[dict], None]] = field(default_factory=list)  # called with each line of the log
@@ -221,7 +222,7 @@ class Hook:
     before_final_evaluation: Callable[[MaskedLM], None] = lambda model: None
 
 # %% ../../nbs/training/35_training.ipynb #1841879f
-STATE = ('step', 'tokens', 'skipped', 'in_a_row', 'stopped')  # what a checkpoint keeps of a run
+STATE = ('step', 'tokens', 'skipped', 'in_a_row', 'stopped', 'done')  # what a checkpoint keeps of a run
 LOGS = ('metrics.jsonl', 'samples.jsonl')                     # files of lines with a step
 
 def save_checkpoint(
@@ -247,8 +248,9 @@ def resume(
     if state:
         batch = run.recipe.batch.global_batch_size*run.recipe.packing.seq_len
         state.setdefault('tokens', state['step']*batch)  # older checkpoints do not say
-        for k in STATE: setattr(run, k, state[k])
         run.clock.spent, run.clock.reserve = state['spent'], state['reserve']
+        state.setdefault('done', min(run.clock.fraction(state['step']), .9999))  # nor this; at 1 it has ended
+        for k in STATE: setattr(run, k, state[k])
         scaler.load_state_dict(state['scaler'])
     if not run.world.main: return
     for path in (run.out/name for name in LOGS if (run.out/name).exists()):
@@ -259,14 +261,13 @@ def resume(
 def save_milestones(
     run: Run,
     model: nn.Module,
-    before: float,  # fraction of the budget before the last step
-    after: float,   # and after it
+    fraction: float,  # of the budget spent
 ):
-    "Keep the weights at each fraction of `checkpoint.milestones` that fell into the last step"
+    "Keep the weights at each fraction of `checkpoint.milestones` that was passed since the last time"
     if not run.world.main: return
     for milestone in run.recipe.checkpoint.milestones:
         folder = run.out/'milestones'/f'{milestone:g}'
-        if before < milestone <= after and not checkpoints(folder):
+        if run.done < milestone <= fraction and not checkpoints(folder):
             run.saver.save(folder, model, None, dict(step=run.step))
 
 # %% ../../nbs/training/35_training.ipynb #34fe37e8
@@ -277,11 +278,11 @@ def seed_dropout(
     torch.manual_seed(int(make_key(run.recipe.seed, run.step, run.world.rank)[0]) >> 1)
 
 def passes_multiple(
-    before: float,  # fraction of the budget before a step
-    after: float,   # and after it
+    before: float,  # fraction of the budget, -1 before the first step
+    after: float,   # and later
     every: float,   # fraction of the budget between two events
 ) -> bool:
-    "Did this step pass a multiple of `every`?"
+    "Is there a multiple of `every` between the two? 0 is one"
     return int(after/every) > int(before/every)
 
 # %% ../../nbs/training/35_training.ipynb #35a5000b
@@ -320,28 +321,31 @@ def warm_up(
 
 # %% ../../nbs/training/35_training.ipynb #35a5000d
 def first_evaluation(
-    run: Run,           # its clock starts, and gets its `reserve`
+    run: Run,           # its clock gets its `reserve`, and starts
+    model: MaskedLM,
     evaluate: Callable[[], float],
     save: Callable[[], None],
 ) -> float:             # fraction of the budget spent
-    "Start the clock, evaluate, and set aside the time for the end; raises `UsageError` if no time is left"
-    clock, world = run.clock, run.world
-    clock.restart()
-    began = clock.seconds
+    "Evaluate, set aside the time for the end, and start the clock; raises `UsageError` for a new run without time"
+    clock, world, recipe = run.clock, run.world, run.recipe
+    began, fraction = clock.now(), clock.fraction(run.step)
     loss = evaluate()
-    if run.step == 0:
+    if fraction < 1 and passes_multiple(run.done, fraction, recipe.validation.every):
         run.log(validation_loss=loss)
+        if run.step: run.stopped = run.stopped or should_stop_early(loss, fraction, recipe)
+    save_milestones(run, model, fraction)
+    if fraction < 1: run.done = max(run.done, fraction)
+    if run.step == 0:
         save()
         run.saver.wait()
-    took = clock.seconds - began
+    took = clock.now() - began
     clock.reserve = world.broadcast(max(clock.reserve, 1.5*took))  # half as long again, to be safe
-    now = world.broadcast(clock.seconds)
-    fraction = clock.fraction(run.step, now)
-    if run.step == 0 and fraction >= 1:
+    if run.step == 0 and not clock.steps and clock.reserve >= clock.budget:
         raise UsageError(f'a budget of {clock.budget:g} s is too short for a single step: validation and '
-                         f'saving alone take {now + clock.reserve:.1f} s. '
+                         f'saving alone take {clock.reserve:.1f} s. '
                          'Give more, or lower validation.max_sequences')
-    return fraction
+    clock.begin()
+    return clock.fraction(run.step, world.broadcast(clock.seconds))
 
 # %% ../../nbs/training/35_training.ipynb #5a5e5aba
 def train(
@@ -370,7 +374,7 @@ def train(
 
     resume(run, model, optimizer, scaler)
     warm_up(micro, run, grads)
-    fraction = first_evaluation(run, evaluate, save)
+    fraction = first_evaluation(run, model, evaluate, save)
     with progress_bar(run, log_every) as report, catch_stop_signals(run.out/'stop') as stop_requested:
         while fraction < 1 and not run.stopped:
             # the rate of each group goes up to its peak and down to 0 as the fraction goes from 0 to 1
@@ -390,11 +394,11 @@ def train(
 
             run.step += 1
             run.tokens += now.batch.global_batch_size*now.packing.seq_len  # 4096 · 128 = 524,288 in 24hBERT
-            before, fraction = fraction, clock.fraction(run.step, seconds)
+            fraction = clock.fraction(run.step, seconds)
             count_skips(run, loss, norm, scaler)
             report(loss, factor*recipe.optim.lr)
             changes.after_step(model, fraction)
-            save_milestones(run, model, before, fraction)
+            save_milestones(run, model, fraction)
 
             if stop:
                 save()
@@ -404,17 +408,21 @@ def train(
                                   f'The same command goes on from there: {run.out}')
 
             if fraction >= 1: break
-            if passes_multiple(before, fraction, recipe.validation.every):
+            if passes_multiple(run.done, fraction, recipe.validation.every):
                 loss = evaluate()
                 run.log(validation_loss=loss)
                 run.stopped = run.stopped or should_stop_early(loss, fraction, recipe)
-            if passes_multiple(before, fraction, recipe.checkpoint.every): save()
+            save_is_due = passes_multiple(run.done, fraction, recipe.checkpoint.every)
+            run.done = fraction
+            if save_is_due: save()
 
-    changes.before_final_evaluation(model)
-    loss = evaluate()
-    run.log(validation_loss=loss, **(dict(stopped=run.stopped) if run.stopped else {}))
-    save()
-    run.saver.wait()
+        # a run may have been interrupted between its last save and its rows
+        ended, run.done = run.done == 1, 1.
+        if not ended: changes.before_final_evaluation(model)
+        loss = evaluate()
+        if not ended: run.log(validation_loss=loss, **(dict(stopped=run.stopped) if run.stopped else {}))
+        save()
+        run.saver.wait()
     return loss
 
 # %% ../../nbs/training/35_training.ipynb #26f036d7
