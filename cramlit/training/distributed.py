@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from joblib import cpu_count
 from torch import Tensor, nn
 
 from ..core.devices import pick_device
-from ..core.recipes import CramlitError, Interrupted
+from ..core.recipes import CramlitError, Interrupted, UsageError
 
 # %% ../../nbs/training/32_distributed.ipynb #91540659
 @dataclass(frozen=True)
@@ -51,13 +52,33 @@ def processes(
     wanted: int,            # processes on this machine; 0 = one for each GPU, one on a CPU
 ) -> tuple[int|None, int]:  # this process's rank, and of how many; rank None = they are still to be started
     "Is this one of torchrun's processes, one alone, or the one that starts others?"
-    if 'WORLD_SIZE' in os.environ: return int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    started = _number('WORLD_SIZE', 0)
+    if started == 1: return 0, 1  # some schedulers and notebooks say so, and nothing else
+    if started: return _number('RANK', at_most=started - 1), started
     size = wanted or max(1, torch.cuda.device_count())
     return (0, 1) if size == 1 else (None, size)
 
+def _does_not_fit(variable: str) -> UsageError:
+    "One of the environment variables that torchrun sets is missing or odd"
+    said = {k: os.environ.get(k, '') for k in (variable, 'WORLD_SIZE')}
+    return UsageError(f"the environment has {' and '.join(f'{k}={v}' for k, v in said.items())}: start "
+                      'several processes with --nproc or torchrun, which set all of it, or unset WORLD_SIZE')
+
+def _number(variable: str, default: int|None = None, at_most: float = float('inf')) -> int:
+    text = os.environ.get(variable, '').strip()
+    if not text and default is not None: return default
+    if text.isascii() and text.isdecimal() and int(text) <= at_most: return int(text)
+    raise _does_not_fit(variable)
+
 def _rendezvous_store() -> dist.Store:
     "Where the processes look for one another's addresses"
-    store, *_ = next(dist.rendezvous('env://'))
+    for variable in ('MASTER_ADDR', 'MASTER_PORT'):
+        if not os.environ.get(variable): raise _does_not_fit(variable)
+    try: store, *_ = next(dist.rendezvous('env://'))
+    except (dist.DistError, RuntimeError, ValueError) as e:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise CramlitError(f"the {os.environ['WORLD_SIZE']} processes of WORLD_SIZE did not meet at {where} "
+                           f'({type(e).__name__}): start all of them, or unset WORLD_SIZE') from e
     # After a restart torchrun's store still holds the addresses of processes that are gone, and whoever reads
     # one waits for ever. The number of the attempt in the names helps, where one machine counts for all.
     one_machine = os.environ.get('GROUP_WORLD_SIZE', '1') == '1'
@@ -73,26 +94,27 @@ def join_world() -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
+    local_rank, local_size = _number('LOCAL_RANK'), _number('LOCAL_WORLD_SIZE')
     gpus = torch.cuda.device_count()
     if gpus:
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK']) % gpus)
+        device = torch.device('cuda', local_rank % gpus)
         torch.cuda.set_device(device)
-    backend = 'nccl' if int(os.environ['LOCAL_WORLD_SIZE']) <= gpus else 'gloo'  # NCCL refuses to share a GPU
+    backend = 'nccl' if local_size <= gpus else 'gloo'  # NCCL refuses to share a GPU
     dist.init_process_group(backend, store=_rendezvous_store(), rank=rank, world_size=size)
     yield World(rank, size, device)
     dist.destroy_process_group()  # not after an error: others may be gone, and waiting for them would hang
 
 # %% ../../nbs/training/32_distributed.ipynb #24a493e4
 class Gradients:
-    "All gradients of a model in one tensor, then four totals: loss, predictions, seconds, stop requests"
+    "All gradients of a model in one tensor, then five totals: loss, predictions, seconds, stops, tokens"
     def __init__(
         self,
         model: nn.Module,  # its parameters get views of the tensor as their gradients
     ):
         params = [p for p in model.parameters() if p.requires_grad]
         sizes = [p.numel() for p in params]
-        self.buffer = torch.zeros(sum(sizes) + 4, device=params[0].device)
-        self.flat, self.totals = self.buffer.split([sum(sizes), 4])
+        self.buffer = torch.zeros(sum(sizes) + 5, device=params[0].device)
+        self.flat, self.totals = self.buffer.split([sum(sizes), 5])
         for p, g in zip(params, self.flat.split(sizes), strict=True): p.grad = g.view_as(p)
 
     def all_reduce(
@@ -100,12 +122,13 @@ class Gradients:
         world: World,
         seconds: float,  # on this process's clock; only the main process's counts
         stop: bool,      # was this process asked to stop?
-    ) -> tuple[float, float, bool]:  # mean loss, seconds and stop, the same in every process
+        tokens: int = 0, # in this process's batches
+    ) -> tuple[float, float, bool, int]:  # mean loss, seconds, stop, all tokens: the same in every process
         "Add everything up over all processes, and turn the sum of gradients into that of the mean loss"
-        self.totals[2:] = torch.tensor([seconds if world.main else 0., float(stop)])
-        loss, predictions, seconds, stops = world.all_reduce(self.buffer)[-4:].tolist()
+        self.totals[2:] = torch.tensor([seconds if world.main else 0., float(stop), float(tokens)])
+        loss, predictions, seconds, stops, total = world.all_reduce(self.buffer)[-5:].tolist()
         self.flat /= predictions
-        return loss/predictions, seconds, stops > 0
+        return loss/predictions, seconds, stops > 0, int(total)
 
 # %% ../../nbs/training/32_distributed.ipynb #7da83ee5
 @contextmanager
@@ -141,7 +164,7 @@ def launch(
 ):
     "Train in several processes; raises `Interrupted` when the run was stopped, `CramlitError` when it failed"
     torchrun = ['torch.distributed.run', '--standalone', f'--nproc-per-node={nproc}', '--max-restarts=3']
-    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, len(os.sched_getaffinity(0))//nproc))
+    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, cpu_count()//nproc))
     (out/'stop').unlink(missing_ok=True)
     command = [sys.executable, '-m', *torchrun, '-m', 'cramlit', 'pretrain', *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True,
