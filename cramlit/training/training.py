@@ -128,7 +128,7 @@ def other_setting(
 def acquire_run_dir(
     run: Run,      # its folder is created when it is not there
 ):
-    "Make the folder this run's own; raises `UsageError` when it is another's, `CramlitError` when it is in use"
+    "Make the folder this run's own; `UsageError` when it is another's, `CramlitError` when it is in use"
     lock_run_dir(run)
     path, mine, theirs = run.out/'run.json', run.identity(), dict()
     if path.exists():
@@ -355,8 +355,8 @@ def count_tokens(
     batches: list[Batch],
 ) -> int:
     "How many tokens are in batches, padding not counted"
-    masks = [b.attention_mask for b in batches]
-    return sum(b.input_ids.numel() if m is None else int(m.sum()) for b, m in zip(batches, masks, strict=True))
+    def of(b: Batch): return b.input_ids.numel() if b.attention_mask is None else int(b.attention_mask.sum())
+    return sum(map(of, batches))
 
 def passes_multiple(
     before: float,  # fraction of the budget, -1 before the first step
@@ -407,7 +407,7 @@ def first_evaluation(
     evaluate: Callable[[], float],
     save: Callable[[], None],
 ) -> float:             # fraction of the budget spent
-    "Evaluate, set aside the time for the end, start the clock; raises `UsageError` for a new run without time"
+    "Evaluate, set aside the time for the end, start the clock; `UsageError` when a new run has no time"
     clock, world, recipe = run.clock, run.world, run.recipe
     began, fraction = clock.now(), clock.fraction(run.step)
     loss = evaluate()
