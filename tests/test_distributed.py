@@ -107,7 +107,7 @@ def test_all_ranks_skip_the_same_step(text, data, tmp_path):
 def test_too_many_bad_steps_end_the_run_with_a_diagnosis(text, data, tmp_path):
     done = run(2, options(text, data, tmp_path/'run', '--steps', '100'), check=False, POISON='3-99')
     assert done.returncode == 0, 'torchrun would start again what fails'
-    assert done.stderr.count('the run was given up: ') == 1
+    assert done.stderr.count('the run stopped early: ') == 1
     assert 'lastly step 21' in done.stderr and 'train_batches' in done.stderr
     assert 'lastly step 21' in json_lines(tmp_path/'run'/'metrics.jsonl')[-1]['stopped']
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from cramlit.running.command import main
 from cramlit.core.recipes import CramlitError
-from cramlit.training.checkpoints import export_run, load_run
 from cramlit.core.results import read_rows, result_row, write_rows
-from cramlit.reporting.model_card import export_with_card, model_card, push
 from cramlit.model.stock_models import weights_digest
+from cramlit.reporting.model_card import export_with_card, model_card, push
+from cramlit.running.command import main
+from cramlit.training.checkpoints import export_run, load_run
 from cramlit.training.training import pretrain
 
 TOKEN = 'hf_ThisIsNoTokenOfAnybody'

@@ -68,7 +68,8 @@ def write_tensors(
     try: save_file(tensors, path)
     except SafetensorError as e:  # holds what the system said, as in "File too large (os error 27)"
         number = re.search(r'os error (\d+)', str(e))
-        raise OSError(int(number[1]) if number else errno.EIO, str(e)) from e
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(e)) from e
     with open(path, 'rb') as f: os.fsync(f.fileno())
     def content(t: Tensor) -> Tensor: return t.cpu().reshape(-1).view(torch.uint8)  # NaN is not equal to NaN
     for k, v in load_file(path).items():
