@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'STATE', 'LOGS', 'PATIENCE', 'Run', 'fingerprint', 'lock_run_dir', 'unlock_run_dir', 'other_setting',
            'acquire_run_dir', 'check_fits', 'check_run', 'summed_loss', 'validate', 'form_of', 'micro_step',
-           'accumulate', 'update', 'Hook', 'save_checkpoint', 'choose_checkpoint', 'expected_tokens', 'resume',
+           'accumulate', 'update', 'Hook', 'save_checkpoint', 'choose_checkpoint', 'expected_counts', 'resume',
            'save_milestones', 'seed_dropout', 'count_tokens', 'passes_multiple', 'progress_bar', 'warm_up',
            'first_evaluation', 'train', 'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'go_on',
            'pretrain_in']
@@ -54,7 +54,8 @@ class Run:
     world: World = field(default_factory=World)
     saver: Saver = field(default_factory=Saver)
     step: int = 0        # optimizer steps done, skipped ones included
-    tokens: int = 0      # in the batches of these steps, padding not counted
+    sequences: int = 0   # in the batches of these steps
+    tokens: int = 0      # in these sequences, padding not counted
     skipped: int = 0     # steps not taken because the gradient was NaN or inf
     in_a_row: int = 0    # of those, how many just now
     done: float = -1.    # fraction of the budget up to which evaluations and milestones are made; 1 = all
@@ -270,7 +271,7 @@ class Hook:
     before_final_evaluation: Callable[[MaskedLM], None] = lambda model: None
 
 # %% ../../nbs/training/35_training.ipynb #1841879f
-STATE = ('step', 'tokens', 'skipped', 'in_a_row', 'stopped', 'done')  # what a checkpoint keeps of a run
+STATE = ('step', 'sequences', 'tokens', 'skipped', 'in_a_row', 'stopped', 'done')  # what a checkpoint keeps of a run
 LOGS = ('metrics.jsonl', 'samples.jsonl')                     # files of lines with a step
 
 def save_checkpoint(
@@ -304,13 +305,13 @@ def choose_checkpoint(
                            'Do all machines see the same folder?')
     return path
 
-def expected_tokens(
+def expected_counts(
     run: Run,
     step: int,  # optimizer steps done
-) -> int:
-    "About so many tokens are in the batches of so many steps, padding not counted"
-    split = run.data.manifest['splits']['train']
-    return round(step*run.recipe.batch.global_batch_size*split['tokens']/split['rows'])
+) -> dict:      # sequences, tokens
+    "How many sequences so many steps take, and about how many tokens, padding not counted"
+    split, sequences = run.data.manifest['splits']['train'], step*run.recipe.batch.global_batch_size
+    return dict(sequences=sequences, tokens=round(sequences*split['tokens']/split['rows']))
 
 def resume(
     run: Run,           # changed in place
@@ -322,7 +323,7 @@ def resume(
     path, state = choose_checkpoint(run), None
     if path:
         state = read_checkpoint(path, model, optimizer)
-        if 'done' not in state: state['tokens'] = expected_tokens(run, state['step'])  # it counted padding
+        if 'sequences' not in state: state |= expected_counts(run, state['step'])  # tokens had padding among them
         run.clock.spent, run.clock.reserve = state['spent'], state['reserve']
         state.setdefault('done', min(run.clock.fraction(state['step']), .9999))  # at 1 a run has ended
         for k in STATE: setattr(run, k, state[k])
@@ -475,6 +476,7 @@ def train(
             norm = update(grads, optimizer, scaler, recipe.optim.clip)
 
             run.step += 1
+            run.sequences += now.batch.global_batch_size
             run.tokens += tokens  # at most 4096 · 128 = 524,288 in 24hBERT
             fraction = clock.fraction(run.step, seconds)
             count_skips(run, loss, norm, scaler)
@@ -565,6 +567,7 @@ def result_rows(
         result_row('unigram_entropy', run.data.manifest['unigram_entropy'], 'nats', **ids),
         result_row('tokens_per_second', run.tokens/max(seconds, 1e-9), 'tokens/s', **ids),
         result_row('tokens', run.tokens, 'tokens', **ids),  # padding is in neither of the two
+        result_row('sequences_per_second', run.sequences/max(seconds, 1e-9), 'sequences/s', **ids),
         result_row('steps', run.step, 'steps', **ids),
         result_row('skipped_steps', run.skipped, 'steps', **ids),
         result_row('seconds', seconds, 's', **ids)]
