@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cramlit.data.packing import prepare
 from cramlit.core.scales import get_recipe
+from cramlit.data.packing import prepare
 
 # a shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

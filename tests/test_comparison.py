@@ -8,17 +8,28 @@ import pytest
 import torch
 from scipy.stats import ttest_ind
 
-from cramlit.core.recipes import CramlitError, UsageError, override
+from cramlit.core.recipes import RECIPES, CramlitError, UsageError, override
 from cramlit.core.results import result_row
-from cramlit.core.scales import RECIPES, SCALES, get_recipe, get_scale
+from cramlit.core.scales import SCALES, get_recipe, get_scale
 from cramlit.data.batches import VALIDATION_RATE, mask_for_validation, validation_batches
 from cramlit.data.masking import IGNORE
 from cramlit.data.packing import open_data
 from cramlit.experiments.comparison import (
-    ablation_trials, best_rates, compare, evaluations, holm, rate_trials, reached, recipe_trials,
-    recipes_to_compare, steps_between, welch, with_data)
+    ablation_trials,
+    best_rates,
+    compare,
+    evaluations,
+    holm,
+    rate_trials,
+    reached,
+    recipe_trials,
+    recipes_to_compare,
+    steps_between,
+    welch,
+    with_data,
+)
 from cramlit.experiments.search import Trial, has_stock, run_trials, trial_table
-from cramlit.reporting.beyond import ablation_table, comparison_table, trial_runs
+from cramlit.reporting.studies import ablation_table, comparison_table, trial_runs
 
 SPECIAL = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 

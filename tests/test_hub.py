@@ -12,8 +12,7 @@ from cramlit.data.packing import prepare
 from cramlit.model.encoder import MaskedLM
 from cramlit.model.stock_models import family, from_stock, our_config, to_stock
 from cramlit.running.command import main
-from cramlit.training import checkpoints
-from cramlit.training.checkpoints import export_run, load_run
+from cramlit.training.checkpoints import checkpoints, export_run, load_run
 from cramlit.training.training import pretrain
 
 SPECIAL = dict(pad=0, cls=2, sep=3)

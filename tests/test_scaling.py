@@ -15,7 +15,7 @@ from cramlit.experiments.comparison import trial_settings
 from cramlit.experiments.scaling import Law, compute_rows, fit_law, fit_runs, multiplied, size_trials, sized
 from cramlit.experiments.search import Study, trial_ids, trial_table
 from cramlit.model.encoder import MaskedLM
-from cramlit.reporting.scaling import figure_by_compute, write_scaling
+from cramlit.reporting.studies import figure_by_compute, write_scaling
 
 TRUE = Law(E=1.8, A=250., B=400., a=.4, b=.35)
 

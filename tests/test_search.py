@@ -11,7 +11,7 @@ from cramlit.core.results import read_rows, result_row, write_rows
 from cramlit.core.scales import get_recipe, get_scale
 from cramlit.experiments import search as s
 from cramlit.experiments.search import best, choice_trials, grid_trials, parse_grid, run_trials, trial_table
-from cramlit.reporting.beyond import write_choices, write_search
+from cramlit.reporting.studies import write_choices, write_search
 from cramlit.running.command import main
 
 TRIALS = replace(get_scale('tiny').trials, steps=2, lengths=(1.,), tasks=())

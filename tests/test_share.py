@@ -1,4 +1,4 @@
-"Models leave with a card, load without this package, and arrive at a stand-in for the hub; tokens stay out of sight"
+"Models leave with a card, load without this package, and arrive at an imitation of the hub"
 import base64
 import json
 import os
@@ -11,12 +11,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from cramlit.running.command import main
 from cramlit.core.recipes import CramlitError
-from cramlit.training.checkpoints import export_run, load_run
-from cramlit.core.results import result_row, write_rows
-from cramlit.reporting.model_card import export_with_card, push
+from cramlit.core.results import read_rows, result_row, write_rows
 from cramlit.model.stock_models import weights_digest
+from cramlit.reporting.model_card import export_with_card, model_card, push
+from cramlit.running.command import main
+from cramlit.training.checkpoints import export_run, load_run
 from cramlit.training.training import pretrain
 
 TOKEN = 'hf_ThisIsNoTokenOfAnybody'
@@ -27,16 +27,17 @@ def run(recipe, data, tmp_path_factory):
     out = tmp_path_factory.mktemp('private folder')/'run'
     pretrain(recipe, data, out, steps=3, scale='tiny')
     export_run(out, data/'tokenizer', out/'model')
-    ids = dict(stage='glue', suite='glue', scale='tiny', aggregate='median', variant='pretrained', seeds=5, labels_from='human', spread_low=1., spread_high=3.)
-    rows = [result_row('matthews', 2., '%', **ids, weights=weights_digest(out/'model'), task='cola', split='validation'),
-            result_row('accuracy', 99., '%', **ids, weights='of another', task='sst2', split='validation')]
+    ids = dict(stage='glue', suite='glue', scale='tiny', aggregate='median', variant='pretrained', seeds=5,
+               labels_from='human', spread_low=1., spread_high=3., split='validation')
+    rows = [result_row('matthews', 2., '%', **ids, weights=weights_digest(out/'model'), task='cola'),
+            result_row('accuracy', 99., '%', **ids, weights='of another', task='sst2')]
     write_rows(out.parent/'glue'/'rows.jsonl', rows)
     return out
 
 
 @pytest.fixture(scope='module')
-def gift(run, tmp_path_factory):
-    return export_with_card(run, tmp_path_factory.mktemp('given')/'gift')
+def exported(run, tmp_path_factory):
+    return export_with_card(run, tmp_path_factory.mktemp('exported')/'bert')
 
 
 ALONE = '''
@@ -54,12 +55,13 @@ with torch.no_grad(): logits = model(**batch).logits
 classes = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)(**batch).logits
 filled = pipeline('fill-mask', model=folder)(f'the {tok.mask_token} house')
 assert 'cramlit' not in sys.modules
-print(json.dumps(dict(ids=batch['input_ids'].tolist(), mask=batch['attention_mask'].tolist(), logits=logits.tolist(), classes=list(classes.shape), filled=len(filled))))
+print(json.dumps(dict(ids=batch['input_ids'].tolist(), mask=batch['attention_mask'].tolist(),
+                      logits=logits.tolist(), classes=list(classes.shape), filled=len(filled))))
 '''
 
 
-def test_stock_transformers_loads_it_where_cramlit_cannot_be_imported(run, gift):
-    done = subprocess.run([sys.executable, '-I', '-c', ALONE, str(gift)], capture_output=True, text=True)
+def test_stock_transformers_loads_it_where_cramlit_cannot_be_imported(run, exported):
+    done = subprocess.run([sys.executable, '-I', '-c', ALONE, str(exported)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
     ids, mask = torch.tensor(got['ids']), torch.tensor(got['mask']).bool()
@@ -68,28 +70,46 @@ def test_stock_transformers_loads_it_where_cramlit_cannot_be_imported(run, gift)
     assert got['classes'] == [2, 3] and got['filled'] == 5
 
 
-def test_the_card_says_what_the_hub_expects_and_what_was_done(run, gift, tmp_path):
-    card = ModelCard.load(gift/'README.md')
-    assert card.data.library_name == 'transformers' and card.data.pipeline_tag == 'fill-mask' and 'roberta-prelayernorm' in card.data.tags
+def test_the_card_says_what_the_hub_expects_and_what_was_done(run, exported, tmp_path):
+    card = ModelCard.load(exported/'README.md')
+    assert card.data.library_name == 'transformers' and card.data.pipeline_tag == 'fill-mask'
+    assert 'roberta-prelayernorm' in card.data.tags
     result, = card.data.eval_results
-    assert (result.dataset_type, result.dataset_config, result.metric_type, result.metric_value) == ('nyu-mll/glue', 'cola', 'matthews_correlation', 2.)
-    assert all(s in card.text for s in ('2.0 (1.0 – 3.0)', '[MASK]', 'name it here before you give the model away', 'Energy: not measured', '3 steps', 'optim.lr'))
-    assert 'sst2' not in card.text
-    write_rows(tmp_path/'other'/'rows.jsonl', [result_row('accuracy', 1., '%', stage='glue', aggregate='median', weights='of another')])
-    with pytest.raises(CramlitError, match='no scores of these weights'): export_with_card(run, tmp_path/'new', str(tmp_path/'other'))
+    found = result.dataset_type, result.dataset_config, result.metric_type, result.metric_value
+    assert found == ('nyu-mll/glue', 'cola', 'matthews_correlation', 2.)
+    for s in ('2.0 (1.0–3.0)', '[MASK]', 'name it here before you publish', 'Energy: not measured', '3 steps',
+              '| optim.lr | 0.002 |', 'architecture\n`roberta-prelayernorm`'):
+        assert s in card.text, s
+    assert 'sst2' not in card.text and 'not GLUE' not in card.text and 'stopped early' not in card.text
+    assert '{{' not in card.content and '{%' not in card.content
+    other = result_row('accuracy', 1., '%', stage='glue', aggregate='median', weights='of another')
+    write_rows(tmp_path/'other'/'rows.jsonl', [other])
+    with pytest.raises(CramlitError, match='no scores of these weights'):
+        export_with_card(run, tmp_path/'new', str(tmp_path/'other'))
 
 
-def test_no_folder_of_this_machine_leaves(run, gift, recipe):
+def test_a_card_without_scores_and_of_a_run_that_stopped_early(run):
+    info, rows = json.loads((run/'run.json').read_text()), read_rows(run/'rows.jsonl')
+    stopped = [r | dict(stopped='the loss was too high') for r in rows]
+    text = model_card('name', info | dict(init='12ab'), stopped, [], '[MASK]').text
+    for s in ('Not evaluated yet', '**The run stopped early:** the loss was too high', 'fingerprint `12ab`'):
+        assert s in text, s
+
+
+def test_no_folder_of_this_machine_leaves(run, exported, recipe):
     assert str(recipe.corpus.source) in (run/'run.json').read_text()
-    for p in gift.iterdir():
-        if p.suffix in ('.json', '.md'): assert '/tmp' not in p.read_text() and 'private folder' not in p.read_text() and os.sep + 'text' not in p.read_text(), p.name
-    assert json.loads((gift/'cramlit.json').read_text())['recipe']['corpus']['source'] == 'text'
+    for p in exported.iterdir():
+        if p.suffix not in ('.json', '.md'): continue
+        for folder in ('/tmp', 'private folder', os.sep + 'text'): assert folder not in p.read_text(), p.name
+    assert json.loads((exported/'cramlit.json').read_text())['recipe']['corpus']['source'] == 'text'
 
 
-def test_what_cannot_leave_is_one_line_and_nothing_is_lost(run, gift, tmp_path, recipe, data, capsys):
+def test_what_cannot_leave_is_one_line_and_nothing_is_lost(run, exported, tmp_path, recipe, data, capsys):
     def export(*args): return main(['export', *map(str, args)]), capsys.readouterr().err
-    (tmp_path/'mine').mkdir(), (tmp_path/'mine'/'poem').write_text('a poem')
-    assert export('--run', run, '--to', tmp_path/'mine')[0] == 2 and (tmp_path/'mine'/'poem').read_text() == 'a poem'
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'poem').write_text('a poem')
+    assert export('--run', run, '--to', tmp_path/'mine')[0] == 2
+    assert (tmp_path/'mine'/'poem').read_text() == 'a poem'
     assert export('--run', run, '--to', tmp_path/'mine'/'poem')[0] == 2
     code, err = export('--run', tmp_path/'nowhere', '--to', tmp_path/'new')
     assert code == 1 and 'is not a run' in err
@@ -99,36 +119,44 @@ def test_what_cannot_leave_is_one_line_and_nothing_is_lost(run, gift, tmp_path, 
     (tmp_path/'bare'/'rows.jsonl').unlink()
     code, err = export('--run', tmp_path/'bare', '--to', tmp_path/'new')
     assert code == 1 and 'is not finished' in err and not (tmp_path/'new').exists()
-    before = (gift/'README.md').read_text()
-    (gift/'README.md').write_text(before + 'The text is mine.\n')
-    code, err = export('--run', run, '--to', gift)
-    assert code == 0 and 'left as it is' in err and 'The text is mine.' in (gift/'README.md').read_text() and not list(gift.parent.glob('.*'))
-    (gift/'README.md').unlink()
-    assert export('--run', run, '--to', gift)[0] == 0 and (gift/'README.md').read_text() == before
+    before = (exported/'README.md').read_text()
+    (exported/'README.md').write_text(before + 'The text is mine.\n')
+    code, err = export('--run', run, '--to', exported)
+    assert code == 0 and 'left as it is' in err
+    assert 'The text is mine.' in (exported/'README.md').read_text() and not list(exported.parent.glob('.*'))
+    (exported/'README.md').unlink()
+    assert export('--run', run, '--to', exported)[0] == 0 and (exported/'README.md').read_text() == before
 
 
 class Hub(BaseHTTPRequestHandler):
-    "A stand-in for the hub, as far as an upload needs one"
+    "An imitation of the hub, as far as an upload needs one"
     def log_message(self, *args): pass
 
     def answer(self, status, body):
         data = json.dumps(body).encode()
         self.send_response(status)
-        for k, v in (('Content-Type', 'application/json'), ('Content-Length', str(len(data)))): self.send_header(k, v)
-        self.end_headers(); self.wfile.write(data)
+        for k, v in (('Content-Type', 'application/json'), ('Content-Length', str(len(data)))):
+            self.send_header(k, v)
+        self.end_headers()
+        self.wfile.write(data)
 
     def handle_one(self):
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         hub = self.server
         hub.seen.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-        if hub.refuse: return self.answer(hub.refuse, dict(error=f"what you sent was {self.headers.get('Authorization')}"))
-        if self.path == '/api/repos/create': return self.answer(*(409 if hub.exists else 200, dict(url=f'{hub.url}/me/gift', id='me/gift')))
-        if self.path.startswith('/api/models/me/gift/preupload'):
-            files = [dict(path=f['path'], uploadMode='regular', shouldIgnore=False, oid=None) for f in json.loads(body)['files']]
+        if hub.refuse:
+            return self.answer(hub.refuse, dict(error=f"you sent {self.headers.get('Authorization')}"))
+        if self.path == '/api/repos/create':
+            return self.answer(409 if hub.exists else 200, dict(url=f'{hub.url}/me/bert', id='me/bert'))
+        if self.path.startswith('/api/models/me/bert/preupload'):
+            how = dict(uploadMode='regular', shouldIgnore=False, oid=None)
+            files = [dict(path=f['path'], **how) for f in json.loads(body)['files']]
             return self.answer(200, dict(files=files))
-        if self.path.startswith('/api/models/me/gift/commit'):
-            return self.answer(200, dict(commitUrl=f'{hub.url}/me/gift/commit/1', commitOid='1', success=True, hookOutput=''))
-        if self.path == '/api/models/me/gift': return self.answer(200, dict(id='me/gift', private=hub.private, sha='0'))
+        if self.path.startswith('/api/models/me/bert/commit'):
+            commit = dict(commitUrl=f'{hub.url}/me/bert/commit/1', commitOid='1', success=True, hookOutput='')
+            return self.answer(200, commit)
+        if self.path == '/api/models/me/bert':
+            return self.answer(200, dict(id='me/bert', private=hub.private, sha='0'))
         if self.path == '/api/validate-yaml': return self.answer(200, dict(errors=[], warnings=[]))
         self.answer(404, dict(error=f'{self.path} is not known here'))
 
@@ -138,62 +166,72 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch):
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    server.url, server.seen, server.refuse, server.exists, server.private = f'http://127.0.0.1:{server.server_port}', [], 0, False, False
+    server.url, server.seen = f'http://127.0.0.1:{server.server_port}', []
+    server.refuse, server.exists, server.private = 0, False, False
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     yield server
-    server.shutdown(), server.server_close()
+    server.shutdown()
+    server.server_close()
 
 
 def arrived(hub):
     "Files of all commits"
-    lines = [json.loads(line) for _, path, _, body in hub.seen if '/commit/' in path for line in body.splitlines()]
-    return {x['value']['path']: base64.b64decode(x['value']['content']) for x in lines if x['key'] == 'file'}
+    bodies = [body for _, path, _, body in hub.seen if '/commit/' in path]
+    lines = [json.loads(line) for body in bodies for line in body.splitlines()]
+    files = [x['value'] for x in lines if x['key'] == 'file']
+    return {f['path']: base64.b64decode(f['content']) for f in files}
 
 
 def hidden(hub, *texts):
     "The token is in headers, and nowhere else"
     for _, path, headers, body in hub.seen:
-        assert headers.pop('authorization') == f'Bearer {TOKEN}' and TOKEN not in path and TOKEN.encode() not in body and TOKEN not in str(headers)
+        assert headers.pop('authorization') == f'Bearer {TOKEN}' and TOKEN not in str(headers)
+        assert TOKEN not in path and TOKEN.encode() not in body
     return not any(TOKEN in t for t in texts)
 
 
-def test_all_files_arrive_and_the_token_is_in_the_header_only(gift, hub, caplog, capfd):
-    assert push(gift, 'me/gift', endpoint=hub.url) == f'{hub.url}/me/gift'
-    assert arrived(hub) == {p.name: p.read_bytes() for p in gift.iterdir()}
+def test_all_files_arrive_and_the_token_is_in_the_header_only(exported, hub, caplog, capfd):
+    assert push(exported, 'me/bert', endpoint=hub.url) == f'{hub.url}/me/bert'
+    assert arrived(hub) == {p.name: p.read_bytes() for p in exported.iterdir()}
     assert hub.seen and hidden(hub, caplog.text, *capfd.readouterr())
-    assert 'visibility' not in json.loads(hub.seen[0][3]) or json.loads(hub.seen[0][3])['visibility'] != 'private'
+    assert json.loads(hub.seen[0][3]).get('visibility') != 'private'
 
 
-def test_private_means_private(gift, hub):
+def test_private_means_private(exported, hub):
     hub.exists = True
-    with pytest.raises(CramlitError, match='there already and public'): push(gift, 'me/gift', private=True, endpoint=hub.url)
+    with pytest.raises(CramlitError, match='there already and public'):
+        push(exported, 'me/bert', private=True, endpoint=hub.url)
     assert not arrived(hub)
     hub.exists, hub.private = False, True
-    push(gift, 'me/gift', private=True, endpoint=hub.url)
+    push(exported, 'me/bert', private=True, endpoint=hub.url)
     asked = [json.loads(body) for _, path, _, body in hub.seen if path == '/api/repos/create']
     assert all(a['visibility'] == 'private' for a in asked) and 'README.md' in arrived(hub)
 
 
-@pytest.mark.parametrize('status, says', [(401, 'does not accept the token'), (403, 'may not write there'), (418, 'status 418')])
-def test_a_refusal_is_one_line_without_the_token(gift, hub, status, says, caplog, capfd):
+@pytest.mark.parametrize('status, says', [
+    (401, 'does not accept the token'), (403, 'may not write there'), (418, 'status 418')])
+def test_a_refusal_is_one_line_without_the_token(exported, hub, status, says, caplog, capfd):
     hub.refuse = status
-    with pytest.raises(CramlitError, match=says) as e: push(gift, 'me/gift', endpoint=hub.url)
+    with pytest.raises(CramlitError, match=says) as e: push(exported, 'me/bert', endpoint=hub.url)
     assert e.value.__suppress_context__ and hidden(hub, str(e.value), caplog.text, *capfd.readouterr())
 
 
-def test_no_network_and_no_token(gift, monkeypatch):
+def test_no_network_and_no_token(exported, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', TOKEN)
-    with pytest.raises(CramlitError, match='cannot be reached') as e: push(gift, 'me/gift', endpoint='http://127.0.0.1:9')
+    with pytest.raises(CramlitError, match='cannot be reached') as e:
+        push(exported, 'me/bert', endpoint='http://127.0.0.1:9')
     assert TOKEN not in str(e.value)
-    monkeypatch.delenv('HF_TOKEN'); monkeypatch.setenv('HF_TOKEN_PATH', '/nowhere')
-    monkeypatch.setattr('huggingface_hub.get_token', lambda: None)
-    with pytest.raises(CramlitError, match='there is no token'): push(gift, 'me/gift')
+    monkeypatch.setattr('cramlit.reporting.model_card.get_token', lambda: None)
+    with pytest.raises(CramlitError, match='there is no token'): push(exported, 'me/bert')
 
 
 def test_the_command_sends(run, tmp_path, hub, monkeypatch, capfd):
-    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', hub.url)  # what HF_ENDPOINT says when the library is imported
-    code = main(['export', '--run', str(run), '--to', str(tmp_path/'gift'), '--push', 'me/gift', '--json'])
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', hub.url)  # read from HF_ENDPOINT at import
+    to = tmp_path/'bert'
+    code = main(['export', '--run', str(run), '--to', str(to), '--push', 'me/bert', '--json'])
     out, err = capfd.readouterr()
-    assert code == 0 and json.loads(out)['sent_to'] == 'me/gift' and f'{hub.url}/me/gift' in err and hidden(hub, out, err)
-    assert set(arrived(hub)) == {p.name for p in (tmp_path/'gift').iterdir()} and "model='me/gift'" in (tmp_path/'gift'/'README.md').read_text()
+    assert code == 0 and json.loads(out)['sent_to'] == 'me/bert' and f'{hub.url}/me/bert' in err
+    assert hidden(hub, out, err)
+    assert set(arrived(hub)) == {p.name for p in to.iterdir()}
+    assert "model='me/bert'" in (to/'README.md').read_text()

@@ -6,7 +6,11 @@ from string import ascii_lowercase
 import pytest
 import torch
 from transformers import (
-    AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertTokenizerFast,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertTokenizerFast,
 )
 
 from cramlit.core.recipes import CramlitError, UsageError

@@ -167,7 +167,7 @@ def flat_fields(
     prefix: str = '',
 ) -> dict[str, tuple[Any, dict]]:  # path → value and limits, such as 'optim.lr': (0.002, {'above': 0})
     "Every field that can be set, by its path; the name is not one of them"
-    found = {}
+    found: dict[str, tuple[Any, dict]] = {}
     for f in fields(obj):
         value, path = getattr(obj, f.name), prefix + f.name
         if is_dataclass(value): found |= flat_fields(value, path + '.')
