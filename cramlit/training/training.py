@@ -69,7 +69,8 @@ class Run:
         r = self.recipe
         return dict(format=RUN_FORMAT, recipe=asdict(r), recipe_hash=recipe_hash(r), scale=self.scale,
                     seed=r.seed, budget=self.clock.budget, steps=self.clock.steps,
-                    vocab_size=self.data.padded_vocab_size, data=digest(self.data.manifest), **(dict(init=self.init) if self.init else {}))
+                    vocab_size=self.data.padded_vocab_size, data=digest(self.data.manifest),
+                    **(dict(init=self.init) if self.init else {}))
 
     def log(self, **values):
         "Append one line to metrics.jsonl and give it to the listeners; only the main process does"
@@ -271,8 +272,8 @@ class Hook:
     before_final_evaluation: Callable[[MaskedLM], None] = lambda model: None
 
 # %% ../../nbs/training/35_training.ipynb #1841879f
-STATE = ('step', 'sequences', 'tokens', 'skipped', 'in_a_row', 'stopped', 'done')  # what a checkpoint keeps of a run
-LOGS = ('metrics.jsonl', 'samples.jsonl')                     # files of lines with a step
+STATE = ('step', 'sequences', 'tokens', 'skipped', 'in_a_row', 'stopped', 'done')  # is in a checkpoint
+LOGS = ('metrics.jsonl', 'samples.jsonl')  # files of lines with a step
 
 def save_checkpoint(
     run: Run,
@@ -323,7 +324,7 @@ def resume(
     path, state = choose_checkpoint(run), None
     if path:
         state = read_checkpoint(path, model, optimizer)
-        if 'sequences' not in state: state |= expected_counts(run, state['step'])  # tokens had padding among them
+        if 'sequences' not in state: state |= expected_counts(run, state['step'])  # an older checkpoint
         run.clock.spent, run.clock.reserve = state['spent'], state['reserve']
         state.setdefault('done', min(run.clock.fraction(state['step']), .9999))  # at 1 a run has ended
         for k in STATE: setattr(run, k, state[k])
