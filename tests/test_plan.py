@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cramlit.core.recipes import UsageError, recipe_hash
 from cramlit.core.scales import get_recipe
-from cramlit.efficiency.planner import GPUS, forward_flops, measured_rate, peak_memory, plan, room_for, training_flops
+from cramlit.efficiency.planner import GPUS, forward_flops, measured_rate, peak_memory
+from cramlit.efficiency.planner import plan, room_for, training_flops
 from cramlit.model.encoder import MaskedLM
 from cramlit.running.command import main
 
@@ -64,7 +65,8 @@ def test_a_plan_by_a_measured_rate(capsys, tmp_path):
 def test_a_run_counts_tokens_without_padding_and_a_plan_with_it(tmp_path):
     recipe = get_recipe('24hbert', 'laptop')
     ids = dict(stage='pretrain', recipe='24hbert', recipe_hash=recipe_hash(recipe), processes=2)
-    rows = [dict(metric='tokens_per_second', value=700., **ids), dict(metric='sequences_per_second', value=8., **ids)]
+    measured = dict(tokens_per_second=700., sequences_per_second=8.)
+    rows = [dict(metric=k, value=v, **ids) for k, v in measured.items()]
     (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     assert measured_rate(tmp_path/'rows.jsonl', recipe) == 4*recipe.packing.seq_len
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torture import save_costs, torture
+from torture import save_costs, torture, torture_by_the_clock
 
 from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.scales import get_recipe
@@ -24,6 +24,12 @@ SETTINGS = ['corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_se
 def test_twenty_kills_change_nothing(text, tmp_path):
     found = torture(20, tmp_path/'torture', [f'corpus.source={text}', *SETTINGS])
     assert found['kills'] == 20 and found['identical'] and found['in_save'] > 0
+
+
+@pytest.mark.slow
+def test_ten_runs_by_the_clock_that_are_stopped_near_their_end_finish(text, tmp_path):
+    parts = torture_by_the_clock(10, tmp_path, [f'corpus.source={text}', *SETTINGS])
+    assert len(parts) == 10 and max(parts) >= 2
 
 
 def test_the_cost_of_saving_is_taken(tmp_path):

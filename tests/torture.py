@@ -2,15 +2,18 @@
 
 python tests/torture.py OUT [--kills 20] [--big paper] [-o SETTING]
 
-As a script it also takes the times that the chapter on checkpoints shows.
+As a script it also takes the times that the chapter on checkpoints shows. Another mode stops runs by the clock
+at moments near their end: whatever is left of the budget, each must finish.
 
 SIGKILL cannot be caught, so nothing can be saved after it. The run saves every 20 steps, which no one would
 do, so that many kills fall into a save.
 """
 import argparse
 import json
+import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,12 +32,17 @@ from cramlit.training.optimizers import make_optimizer
 EVERY = 20  # steps between two checkpoints
 
 
-def start(data, out, steps, every, settings):
+def launch(data, out, length, settings, **env):
     "Start or continue a run of the smallest scale in a process of its own"
-    command = [sys.executable, '-m', 'cramlit', 'pretrain', '--scale', 'tiny']
+    command = [sys.executable, '-m', 'cramlit', 'pretrain', '--scale', 'tiny', *length]
     command += ['--data', str(data), '--out', str(out)]
-    for s in (*settings, f'checkpoint.every={every/steps}', 'validation.every=0.5'): command += ['-o', s]
-    return subprocess.Popen([*command, '--steps', str(steps)], stderr=subprocess.DEVNULL)
+    for s in settings: command += ['-o', s]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | env)
+
+
+def start(data, out, steps, every, settings):
+    return launch(data, out, ['--steps', str(steps)],
+                  [*settings, f'checkpoint.every={every/steps}', 'validation.every=0.5'])
 
 
 def end(process):
@@ -84,6 +92,34 @@ def torture(kills, out, settings=()):
     done, in_save = kill_again_and_again(kills, data, out/'killed', settings)
     last = [sha256(checkpoints(out/n/'checkpoints')[-1]/'model.safetensors') for n in ('whole', 'killed')]
     return dict(kills=done, in_save=in_save, identical=last[0] == last[1])
+
+
+def seconds_done(out):
+    "How far a run's log has come"
+    log = out/'metrics.jsonl'
+    lines = log.read_text(encoding='utf-8').splitlines(keepends=True) if log.exists() else []
+    return max((json.loads(line)['seconds'] for line in lines if line.endswith('\n')), default=0.)
+
+
+def stop_near_the_end(data, out, budget, moment, settings=(), kill=False, **env):
+    "Stop a run by the clock at a moment (s), and let it go on; how often it was begun until it was finished"
+    for part in range(1, 10):
+        process = launch(data, out, ['--budget', f'{budget}s'], [*settings, 'checkpoint.every=0.05'], **env)
+        if part == 1 and wait_for(process, lambda: seconds_done(out) >= moment):
+            process.kill() if kill else process.terminate()
+        code = process.wait()
+        if (out/'rows.jsonl').exists() and code == 0: return part
+        if code not in (75, *([-signal.SIGKILL, -signal.SIGTERM] if part == 1 else [])): break
+    raise RuntimeError(f'the run in {out} cannot be finished: code {code} in part {part}')
+
+
+def torture_by_the_clock(moments, out, settings=(), budget=6.):
+    "Runs that are stopped near their end, half of them by SIGKILL, with no git to be found; all must finish"
+    data, nowhere = out/'data', out/'no-programs'
+    prepare(get_recipe('24hbert', 'tiny', settings), data)
+    nowhere.mkdir()
+    return [stop_near_the_end(data, out/f'run-{n}', budget, budget*(.7 + .3*n/moments), settings, n % 2 == 1,
+                              PATH=str(nowhere)) for n in range(moments)]
 
 
 def seconds_to_first_step(step, data, out, settings):

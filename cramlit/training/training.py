@@ -272,9 +272,8 @@ class Hook:
     before_final_evaluation: Callable[[MaskedLM], None] = lambda model: None
 
 # %% ../../nbs/training/35_training.ipynb #1841879f
-# what a checkpoint keeps of a run
-STATE = ('step', 'sequences', 'tokens', 'skipped', 'in_a_row', 'stopped', 'done')
-LOGS = ('metrics.jsonl', 'samples.jsonl')                     # files of lines with a step
+STATE = ('step', 'sequences', 'tokens', 'skipped', 'in_a_row', 'stopped', 'done')  # is in a checkpoint
+LOGS = ('metrics.jsonl', 'samples.jsonl')  # files of lines with a step
 
 def save_checkpoint(
     run: Run,
@@ -325,8 +324,7 @@ def resume(
     path, state = choose_checkpoint(run), None
     if path:
         state = read_checkpoint(path, model, optimizer)
-        if 'sequences' not in state:  # tokens had padding among them
-            state |= expected_counts(run, state['step'])
+        if 'sequences' not in state: state |= expected_counts(run, state['step'])  # an older checkpoint
         run.clock.spent, run.clock.reserve = state['spent'], state['reserve']
         state.setdefault('done', min(run.clock.fraction(state['step']), .9999))  # at 1 a run has ended
         for k in STATE: setattr(run, k, state[k])
