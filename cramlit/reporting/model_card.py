@@ -7,14 +7,15 @@ __all__ = ['TEMPLATE', 'names_only', 'public_recipe', 'describe_source', 'find_s
            'export_with_card', 'push']
 
 # %% ../../nbs/reporting/73_model_card.ipynb #6de1e0c1
-import json, os, shutil, sys
+import json, os, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from ..core.recipes import CramlitError, Recipe, UsageError, recipe_from_dict, settings_of
 from ..core.results import read_rows
@@ -23,7 +24,7 @@ from ..data.tokenizer import load_tokenizer
 from ..model.stock_models import family, weights_digest
 from .run_report import duration, licence
 from .tables import shown
-from ..training.checkpoints import export_run
+from ..training.checkpoints import check_export_folder, export_run
 
 # %% ../../nbs/reporting/73_model_card.ipynb #40e48e85
 def names_only(
@@ -230,12 +231,12 @@ def add_card(
     scores: str,   # folder or file with rows of `cramlit glue`; '' = looked for in and beside the run
 ):
     "Add the card, and take this machine's folders out of what the model remembers of its run"
-    info = json.loads((folder/'cramlit.json').read_text())
+    info = json.loads((folder/'cramlit.json').read_bytes())
     found = find_scores(run, weights_digest(folder), scores)
     card = model_card(name, info, read_rows(run/'rows.jsonl'), found, load_tokenizer(folder).mask_token)
     card.save(folder/'README.md')
     public = info | dict(recipe=asdict(public_recipe(recipe_from_dict(info['recipe']))))
-    (folder/'cramlit.json').write_text(json.dumps(public, indent=1))
+    (folder/'cramlit.json').write_text(json.dumps(public, indent=1), encoding='utf-8')
 
 def export_with_card(
     run: str|Path,      # a finished run of `cramlit pretrain`
@@ -245,26 +246,20 @@ def export_with_card(
 ) -> Path:              # the folder
     "A run's model as stock files, tokenizer and card; raises `UsageError` where something else is"
     run, to = Path(run), Path(to)
-    if to.is_file() or (to.is_dir() and any(to.iterdir()) and not (to/'cramlit.json').exists()):
-        raise UsageError(f'{to} holds something else: choose another --to')
+    check_export_folder(to)
+    if to.resolve() == (run/'model').resolve():
+        raise UsageError(f"{to} is the run's own model: choose another folder")
     if (run/'run.json').exists() and not (run/'rows.jsonl').exists():
         raise CramlitError(f'{run} is not finished: let `cramlit pretrain` go on')
-    if (run/'run.json').exists() and not (run/'model').is_dir():
+    if (run/'run.json').exists() and not (run/'model'/'config.json').exists():
         raise CramlitError(f'{run}/model, with the tokenizer, is missing: '
                            'the same `cramlit pretrain` makes it')
-    part = to.with_name(f'.{to.name}.part')
-    try:
-        export_run(run, run/'model', part)
-        if (to/'README.md').exists() and weights_digest(to) == weights_digest(part):
-            print(f'{to} is there with these weights and left as it is; '
-                  'to have its card made anew, delete the folder', file=sys.stderr)
-            return to
-        add_card(part, run, name or to.name, scores)
-        shutil.rmtree(to, ignore_errors=True)
-        os.replace(part, to)
-    except OSError as e: raise CramlitError(f'cannot write the model to {to}: {e}') from None
-    finally: shutil.rmtree(part, ignore_errors=True)
-    return to
+    if (to/'README.md').exists() and weights_digest(to) == weights_digest(run/'model'):
+        print(f'{to} is there with these weights and left as it is; '
+              'to have its card made anew, move its README.md away', file=sys.stderr)
+        return to
+    called = name or to.resolve().name
+    return export_run(run, run/'model', to, finish=lambda folder: add_card(folder, run, called, scores))
 
 # %% ../../nbs/reporting/73_model_card.ipynb #28528242
 _REASONS = {
@@ -274,6 +269,7 @@ _REASONS = {
 
 def _reason(e: Exception) -> str:
     "Why sending failed, without a word that came from outside"
+    if isinstance(e, OfflineModeIsEnabled): return 'HF_HUB_OFFLINE is set, which forbids it: unset it'
     status = getattr(getattr(e, 'response', None), 'status_code', None)
     if status: return _REASONS.get(status, f'the hub answered with status {status}')
     return f'the hub cannot be reached, or answers as no hub does ({type(e).__name__}): check the network'
@@ -297,6 +293,7 @@ def push(
         refused = private and not api.model_info(url.repo_id).private
         if not refused:
             api.upload_folder(repo_id=url.repo_id, folder_path=folder,
+                              ignore_patterns=['superseded/*', '.cramlit-export.part/*'],
                               commit_message='A model trained with cramlit')
     except Exception as e:  # the libraries below raise a dozen kinds
         raise CramlitError(f'{folder} was not sent to {repo}: {_reason(e)}') from None
