@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard
 from cramlit.running.command import main
 from cramlit.core.recipes import CramlitError
 from cramlit.training.checkpoints import export_run, load_run
+from cramlit.core.scales import get_recipe
 from cramlit.core.results import read_rows, result_row, write_rows
 from cramlit.reporting.model_card import export_with_card, model_card, push
 from cramlit.model.stock_models import weights_digest
@@ -94,6 +96,39 @@ def test_a_card_without_scores_and_of_a_run_that_stopped_early(run):
     text = model_card('name', info | dict(init='12ab'), stopped, [], '[MASK]').text
     for s in ('Not evaluated yet', '**The run stopped early:** the loss was too high', 'fingerprint `12ab`'):
         assert s in text, s
+
+
+def test_a_card_names_what_depends_on_the_recipe(run):
+    info, rows = json.loads((run/'run.json').read_text()), read_rows(run/'rows.jsonl')
+
+    def card(name, *settings, **more):
+        recipe = asdict(get_recipe(name, 'tiny', settings))
+        return ' '.join(model_card('name', info | dict(recipe=recipe) | more, rows, [], '[MASK]').text.split())
+    muon = card('24hbert', 'optim.method=muon', 'optim.muon_lr=0.0123')
+    assert 'Muon, for the matrices in the layers, rises to 0.0123, and that of AdamW' in muon
+    adamw = card('24hbert', 'packing.seq_len=32', 'model.max_positions=128')
+    assert 'Muon' not in adamw.partition('All settings')[0] and 'rises to 0.002 over' in adamw
+    assert 'has 128 positions, and **only the first 32 were trained** here' in adamw
+    assert 'position embeddings that are still random' in adamw and 'state of the first token' in adamw
+    modern = card('modern', 'packing.seq_len=32')
+    assert 'mean of all states' in modern and 'angles it has not seen' in modern
+    equal = card('24hbert', 'packing.seq_len=128', 'model.max_positions=128')
+    assert 'were trained**' not in equal and 'started from is not known' not in equal
+    assert 'started from is not known to this program: **name it, with its licence' in card('24hbert', init='12')
+    hub = card('24hbert', 'corpus.source=hub:wikimedia/wikipedia:20231101.de')
+    assert 'GFDL and CC BY-SA' in hub
+
+
+def test_an_export_where_ascii_cannot_spell_the_folder(run, tmp_path):
+    to = tmp_path/'Geschenk für alle [1]'
+    plain = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    command = [sys.executable, '-m', 'cramlit', 'export', '--run', str(run), '--to', str(to)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | plain)
+    line, = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and 'set PYTHONUTF8=1' in line and os.listdir(tmp_path) == []
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | plain | dict(PYTHONUTF8='1'))
+    assert done.returncode == 0, done.stderr
+    assert '# Geschenk für alle [1]' in (to/'README.md').read_text(encoding='utf-8')
 
 
 def test_no_folder_of_this_machine_leaves(run, exported, recipe):

@@ -301,10 +301,7 @@ def recipe_from(
     config, tok = load_parts(folder)
     shape = our_config(config)
     if tokenizer is None:
-        load_tokenizer(folder)  # raises when training lacks something, such as a mask token
-        if not tok.is_fast:
-            raise CramlitError(f'the tokenizer in {folder}, {type(tok).__name__}, is written in Python: '
-                               'training needs a fast one, with a tokenizer.json')
+        load_tokenizer(folder)  # raises when training lacks something: a mask token, a fast version
         tokenizer = replace(base.tokenizer, vocab_size=len(tok), path=str(Path(folder).resolve()))
     r = override(replace(base, model=shape, tokenizer=tokenizer), settings)
     for name in (f.name for f in fields(shape) if f.name not in _FREE):

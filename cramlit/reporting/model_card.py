@@ -22,7 +22,7 @@ from ..core.results import read_rows
 from ..core.scales import SCALES
 from ..data.tokenizer import load_tokenizer
 from ..model.stock_models import family, weights_digest
-from .run_report import duration, licence
+from .run_report import duration, licence, spelled
 from .tables import shown
 from ..training.checkpoints import check_export_folder, export_run
 
@@ -137,13 +137,20 @@ classifier = AutoModelForSequenceClassification.from_pretrained('{{ name }}', nu
 {{ percent(k.replace_mask) }} of them are replaced by the mask token, {{ percent(k.replace_random) }} by
 a random token. Sequences have {{ recipe.packing.seq_len }} tokens
 ({{ 'whole sentences of one document' if recipe.packing.mode == 'document' else 'full, across documents' }}),
-and {{ number(recipe.batch.global_batch_size) }} of them make a step. The learning rate rises to
-{{ number(recipe.optim.lr) }} over the first {{ percent(s.warmup) }} of its schedule and falls to zero
+and {{ number(recipe.batch.global_batch_size) }} of them make a step.
+{% if m.max_positions > recipe.packing.seq_len -%}
+The network has {{ number(m.max_positions) }} positions, and **only the first
+{{ number(recipe.packing.seq_len) }} were trained** here: longer texts meet {{ untrained }}.
+{% endif -%}
+The learning rate {{ rates }} over the first {{ percent(s.warmup) }} of its schedule and falls to zero
 along a line; the schedule is {{ number(s.length) }} budget{{ 's' if s.length > 1 }} long.
+A classifier on top of it gets {{ pooling }}.
 
 ## On what text
 
-The text is {{ text }}. {{ '{:.1%}'.format(recipe.corpus.holdout) }} of its documents were held out.
+The text is {{ text }}.
+{%- if info.init %} That of the weights it started from is not known to this program: **name it, with its
+licence, before you publish the model**.{% endif %} {{ '{:.1%}'.format(recipe.corpus.holdout) }} of its documents were held out.
 The vocabulary has {{ number(info.vocab_size) }} entries; the tokenizer is
 {% if recipe.tokenizer.path -%}
 that of {{ recipe.tokenizer.path }}.
@@ -196,6 +203,18 @@ def _number(x) -> str:
     "For people to read: whole when it is large, four digits when it is small"
     return 'unknown' if x is None else f'{x:,.0f}' if abs(x) >= 100 else f'{x:,.4g}'
 
+def _in_words(recipe: Recipe) -> dict[str, str]:
+    "What depends on the architecture and the optimiser"
+    modern, o = recipe.model.position == 'rotary', recipe.optim
+    rates = f'rises to {_number(o.lr)}'
+    if o.method == 'muon':
+        rates = (f'of Muon, for the matrices in the layers, rises to {_number(o.muon_lr)}, '
+                 f'and that of AdamW, for the rest, to {_number(o.lr)},')
+    return dict(rates=rates,
+                untrained='angles it has not seen' if modern else 'position embeddings that are still random',
+                pooling='the mean of all states' if modern
+                        else 'the state of the first token, through a layer that was not pretrained')
+
 def model_card(
     name: str,            # of the model, as others will load it
     info: dict,           # what run.json says
@@ -220,7 +239,7 @@ def model_card(
         budget=f"{info['steps']:,} steps" if info['steps'] else duration(info['budget']),
         row=rows[0], value={r['metric']: r['value'] for r in rows}, energy='; '.join(energy),
         versions=', '.join(f'{k} {v}' for k, v in rows[0]['versions'].items() if v),
-        scores=score_tables(scores), settings={'name': recipe.name} | settings_of(recipe), number=_number,
+        scores=score_tables(scores), **_in_words(recipe), settings={'name': recipe.name} | settings_of(recipe), number=_number,
         percent='{:.0%}'.format, listed=lambda xs: ', '.join(f'{x:g}' for x in xs))
 
 # %% ../../nbs/reporting/73_model_card.ipynb #31b99409
@@ -234,7 +253,7 @@ def add_card(
     info = json.loads((folder/'cramlit.json').read_bytes())
     found = find_scores(run, weights_digest(folder), scores)
     card = model_card(name, info, read_rows(run/'rows.jsonl'), found, load_tokenizer(folder).mask_token)
-    card.save(folder/'README.md')
+    ModelCard(spelled(str(card))).save(folder/'README.md')
     public = info | dict(recipe=asdict(public_recipe(recipe_from_dict(info['recipe']))))
     (folder/'cramlit.json').write_text(json.dumps(public, indent=1), encoding='utf-8')
 

@@ -184,9 +184,12 @@ def load_run(
     run = Path(run)
     if not (run/'run.json').exists():
         raise CramlitError(f'{run} is not a run: it has no run.json. Make one with `cramlit pretrain`')
-    try: info = json.loads((run/'run.json').read_bytes())
-    except ValueError: raise CramlitError(f'{run}/run.json is damaged: it is not JSON') from None
-    model = MaskedLM(recipe_from_dict(info['recipe']).model, info['vocab_size'])
+    try:
+        info = json.loads((run/'run.json').read_bytes())
+        cfg, vocab_size = recipe_from_dict(info['recipe']).model, info['vocab_size']
+    except (ValueError, KeyError, TypeError):
+        raise CramlitError(f'{run}/run.json is damaged, or of another program') from None
+    model = MaskedLM(cfg, vocab_size)
     if load_checkpoint(run/kept, model) is None:
         raise CramlitError(f'{run/kept} has no checkpoint yet: let `cramlit pretrain` finish')
     return model.eval(), info
@@ -276,6 +279,8 @@ def export_run(
         mode = (part/'cramlit.json').stat().st_mode  # as the umask has it; safetensors hides its file from others
         for p in part.iterdir(): p.chmod(mode)
         _publish(part, to)
+    except UnicodeEncodeError:
+        raise UsageError(f'this locale cannot spell {to}: set PYTHONUTF8=1, or choose another name') from None
     except Exception as e:
         if error := _write_error(e): raise cannot_write(to, error) from e
         raise
