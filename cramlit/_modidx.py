@@ -920,17 +920,14 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'cramlit/training/checkpoints.py'),
                                               'cramlit.training.checkpoints.Saver.wait': ( 'training/checkpoints.html#saver.wait',
                                                                                            'cramlit/training/checkpoints.py'),
-<<<<<<< HEAD
-                                              'cramlit.training.checkpoints._remove': ( 'training/checkpoints.html#_remove',
-                                                                                        'cramlit/training/checkpoints.py'),
-=======
                                               'cramlit.training.checkpoints._contents': ( 'training/checkpoints.html#_contents',
                                                                                           'cramlit/training/checkpoints.py'),
                                               'cramlit.training.checkpoints._move': ( 'training/checkpoints.html#_move',
                                                                                       'cramlit/training/checkpoints.py'),
                                               'cramlit.training.checkpoints._publish': ( 'training/checkpoints.html#_publish',
                                                                                          'cramlit/training/checkpoints.py'),
->>>>>>> model2
+                                              'cramlit.training.checkpoints._remove': ( 'training/checkpoints.html#_remove',
+                                                                                        'cramlit/training/checkpoints.py'),
                                               'cramlit.training.checkpoints._write': ( 'training/checkpoints.html#_write',
                                                                                        'cramlit/training/checkpoints.py'),
                                               'cramlit.training.checkpoints._write_error': ( 'training/checkpoints.html#_write_error',

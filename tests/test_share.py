@@ -13,12 +13,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from cramlit.core.recipes import CramlitError
-<<<<<<< HEAD
-=======
-from cramlit.training.checkpoints import export_run, load_run
-from cramlit.core.scales import get_recipe
->>>>>>> model2
 from cramlit.core.results import read_rows, result_row, write_rows
+from cramlit.core.scales import get_recipe
 from cramlit.model.stock_models import weights_digest
 from cramlit.reporting.model_card import export_with_card, model_card, push
 from cramlit.running.command import main
