@@ -150,7 +150,8 @@ A classifier on top of it gets {{ pooling }}.
 
 The text is {{ text }}.
 {%- if info.init %} That of the weights it started from is not known to this program: **name it, with its
-licence, before you publish the model**.{% endif %} {{ '{:.1%}'.format(recipe.corpus.holdout) }} of its documents were held out.
+licence, before you publish the model**.{% endif %} {{ '{:.1%}'.format(recipe.corpus.holdout) }} of its
+documents were held out.
 The vocabulary has {{ number(info.vocab_size) }} entries; the tokenizer is
 {% if recipe.tokenizer.path -%}
 that of {{ recipe.tokenizer.path }}.
@@ -239,7 +240,8 @@ def model_card(
         budget=f"{info['steps']:,} steps" if info['steps'] else duration(info['budget']),
         row=rows[0], value={r['metric']: r['value'] for r in rows}, energy='; '.join(energy),
         versions=', '.join(f'{k} {v}' for k, v in rows[0]['versions'].items() if v),
-        scores=score_tables(scores), **_in_words(recipe), settings={'name': recipe.name} | settings_of(recipe), number=_number,
+        scores=score_tables(scores), **_in_words(recipe),
+        settings={'name': recipe.name} | settings_of(recipe), number=_number,
         percent='{:.0%}'.format, listed=lambda xs: ', '.join(f'{x:g}' for x in xs))
 
 # %% ../../nbs/reporting/73_model_card.ipynb #31b99409
