@@ -9,8 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cramlit.core.recipes import UsageError, recipe_hash
 from cramlit.core.scales import get_recipe
-from cramlit.efficiency.planner import GPUS, forward_flops, measured_rate, peak_memory
-from cramlit.efficiency.planner import plan, room_for, training_flops
+from cramlit.efficiency.planner import (
+    GPUS,
+    forward_flops,
+    measured_rate,
+    peak_memory,
+    plan,
+    room_for,
+    training_flops,
+)
 from cramlit.model.encoder import MaskedLM
 from cramlit.running.command import main
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from cramlit.core.recipes import CramlitError
 from cramlit.core.results import read_rows, result_row, write_rows
+from cramlit.core.scales import get_recipe
 from cramlit.model.stock_models import weights_digest
 from cramlit.reporting.model_card import export_with_card, model_card, push
 from cramlit.running.command import main
@@ -96,6 +98,39 @@ def test_a_card_without_scores_and_of_a_run_that_stopped_early(run):
         assert s in text, s
 
 
+def test_a_card_names_what_depends_on_the_recipe(run):
+    info, rows = json.loads((run/'run.json').read_text()), read_rows(run/'rows.jsonl')
+
+    def card(name, *settings, **more):
+        recipe = asdict(get_recipe(name, 'tiny', settings))
+        return ' '.join(model_card('name', info | dict(recipe=recipe) | more, rows, [], '[MASK]').text.split())
+    muon = card('24hbert', 'optim.method=muon', 'optim.muon_lr=0.0123')
+    assert 'Muon, for the matrices in the layers, rises to 0.0123, and that of AdamW' in muon
+    adamw = card('24hbert', 'packing.seq_len=32', 'model.max_positions=128')
+    assert 'Muon' not in adamw.partition('All settings')[0] and 'rises to 0.002 over' in adamw
+    assert 'has 128 positions, and **only the first 32 were trained** here' in adamw
+    assert 'position embeddings that are still random' in adamw and 'state of the first token' in adamw
+    modern = card('modern', 'packing.seq_len=32')
+    assert 'mean of all states' in modern and 'angles it has not seen' in modern
+    equal = card('24hbert', 'packing.seq_len=128', 'model.max_positions=128')
+    assert 'were trained**' not in equal and 'started from is not known' not in equal
+    assert 'started from is not known to this program: **name it, with its licence' in card('24hbert', init='12')
+    hub = card('24hbert', 'corpus.source=hub:wikimedia/wikipedia:20231101.de')
+    assert 'GFDL and CC BY-SA' in hub
+
+
+def test_an_export_where_ascii_cannot_spell_the_folder(run, tmp_path):
+    to = tmp_path/'Geschenk für alle [1]'
+    plain = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    command = [sys.executable, '-m', 'cramlit', 'export', '--run', str(run), '--to', str(to)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | plain)
+    line, = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and 'set PYTHONUTF8=1' in line and os.listdir(tmp_path) == []
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | plain | dict(PYTHONUTF8='1'))
+    assert done.returncode == 0, done.stderr
+    assert '# Geschenk für alle [1]' in (to/'README.md').read_text(encoding='utf-8')
+
+
 def test_no_folder_of_this_machine_leaves(run, exported, recipe):
     assert str(recipe.corpus.source) in (run/'run.json').read_text()
     for p in exported.iterdir():
@@ -126,6 +161,92 @@ def test_what_cannot_leave_is_one_line_and_nothing_is_lost(run, exported, tmp_pa
     assert 'The text is mine.' in (exported/'README.md').read_text() and not list(exported.parent.glob('.*'))
     (exported/'README.md').unlink()
     assert export('--run', run, '--to', exported)[0] == 0 and (exported/'README.md').read_text() == before
+    code, err = export('--run', run, '--to', run/'model')
+    assert code == 2 and "run's own model" in err and not (run/'model'/'README.md').exists()
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def test_an_export_that_differs_is_moved_aside_with_all_that_was_put_beside_it(run, tmp_path, capsys):
+    to = tmp_path/'gift'
+    export_with_card(run, to)
+    assert {p.stat().st_mode for p in to.iterdir()} == {(to/'config.json').stat().st_mode}
+    for n in (1, 2):
+        (to/'model.safetensors').write_bytes(b'other weights')
+        (to/'notes').mkdir()
+        (to/'notes'/'mine').write_text('mine')
+        before = {p: b for p, b in contents(to).items() if p.parts[0] != 'superseded'}
+        capsys.readouterr()
+        export_with_card(run, to)
+        assert f'it is now in {to}/superseded/{n}' in capsys.readouterr().err
+        assert contents(to/'superseded'/str(n)) == before
+        assert not (to/'notes').exists() and weights_digest(to) == weights_digest(run/'model')
+
+
+def test_the_folder_that_is_given_is_filled_and_nothing_beside_it_is_touched(run, tmp_path, monkeypatch):
+    kinds = ['plain', 'new disk', 'disk']
+    for name in kinds: (tmp_path/name/'here').mkdir(parents=True)
+    (tmp_path/'new disk'/'here'/'lost+found').mkdir()
+    (tmp_path/'new disk'/'here'/'.git').mkdir()
+    (tmp_path/'link').symlink_to(tmp_path/'disk'/'here')
+    before = {name: (tmp_path/name).stat().st_mtime_ns for name in kinds}
+    inodes = {name: (tmp_path/name/'here').stat().st_ino for name in kinds}
+    monkeypatch.chdir(tmp_path/'plain'/'here')
+    for to in ('.', tmp_path/'new disk'/'here', tmp_path/'link'): export_with_card(run, to)
+    assert (tmp_path/'link').is_symlink()
+    for name in kinds:
+        here = tmp_path/name/'here'
+        assert (tmp_path/name).stat().st_mtime_ns == before[name] and here.stat().st_ino == inodes[name]
+        assert weights_digest(here) == weights_digest(run/'model') and '# here' in (here/'README.md').read_text()
+    assert os.listdir(tmp_path/'new disk'/'here'/'.git') == []
+
+
+LIMITED = '''
+import resource, sys
+from cramlit.running.command import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),)*2)
+sys.exit(main(sys.argv[2:]))
+'''
+
+
+@pytest.mark.parametrize('size, old', [(100, 'none'), (5_000, 'empty'), (100_000, 'other')])
+def test_a_full_disk_is_one_line_and_the_old_export_stays(run, tmp_path, size, old):
+    to = tmp_path/'gift'
+    if old == 'other':
+        export_with_card(run, to)
+        (to/'model.safetensors').write_bytes(b'other weights')
+    elif old == 'empty': to.mkdir()
+    before = contents(tmp_path)
+    command = [sys.executable, '-c', LIMITED, str(size), 'export', '--run', str(run), '--to', str(to)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    line, = done.stderr.strip().splitlines()
+    assert f'cannot write {to}: File too large' in line and 'Free some space' in line
+    assert contents(tmp_path) == before and os.listdir(tmp_path) == ([] if old == 'none' else ['gift'])
+    if old != 'none': assert not [p for p in os.listdir(to) if p.startswith('.')]
+
+
+def test_a_move_that_fails_half_way_is_taken_back(run, tmp_path, monkeypatch):
+    to = tmp_path/'gift'
+    export_with_card(run, to)
+    (to/'model.safetensors').write_bytes(b'other weights')
+    before, rename, calls = contents(to), os.rename, []
+
+    def fails_once(a, b):
+        calls.append(a)
+        if len(calls) == 9: raise PermissionError(13, 'Permission denied')
+        rename(a, b)
+    monkeypatch.setattr(os, 'rename', fails_once)
+    with pytest.raises(CramlitError, match='Permission denied'): export_with_card(run, to)
+    assert contents(to) == before
+
+
+def test_without_the_network_by_ones_own_wish(exported, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(CramlitError, match='HF_HUB_OFFLINE is set'): push(exported, 'me/bert')
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -1,10 +1,12 @@
 "Training from stock models: the loss they had, a run known by its weights, and folders that are refused"
 import json
+import os
 import shutil
 from string import ascii_lowercase
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -131,6 +133,126 @@ def test_folders_that_will_not_do_are_one_line(text, recipe, data, tmp_path, cap
     wider = ['-o', 'model.hidden_size=64']
     code, err = command(capsys, 'pretrain', '--init', tmp_path/'bert', *options, *wider)
     assert code == 2 and 'model.hidden_size=64 is not possible' in err
+
+
+def untied(folder):
+    stock('bert', folder, tie_word_embeddings=False)
+
+
+def pickled(folder):
+    weights = load_file(folder/'model.safetensors')
+    torch.save(weights, folder/'pytorch_model.bin')
+    (folder/'model.safetensors').unlink()
+
+
+def names_of_2018(folder):
+    def old(name): return name.replace('Norm.weight', 'Norm.gamma').replace('Norm.bias', 'Norm.beta')
+    weights = load_file(folder/'model.safetensors')
+    save_file({old(name): w for name, w in weights.items()}, folder/'model.safetensors', {'format': 'pt'})
+
+
+def vocabulary_only(folder):
+    (folder/'vocab.txt').write_text('\n'.join(ENTRIES) + '\n')
+    for name in ('tokenizer.json', 'tokenizer_config.json'): (folder/name).unlink()
+
+
+class Evil:
+    def __reduce__(self): return exec, ("import pathlib; pathlib.Path('was_run').touch()",)
+
+
+def a_pickle_that_runs_code(folder):
+    (folder/'model.safetensors').unlink()
+    torch.save({'weight': Evil()}, folder/'pytorch_model.bin')
+
+
+def an_empty_pickle(folder):
+    (folder/'model.safetensors').unlink()
+    (folder/'pytorch_model.bin').touch()
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def a_later_tokenizer(folder):
+    edit(folder/'tokenizer.json', model=dict(type='WordPieceV2'))
+
+
+def half_a_tokenizer(folder):
+    (folder/'tokenizer.json').write_text((folder/'tokenizer.json').read_text()[:200])
+
+
+def a_slow_tokenizer(folder):
+    vocabulary_only(folder)
+    kinds = dict(word_tokenizer_type='basic', subword_tokenizer_type='character')
+    config = dict(tokenizer_class='BertJapaneseTokenizer', do_lower_case=False, **kinds)
+    (folder/'tokenizer_config.json').write_text(json.dumps(config))
+
+
+def no_mask(folder): edit(folder/'tokenizer_config.json', mask_token=None)
+
+
+@pytest.mark.parametrize('change', [pickled, names_of_2018, vocabulary_only])
+def test_folders_of_older_libraries_are_read(change, text, tmp_path, capsys):
+    folder = tmp_path/'a model [old] für alle'
+    model = stock('bert', folder)
+    before = load_weights(folder, 100)
+    change(folder)
+    weights = load_weights(folder, 100)
+    assert all(torch.equal(weights[k], w) for k, w in before.items())
+    assert torch.equal(weights['embeddings.word.weight'], model.get_input_embeddings().weight)
+    code, err = command(capsys, 'prepare', '--init', folder, *args(text), '--out', tmp_path/'data')
+    assert code == 0, err
+    rest = ['--data', tmp_path/'data', '--out', tmp_path/'run', '--steps', 1]
+    code, err = command(capsys, 'pretrain', '--init', folder, *args(text), *rest)
+    assert code == 0 and (tmp_path/'run'/'model'/'model.safetensors').exists(), err
+    assert 'Writing model shards' not in err
+
+
+@pytest.mark.parametrize('change, says', [
+    (untied, 'tie_word_embeddings=False cannot be read'),
+    (a_pickle_that_runs_code, 'are damaged or not tensors alone'),
+    (an_empty_pickle, 'are damaged or not tensors alone'),
+    (a_later_tokenizer, 'cannot be loaded by transformers'),
+    (half_a_tokenizer, 'cannot be loaded by transformers'),
+    (a_slow_tokenizer, 'BertJapaneseTokenizer'),
+    (no_mask, 'has no mask token'),
+])
+def test_folders_that_cannot_be_trained_further_are_one_line(change, says, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stock('bert', tmp_path/'bert')
+    change(tmp_path/'bert')
+    capsys.readouterr()
+    code, err = command(capsys, 'prepare', '--init', tmp_path/'bert', *args(text), '--out', tmp_path/'data')
+    assert code in (1, 2) and says in err and 'Traceback' not in err, err
+    assert os.listdir(tmp_path) == ['bert']
+
+
+def test_a_token_that_was_added_later_makes_another_tokenizer(text, recipe, tmp_path, capsys):
+    folder, data = tmp_path/'bert', tmp_path/'data'
+    stock('bert', folder, vocab_size=101)
+    assert command(capsys, 'prepare', '--init', folder, *args(text), '--out', data)[0] == 0
+    init_from(folder, data, recipe, [f'corpus.source={text}'])
+    tok = BertTokenizerFast.from_pretrained(folder)
+    tok.add_tokens(['river'])
+    tok.save_pretrained(folder)
+    with pytest.raises(UsageError, match='another tokenizer'):
+        init_from(folder, data, recipe, [f'corpus.source={text}'])
+
+
+def test_a_vocabulary_with_a_hole_is_trained_and_exported(text, tmp_path, capsys):
+    folder = tmp_path/'bert'
+    stock('bert', folder)
+    file = json.loads((folder/'tokenizer.json').read_text())
+    for n in range(40): del file['model']['vocab'][f'w{n}']  # ids up to 99 stay, for 60 entries
+    (folder/'tokenizer.json').write_text(json.dumps(file))
+    sizes = ['-o', 'tokenizer.vocab_size=64']
+    code, err = command(capsys, 'prepare', '--init', folder, *args(text), *sizes, '--out', tmp_path/'data')
+    assert code == 0, err
+    assert open_data(tmp_path/'data').padded_vocab_size == 128
+    rest = ['--data', tmp_path/'data', '--out', tmp_path/'run', '--steps', 1]
+    code, err = command(capsys, 'pretrain', '--init', folder, *args(text), *rest)
+    assert code == 0, err
 
 
 @pytest.mark.parametrize('auto', [AutoModel, AutoModelForSequenceClassification])

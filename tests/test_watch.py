@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pexpect
@@ -61,7 +63,8 @@ def going(done, tmp_path):
     "The same run as it looked before it ended"
     shutil.copytree(done, tmp_path/'run')
     (tmp_path/'run'/'rows.jsonl').unlink()
-    (tmp_path/'run'/'metrics.jsonl').touch()
+    for name in ('run.json', 'metrics.jsonl'):  # not old yet, however slow this machine is
+        os.utime(tmp_path/'run'/name, (time.time() + 3600,)*2)
     return tmp_path/'run'
 
 
@@ -155,11 +158,21 @@ def test_a_tracker_that_is_not_there_is_a_mistake_before_anything_is_done(given,
 
 
 def test_trackio_shall_not_send_anything_away(monkeypatch):
-    monkeypatch.setattr(track, 'find_spec', lambda name: True)
+    monkeypatch.setattr(track, 'find_spec', lambda name: SimpleNamespace(origin='installed'))
     track.check_tracker('trackio')
     monkeypatch.setenv('TRACKIO_SPACE_ID', 'someone/space')
     with pytest.raises(UsageError, match='TRACKIO_SPACE_ID is set'): track.check_tracker('trackio')
     track.check_tracker('wandb')
+
+
+def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path, monkeypatch):
+    (tmp_path/'wandb'/'offline-run-1').mkdir(parents=True)  # what an earlier run leaves in the working directory
+    monkeypatch.chdir(tmp_path)
+    installed = [p for p in sys.path if p and not os.path.exists(os.path.join(p, 'wandb'))]
+    monkeypatch.setattr(sys, 'path', ['', *installed])
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    with pytest.raises(UsageError, match=r'wandb is not it. Install it with: pip install wandb'):
+        track.check_tracker('wandb')
 
 
 @pytest.mark.parametrize('when', ['open', 'write', 'close'])
@@ -280,6 +293,51 @@ def test_pages_of_runs_that_are_not_over(going):
     assert 'starting' in ''.join(parsed(report_html(read_run(going))).text)
 
 
+def test_files_that_vanish_while_they_are_read(going, monkeypatch):
+    old = going/'checkpoints'/'step-00000001'  # as training deletes checkpoints that are no longer kept
+    old.mkdir()
+    stat, gone = Path.stat, {old}
+
+    def deleted_meanwhile(path, **how):
+        if path not in gone: return stat(path, **how)
+        raise FileNotFoundError(2, 'No such file or directory', str(path))
+    before = read_run(going)
+    assert [n for n, _ in before.saved if n.endswith('step-00000001')]
+    monkeypatch.setattr(Path, 'stat', deleted_meanwhile)
+    after = read_run(going)
+    assert [n for n, _ in after.saved] == [n for n, _ in before.saved if not n.endswith('step-00000001')]
+    assert len(after.saved) == len(before.saved) - 1
+
+
+def test_a_line_that_ends_in_half_a_letter(going):
+    line = (json.dumps(dict(step=41, seconds=1., tokens=['ä'], words=[], guesses=[]), ensure_ascii=False) + '\n')
+    whole = (going/'samples.jsonl').read_bytes()
+    for end in range(1, len(line.encode()) + 1):
+        (going/'samples.jsonl').write_bytes(whole + line.encode()[:end])
+        assert len(read_run(going).samples) == whole.count(b'\n') + (end == len(line.encode()))
+
+
+def test_a_literal_mask_in_the_text_and_a_mask_of_another_name(going):
+    odd = [dict(step=40, seconds=1., tokens=['a', '[MASK]', '[MASK]'], words=['b'], guesses=[[['x', .5]]]),
+           dict(step=40, seconds=1., tokens=['a', '<mask>'], words=['b'], guesses=[[['x', .5]]])]
+    (going/'samples.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in odd))
+    html = report_html(read_run(going))
+    parsed(html)
+    assert html.count('<mark>b</mark>') == 2 and html.count('<mark>[MASK]</mark>') == 1
+
+
+def test_a_run_in_a_folder_that_ascii_cannot_spell(going, tmp_path, monkeypatch):
+    folder = tmp_path/'Läufe [neu] 1'
+    shutil.move(going, folder)
+    odd = dict(step=40, seconds=1., tokens=['fluß', '[MASK]'], words=['straße'], guesses=[[['straße', .5]]])
+    (folder/'samples.jsonl').write_text(json.dumps(odd, ensure_ascii=False) + '\n', encoding='utf-8')
+    plain = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='')
+    for option in ('--once', '--html'):
+        shown = watch(folder, option, **plain)
+        assert shown.returncode == 0, shown.stderr
+    assert 'straße' in (folder/'report.html').read_text(encoding='utf-8')
+
+
 def test_how_a_run_stands(going, done):
     assert state(read_run(done)) == 'finished' and state(read_run(going)) == 'running'
     os.utime(going/'metrics.jsonl', (time.time() - 3600,)*2)
@@ -292,7 +350,7 @@ def test_how_a_run_stands(going, done):
 
 def watch(*args, **env):
     command = [sys.executable, '-m', 'cramlit.running.command', 'watch', *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60,
+    return subprocess.run(command, capture_output=True, text=True, timeout=600,
                           env=os.environ | dict(PYTHONIOENCODING='utf-8') | env)
 
 
@@ -320,8 +378,9 @@ def test_what_is_no_run_is_a_mistake(option, tmp_path, capsys):
         assert main(['watch', str(folder), option]) == 2
         out, err = capsys.readouterr()
         assert 'is no run' in err and out == ''
-    (tmp_path/'run.json').write_text('{')
-    assert main(['watch', str(tmp_path), option]) == 2 and os.listdir(tmp_path) == ['run.json']
+    for other in ('{', '{}', '[]', '3', '{"recipe": 1}'):
+        (tmp_path/'run.json').write_text(other)
+        assert main(['watch', str(tmp_path), option]) == 2 and os.listdir(tmp_path) == ['run.json']
 
 
 def test_rows_and_the_page_by_command(done, capsys):
@@ -340,7 +399,7 @@ def terminal():
     def start(*args, **env):
         command = ['-m', 'cramlit.running.command', 'watch', *map(str, args)]
         env = {k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm-256color') | env
-        child = pexpect.spawn(sys.executable, command, dimensions=(30, 90), timeout=30, encoding='utf-8', env=env)
+        child = pexpect.spawn(sys.executable, command, dimensions=(30, 90), timeout=600, encoding='utf-8', env=env)
         children.append(child)
         return child
     yield start

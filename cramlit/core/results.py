@@ -130,12 +130,12 @@ def read_json_lines(
 ) -> list[dict]:
     "Read JSON lines; raises `CramlitError` naming a line that is broken"
     rows = []
-    with open(path, encoding='utf-8', newline='\n') as f:  # a string may hold U+2028
+    with open(path, 'rb') as f:  # as bytes: a string may hold U+2028, and half a line may end in half a letter
         for n, line in enumerate(f, 1):
-            if growing and not line.endswith('\n'): break
-            try: rows.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise CramlitError(f"{path}, line {n}: not JSON ({e.msg}): remove it") from None
+            if growing and not line.endswith(b'\n'): break
+            try: rows.append(json.loads(line.decode()))
+            except ValueError as e:
+                raise CramlitError(f"{path}, line {n}: not JSON ({e}): remove it") from None
     return rows
 
 def read_rows(

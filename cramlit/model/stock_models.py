@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..core.recipes import CramlitError, Recipe, UsageError, digest, override, validate
@@ -23,7 +23,7 @@ from ..core.recipes import Model as ModelConfig
 from ..core.recipes import Tokenizer as TokenizerConfig
 from ..core.results import sha256
 from ..data.packing import Data, open_data
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_tokenizer, special_ids
 from .encoder import MaskedLM
 
 # %% ../../nbs/model/22_stock_models.ipynb #746515bf
@@ -194,7 +194,7 @@ def our_config(
         cfg = replace(cfg, max_positions=stock.max_position_embeddings - _position_offset(cfg, pad),
                       layer_norm_eps=stock.layer_norm_eps, dropout=stock.hidden_dropout_prob,
                       attention_dropout=stock.attention_probs_dropout_prob)
-    for key, ours in _settings(cfg, pad).items():
+    for key, ours in (_settings(cfg, pad) | dict(tie_word_embeddings=True)).items():
         theirs = getattr(stock, key, ours)
         if 'dropout' not in key and theirs != ours:
             raise UsageError(f'{key}={theirs} cannot be read: only {ours} is')
@@ -240,7 +240,17 @@ def quiet() -> Iterator[None]:
         logging.enable_progress_bar()
 
 def _first_line(e: Exception) -> str:
-    return str(e).splitlines()[0]
+    return next(iter(str(e).splitlines()), type(e).__name__)
+
+def _weight_files(folder: str|Path) -> list[Path]:
+    "The files with a model's weights: safetensors, or in older folders a pickle of tensors"
+    folder = Path(folder)
+    return sorted(folder.glob('*.safetensors')) or sorted(folder.glob('pytorch_model*.bin'))
+
+def _check_file(path: Path):
+    "Open a file of weights without running anything in it; raises what the library raises"
+    if path.suffix == '.safetensors': safe_open(path, 'pt').keys()
+    else: torch.load(path, map_location='meta', weights_only=True)
 
 def load_parts(
     folder: str|Path,  # a stock transformers model with its tokenizer
@@ -251,20 +261,21 @@ def load_parts(
     if not (folder/'config.json').exists():
         raise CramlitError(f'{folder} is not a model: it has no config.json. '
                            '`cramlit pretrain` leaves one in RUN/model')
-    files = list(folder.glob('*.safetensors'))
-    if not files: raise CramlitError(f'{folder} has no weights (*.safetensors)')
+    files = _weight_files(folder)
+    if not files: raise CramlitError(f'{folder} has no weights (*.safetensors or pytorch_model.bin)')
     how = dict(trust_remote_code=False, local_files_only=True)
     try: config, tok = (c.from_pretrained(str(folder), **how) for c in (AutoConfig, AutoTokenizer))
-    except (OSError, ValueError) as e:
+    except Exception as e:  # `tokenizers` raises plain exceptions for a file of a later version
         raise CramlitError(f'{folder} cannot be loaded by transformers: {_first_line(e)}') from None
     if tok.pad_token_id is None:
         raise CramlitError(f'the tokenizer in {folder} has no padding token, which batches need')
     if getattr(config, 'type_vocab_size', 0) < 2:  # DistilBERT, RoBERTa
         tok.model_input_names = [n for n in tok.model_input_names if n != 'token_type_ids']
     for p in files:
-        try: safe_open(p, 'pt').keys()
-        except SafetensorError as e:
-            raise CramlitError(f'{p}: the weights are damaged ({e}). Export or fetch them again') from None
+        try: _check_file(p)
+        except Exception as e:  # torch, pickle and zipfile have a dozen kinds
+            raise CramlitError(f'{p}: the weights are damaged or not tensors alone ({_first_line(e)}). '
+                               'Export or fetch them again') from None
     largest = max(tok.get_vocab().values())
     if largest >= config.vocab_size:
         raise CramlitError(f'{folder}: the tokenizer has ids up to {largest}, the model '
@@ -275,7 +286,7 @@ def weights_digest(
     folder: str|Path,  # a stock transformers model
 ) -> str:              # eight hexadecimal digits
     "A name for the files with a model's weights"
-    return digest([sha256(p) for p in sorted(Path(folder).glob('*.safetensors'))])
+    return digest([sha256(p) for p in _weight_files(folder)])
 
 # %% ../../nbs/model/22_stock_models.ipynb #8e496dd0
 _FREE = ('dropout', 'attention_dropout', 'initializer_range')  # may differ from the folder's model
@@ -290,6 +301,7 @@ def recipe_from(
     config, tok = load_parts(folder)
     shape = our_config(config)
     if tokenizer is None:
+        load_tokenizer(folder)  # raises when training lacks something: a mask token, a fast version
         tokenizer = replace(base.tokenizer, vocab_size=len(tok), path=str(Path(folder).resolve()))
     r = override(replace(base, model=shape, tokenizer=tokenizer), settings)
     for name in (f.name for f in fields(shape) if f.name not in _FREE):
@@ -304,8 +316,9 @@ def check_vocabulary(
 ):
     "Raise `UsageError` when prepared data was made with another tokenizer than a model's"
     def rules(f):
-        state = json.loads(load_tokenizer(f).backend_tokenizer.to_str())
-        return {k: state[k] for k in ('normalizer', 'pre_tokenizer', 'model')}
+        tok = load_tokenizer(f)
+        state = json.loads(tok.backend_tokenizer.to_str())
+        return special_ids(tok), [state[k] for k in ('normalizer', 'pre_tokenizer', 'model', 'added_tokens')]
     if rules(data.folder/'tokenizer') != rules(folder):
         raise UsageError(f'{data.folder} was prepared with another tokenizer than that of {folder}: '
                          'run `cramlit prepare --init` with it into another folder')
@@ -322,15 +335,16 @@ def load_weights(
 ) -> dict[str, Tensor]:  # as `MaskedLM.state_dict` names them
     "Weights to start from; raises `CramlitError` if some are missing or our network computes something else"
     from transformers import AutoModelForMaskedLM
-    how = dict(trust_remote_code=False, use_safetensors=True, local_files_only=True, dtype=torch.float32,
+    how = dict(trust_remote_code=False, weights_only=True, local_files_only=True, dtype=torch.float32,
                output_loading_info=True)
     try:
         with quiet(): stock, info = AutoModelForMaskedLM.from_pretrained(str(folder), **how)
-    except (OSError, RuntimeError, ValueError) as e:
+    except Exception as e:  # as in `load_parts`
         raise CramlitError(f'the weights in {folder} cannot be loaded: {_first_line(e)}') from None
     if missing := sorted(info['missing_keys']):
         raise CramlitError(f'{folder} lacks weights that a masked language model needs, {missing[0]} among '
-                           f'{len(missing)}: it was saved for another purpose')
+                           f'{len(missing)}: it was saved without its head, or with another one. '
+                           'Take a folder that was saved with the head (…ForMaskedLM)')
     try: model, _ = from_stock(stock)
     except (KeyError, RuntimeError) as e:
         raise CramlitError(f'weights in {folder} have no place in our network: {_first_line(e)}') from None

@@ -7,23 +7,24 @@ __all__ = ['TEMPLATE', 'names_only', 'public_recipe', 'describe_source', 'find_s
            'export_with_card', 'push']
 
 # %% ../../nbs/reporting/73_model_card.ipynb #6de1e0c1
-import json, os, shutil, sys
+import json, os, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from ..core.recipes import CramlitError, Recipe, UsageError, recipe_from_dict, settings_of
 from ..core.results import read_rows
 from ..core.scales import SCALES
 from ..data.tokenizer import load_tokenizer
 from ..model.stock_models import family, weights_digest
-from .run_report import duration, licence
+from .run_report import duration, licence, spelled
 from .tables import shown
-from ..training.checkpoints import export_run
+from ..training.checkpoints import check_export_folder, export_run
 
 # %% ../../nbs/reporting/73_model_card.ipynb #40e48e85
 def names_only(
@@ -136,13 +137,20 @@ classifier = AutoModelForSequenceClassification.from_pretrained('{{ name }}', nu
 {{ percent(k.replace_mask) }} of them are replaced by the mask token, {{ percent(k.replace_random) }} by
 a random token. Sequences have {{ recipe.packing.seq_len }} tokens
 ({{ 'whole sentences of one document' if recipe.packing.mode == 'document' else 'full, across documents' }}),
-and {{ number(recipe.batch.global_batch_size) }} of them make a step. The learning rate rises to
-{{ number(recipe.optim.lr) }} over the first {{ percent(s.warmup) }} of its schedule and falls to zero
+and {{ number(recipe.batch.global_batch_size) }} of them make a step.
+{% if m.max_positions > recipe.packing.seq_len -%}
+The network has {{ number(m.max_positions) }} positions, and **only the first
+{{ number(recipe.packing.seq_len) }} were trained** here: longer texts meet {{ untrained }}.
+{% endif -%}
+The learning rate {{ rates }} over the first {{ percent(s.warmup) }} of its schedule and falls to zero
 along a line; the schedule is {{ number(s.length) }} budget{{ 's' if s.length > 1 }} long.
+A classifier on top of it gets {{ pooling }}.
 
 ## On what text
 
-The text is {{ text }}. {{ '{:.1%}'.format(recipe.corpus.holdout) }} of its documents were held out.
+The text is {{ text }}.
+{%- if info.init %} That of the weights it started from is not known to this program: **name it, with its
+licence, before you publish the model**.{% endif %} {{ '{:.1%}'.format(recipe.corpus.holdout) }} of its documents were held out.
 The vocabulary has {{ number(info.vocab_size) }} entries; the tokenizer is
 {% if recipe.tokenizer.path -%}
 that of {{ recipe.tokenizer.path }}.
@@ -195,6 +203,18 @@ def _number(x) -> str:
     "For people to read: whole when it is large, four digits when it is small"
     return 'unknown' if x is None else f'{x:,.0f}' if abs(x) >= 100 else f'{x:,.4g}'
 
+def _in_words(recipe: Recipe) -> dict[str, str]:
+    "What depends on the architecture and the optimiser"
+    modern, o = recipe.model.position == 'rotary', recipe.optim
+    rates = f'rises to {_number(o.lr)}'
+    if o.method == 'muon':
+        rates = (f'of Muon, for the matrices in the layers, rises to {_number(o.muon_lr)}, '
+                 f'and that of AdamW, for the rest, to {_number(o.lr)},')
+    return dict(rates=rates,
+                untrained='angles it has not seen' if modern else 'position embeddings that are still random',
+                pooling='the mean of all states' if modern
+                        else 'the state of the first token, through a layer that was not pretrained')
+
 def model_card(
     name: str,            # of the model, as others will load it
     info: dict,           # what run.json says
@@ -219,7 +239,7 @@ def model_card(
         budget=f"{info['steps']:,} steps" if info['steps'] else duration(info['budget']),
         row=rows[0], value={r['metric']: r['value'] for r in rows}, energy='; '.join(energy),
         versions=', '.join(f'{k} {v}' for k, v in rows[0]['versions'].items() if v),
-        scores=score_tables(scores), settings={'name': recipe.name} | settings_of(recipe), number=_number,
+        scores=score_tables(scores), **_in_words(recipe), settings={'name': recipe.name} | settings_of(recipe), number=_number,
         percent='{:.0%}'.format, listed=lambda xs: ', '.join(f'{x:g}' for x in xs))
 
 # %% ../../nbs/reporting/73_model_card.ipynb #31b99409
@@ -230,12 +250,12 @@ def add_card(
     scores: str,   # folder or file with rows of `cramlit glue`; '' = looked for in and beside the run
 ):
     "Add the card, and take this machine's folders out of what the model remembers of its run"
-    info = json.loads((folder/'cramlit.json').read_text())
+    info = json.loads((folder/'cramlit.json').read_bytes())
     found = find_scores(run, weights_digest(folder), scores)
     card = model_card(name, info, read_rows(run/'rows.jsonl'), found, load_tokenizer(folder).mask_token)
-    card.save(folder/'README.md')
+    ModelCard(spelled(str(card))).save(folder/'README.md')
     public = info | dict(recipe=asdict(public_recipe(recipe_from_dict(info['recipe']))))
-    (folder/'cramlit.json').write_text(json.dumps(public, indent=1))
+    (folder/'cramlit.json').write_text(json.dumps(public, indent=1), encoding='utf-8')
 
 def export_with_card(
     run: str|Path,      # a finished run of `cramlit pretrain`
@@ -245,26 +265,20 @@ def export_with_card(
 ) -> Path:              # the folder
     "A run's model as stock files, tokenizer and card; raises `UsageError` where something else is"
     run, to = Path(run), Path(to)
-    if to.is_file() or (to.is_dir() and any(to.iterdir()) and not (to/'cramlit.json').exists()):
-        raise UsageError(f'{to} holds something else: choose another --to')
+    check_export_folder(to)
+    if to.resolve() == (run/'model').resolve():
+        raise UsageError(f"{to} is the run's own model: choose another folder")
     if (run/'run.json').exists() and not (run/'rows.jsonl').exists():
         raise CramlitError(f'{run} is not finished: let `cramlit pretrain` go on')
-    if (run/'run.json').exists() and not (run/'model').is_dir():
+    if (run/'run.json').exists() and not (run/'model'/'config.json').exists():
         raise CramlitError(f'{run}/model, with the tokenizer, is missing: '
                            'the same `cramlit pretrain` makes it')
-    part = to.with_name(f'.{to.name}.part')
-    try:
-        export_run(run, run/'model', part)
-        if (to/'README.md').exists() and weights_digest(to) == weights_digest(part):
-            print(f'{to} is there with these weights and left as it is; '
-                  'to have its card made anew, delete the folder', file=sys.stderr)
-            return to
-        add_card(part, run, name or to.name, scores)
-        shutil.rmtree(to, ignore_errors=True)
-        os.replace(part, to)
-    except OSError as e: raise CramlitError(f'cannot write the model to {to}: {e}') from None
-    finally: shutil.rmtree(part, ignore_errors=True)
-    return to
+    if (to/'README.md').exists() and weights_digest(to) == weights_digest(run/'model'):
+        print(f'{to} is there with these weights and left as it is; '
+              'to have its card made anew, move its README.md away', file=sys.stderr)
+        return to
+    called = name or to.resolve().name
+    return export_run(run, run/'model', to, finish=lambda folder: add_card(folder, run, called, scores))
 
 # %% ../../nbs/reporting/73_model_card.ipynb #28528242
 _REASONS = {
@@ -274,6 +288,7 @@ _REASONS = {
 
 def _reason(e: Exception) -> str:
     "Why sending failed, without a word that came from outside"
+    if isinstance(e, OfflineModeIsEnabled): return 'HF_HUB_OFFLINE is set, which forbids it: unset it'
     status = getattr(getattr(e, 'response', None), 'status_code', None)
     if status: return _REASONS.get(status, f'the hub answered with status {status}')
     return f'the hub cannot be reached, or answers as no hub does ({type(e).__name__}): check the network'
@@ -297,6 +312,7 @@ def push(
         refused = private and not api.model_info(url.repo_id).private
         if not refused:
             api.upload_folder(repo_id=url.repo_id, folder_path=folder,
+                              ignore_patterns=['superseded/*', '.cramlit-export.part/*'],
                               commit_message='A model trained with cramlit')
     except Exception as e:  # the libraries below raise a dozen kinds
         raise CramlitError(f'{folder} was not sent to {repo}: {_reason(e)}') from None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'Snapshot', 'read_run', 'state', 'duration', 'explain', 'budget_spent', 'state_rows', 'numbers',
-           'predictions', 'licence', 'report_html', 'write_page', 'loss_plot', 'Frame', 'watch']
+           'predictions', 'licence', 'spelled', 'report_html', 'write_page', 'loss_plot', 'Frame', 'watch']
 
 # %% ../../nbs/reporting/72_run_report.ipynb #79f8ebde
 import json, time
@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.recipes import UsageError
-from ..core.results import atomic, read_json_lines, read_rows, result_row
+from ..core.results import atomic, read_json_lines, result_row
 
 # %% ../../nbs/reporting/72_run_report.ipynb #a8d9a586
 @dataclass(frozen=True)
@@ -47,22 +47,34 @@ class Snapshot:
         "The value of a result row; None until the run is over"
         return next((r['value'] for r in self.rows if r['metric'] == metric), None)
 
+def _lines(path: Path) -> list[dict]:
+    "The complete lines of a file that may be growing, or not be there yet"
+    try: return read_json_lines(path, growing=True)
+    except FileNotFoundError: return []
+
+def _written(path: Path) -> float|None:
+    "When something was last written; None when it has just been deleted, as old checkpoints are"
+    try: return path.stat().st_mtime
+    except FileNotFoundError: return None
+
 def read_run(
     folder: str|Path,  # a run's folder
 ) -> Snapshot:
     "Read a run's folder; raises `UsageError` when it is none"
     folder = Path(folder)
-    try: info = json.loads((folder/'run.json').read_text())
-    except (OSError, ValueError):
+    try:
+        info = json.loads((folder/'run.json').read_bytes())
+        if not {'recipe', 'budget', 'steps'} <= set(info): raise ValueError  # of another program
+    except (OSError, ValueError, TypeError):
         raise UsageError(f'{folder} is no run: it has no run.json that can be read. '
                          f'`cramlit pretrain --out {folder}` makes one') from None
-    def lines(name): return read_json_lines(folder/name, growing=True) if (folder/name).exists() else []
     found = [*folder.glob('checkpoints/step-*'), *folder.glob('milestones/*/step-*')]
-    saved = sorted(((str(p.relative_to(folder)), p.stat().st_mtime) for p in found), key=lambda s: s[1])
-    newest = folder/'metrics.jsonl' if (folder/'metrics.jsonl').exists() else folder/'run.json'
-    rows = read_rows(folder/'rows.jsonl') if (folder/'rows.jsonl').exists() else []
-    return Snapshot(folder, info, lines('metrics.jsonl'), lines('samples.jsonl'), rows, saved,
-                    time.time() - newest.stat().st_mtime)
+    times = [(str(p.relative_to(folder)), _written(p)) for p in found]
+    saved = sorted(((name, t) for name, t in times if t is not None), key=lambda s: s[1])
+    log, samples = (_lines(folder/name) for name in ('metrics.jsonl', 'samples.jsonl'))
+    newest = _written(folder/'metrics.jsonl') or _written(folder/'run.json') or time.time()
+    return Snapshot(folder, info, log, samples, _lines(folder/'rows.jsonl'), saved,
+                    max(0., time.time() - newest))  # below 0 where another machine's clock is ahead
 
 # %% ../../nbs/reporting/72_run_report.ipynb #2a8f806d
 def state(
@@ -146,8 +158,10 @@ def numbers(
 def _sentence(sample: dict) -> Markup:
     "Tokens as text, the masked ones marked"
     masked = iter(sample['words'])
-    parts = [f'<mark>{escape(next(masked))}</mark>' if token == '[MASK]' else str(escape(token))
-             for token in sample['tokens']]
+    parts = []
+    for token in sample['tokens']:
+        if token in ('[MASK]', '<mask>'): parts.append(f'<mark>{escape(next(masked, token))}</mark>')
+        else: parts.append(str(escape(token)))
     return Markup(' '.join(parts).replace(' <mark>##', '<mark>').replace(' ##', ''))
 
 def predictions(
@@ -294,6 +308,12 @@ def _provenance(run: Snapshot) -> dict[str, object]:
                         precision=row['precision'], versions=versions)
 
 # %% ../../nbs/reporting/72_run_report.ipynb #8ab3cbef
+def spelled(
+    text: str,
+) -> str:
+    "The text with the letters of file names that this locale cannot spell, which Python keeps as bytes"
+    return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
+
 def report_html(
     run: Snapshot,
 ) -> str:  # HTML
@@ -309,11 +329,11 @@ def report_html(
         evaluations.append((f"{line['step']:,}", duration(line['seconds']), f"{line['tokens']:,}", loss))
     saved = [(name, f'{datetime.fromtimestamp(t, UTC):%Y-%m-%d %H:%M:%S UTC}') for name, t in run.saved]
     page = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE, dict(Markup=Markup))
-    return page.render(
+    return spelled(page.render(
         title=f"{recipe['name']}, {run.info['scale']}: {run.folder.resolve().name}", state=state(run),
         explained=explain(run), numbers=list(numbers(run).items()), figures=_figures(run),
         predictions=predictions(run.samples), evaluations=evaluations, saved=saved,
-        provenance=list(_provenance(run).items()), settings=list(settings.items()))
+        provenance=list(_provenance(run).items()), settings=list(settings.items())))
 
 def write_page(
     folder: str|Path,  # a run's folder

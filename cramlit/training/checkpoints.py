@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['optimizer_tensors', 'restore_optimizer', 'tensors_of', 'checkpoints', 'write_tensors', 'settle', 'write_checkpoint',
            'Saver', 'find_damage', 'newest_whole', 'read_checkpoint', 'load_checkpoint', 'verify_folder', 'load_run',
-           'export_run', 'export_all']
+           'check_export_folder', 'export_run', 'export_all']
 
 # %% ../../nbs/training/33_checkpoints.ipynb #fe9a1063
 import errno, json, os, re, shutil, sys
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
@@ -22,7 +23,7 @@ from ..core.results import atomic, cannot_write, result_row, sha256, sync_folder
 from ..data.packing import open_data, verify
 from ..data.tokenizer import load_tokenizer, padded_vocab
 from ..model.encoder import MaskedLM
-from ..model.stock_models import to_stock
+from ..model.stock_models import quiet, to_stock
 
 # %% ../../nbs/training/33_checkpoints.ipynb #a545c8fc
 def optimizer_tensors(
@@ -237,39 +238,109 @@ def load_run(
     run = Path(run)
     if not (run/'run.json').exists():
         raise CramlitError(f'{run} is not a run: it has no run.json. Make one with `cramlit pretrain`')
-    info = json.loads((run/'run.json').read_text())
-    model = MaskedLM(recipe_from_dict(info['recipe']).model, info['vocab_size'])
+    try:
+        info = json.loads((run/'run.json').read_bytes())
+        cfg, vocab_size = recipe_from_dict(info['recipe']).model, info['vocab_size']
+    except (ValueError, KeyError, TypeError):
+        raise CramlitError(f'{run}/run.json is damaged, or of another program') from None
+    model = MaskedLM(cfg, vocab_size)
     if load_checkpoint(run/kept, model) is None:
         raise CramlitError(f'{run/kept} has no checkpoint yet: let `cramlit pretrain` finish')
     return model.eval(), info
 
+# %% ../../nbs/training/33_checkpoints.ipynb #33b60001
+def check_export_folder(
+    to: str|Path,  # where a model is to be written
+):
+    "Raise `UsageError` when something is there that is no export of a run"
+    to = Path(to)
+    if to.exists() and not to.is_dir(): raise UsageError(f'{to} is no folder: choose another one')
+    found = _contents(to) if to.exists() else []
+    if found and to/'cramlit.json' not in found:
+        raise UsageError(f'{to} holds something else, {found[0].name}, and no export of a run: '
+                         'choose another folder')
+
+_PART = '.cramlit-export.part'
+
+def _contents(folder: Path) -> list[Path]:
+    "What is in a folder, sorted; a new disk has lost+found, a repository .git, and neither is in our way"
+    return sorted(p for p in folder.iterdir()
+                  if not p.name.startswith('.') and p.name not in ('lost+found', 'superseded'))
+
+def _write_error(e: Exception) -> OSError|None:
+    "A failed write as an `OSError`: safetensors and tokenizers, written in Rust, raise their own kinds"
+    if isinstance(e, OSError): return e
+    code = re.search(r'\(os error (\d+)\)', str(e))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
+
+def _move(entries: list[Path], to: Path):
+    "Move files and folders into a folder: all, or none when one cannot be moved"
+    done = list[Path]()
+    try:
+        for p in entries:
+            os.rename(p, to/p.name)
+            done.append(p)
+    except OSError:
+        for p in done: os.rename(to/p.name, p)
+        raise
+
+def _publish(part: Path, to: Path):
+    "Move a complete export to its place, and an earlier one that differs into `superseded/`"
+    new = sorted(part.iterdir(), key=lambda p: p.name == 'config.json')  # last: without it there is no model
+    old = _contents(to)
+    there = [p for p in new if (to/p.name).exists()]
+    differs = any(sha256(to/p.name) != sha256(p) for p in there)
+    if not differs: return _move([p for p in new if p not in there], to)
+    aside = to/'superseded'
+    aside /= str(1 + len(list(aside.glob('*'))))
+    aside.mkdir(parents=True)
+    _move(old, aside)
+    try: _move(new, to)
+    except OSError:
+        _move([aside/p.name for p in old], to)
+        raise
+    print(f'another export was in {to}: it is now in {aside}', file=sys.stderr)
+
+# %% ../../nbs/training/33_checkpoints.ipynb #33b60002
 def export_run(
     run: str|Path,              # a finished run's folder
     tokenizer: str|Path,        # the tokenizer's folder
-    to: str|Path,               # the folder to make; an earlier export there is replaced
+    to: str|Path,               # the folder to make or to fill
     kept: str = 'checkpoints',  # which checkpoints of the run, such as milestones/0.5
+    finish: Callable[[Path], object]|None = None,  # called with the written files' folder before they appear
 ) -> Path:                      # the folder
     "Write a run's model as a stock transformers folder with its tokenizer"
-    to, (model, info) = Path(to), load_run(run, kept)
-    if to.exists() and any(to.iterdir()) and not (to/'cramlit.json').exists():
-        raise UsageError(f'{to} holds something that is no export of a run: choose another folder')
+    to = Path(to)
+    check_export_folder(to)
+    model, info = load_run(run, kept)
     cfg, tok = recipe_from_dict(info['recipe']).model, load_tokenizer(tokenizer)
-    if padded_vocab(len(tok)) != info['vocab_size']:
-        raise CramlitError(f'the tokenizer in {tokenizer} has {len(tok)} entries, '
+    ids = max(tok.get_vocab().values()) + 1  # there may be more than entries
+    if padded_vocab(ids) != info['vocab_size']:
+        raise CramlitError(f'the tokenizer in {tokenizer} has {ids} ids, '
                            f"the model of {run} {info['vocab_size']}: they do not belong together")
     tok.model_max_length = cfg.max_positions
     if cfg.position == 'rotary': tok.model_input_names = ['input_ids', 'attention_mask']  # no segments
     special = dict(pad=tok.pad_token_id, cls=tok.cls_token_id, sep=tok.sep_token_id)
-    tmp = to.with_name(f'.{to.name}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True)
+    new = not to.exists()
+    part = to/_PART
     try:
-        to_stock(model, cfg, special).save_pretrained(tmp)
-        tok.save_pretrained(tmp)
-        (tmp/'cramlit.json').write_text(json.dumps(info, indent=1))
-        shutil.rmtree(to, ignore_errors=True)
-        os.replace(tmp, to)
-    except OSError as e: raise CramlitError(f'cannot write the model to {to}: {e}') from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        part.mkdir(parents=True)
+        with quiet(): to_stock(model, cfg, special).save_pretrained(part)
+        tok.save_pretrained(part)
+        (part/'cramlit.json').write_text(json.dumps(info, indent=1), encoding='utf-8')
+        if finish: finish(part)
+        mode = (part/'cramlit.json').stat().st_mode  # the umask's; safetensors hides its file
+        for p in part.iterdir(): p.chmod(mode)
+        _publish(part, to)
+    except UnicodeEncodeError:
+        raise UsageError(f'this locale cannot spell {to}: set PYTHONUTF8=1, or choose another name') from None
+    except Exception as e:
+        if error := _write_error(e): raise cannot_write(to, error) from e
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if new and to.is_dir() and not any(to.iterdir()): to.rmdir()
     return to
 
 # %% ../../nbs/training/33_checkpoints.ipynb #63dcbd18

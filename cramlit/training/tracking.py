@@ -71,8 +71,11 @@ def check_tracker(
     "Raise `UsageError` when a tracker is unknown, not installed, or would not stay on this machine"
     if not name: return
     if name not in TRACKERS: raise unknown('tracker', name, TRACKERS)
-    if find_spec(name) is None:
-        raise UsageError(f'--track {name}: the library is not installed. Install it with: pip install {name}')
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:  # such as the folder wandb, with earlier runs, of the working directory
+        but = f', and the folder {spec.submodule_search_locations[0]} is not it' if spec else ''
+        raise UsageError(f'--track {name}: the library is not installed{but}. '
+                         f'Install it with: pip install {name}')
     for variable in ('TRACKIO_SPACE_ID', 'TRACKIO_SERVER_URL'):
         if name == 'trackio' and os.environ.get(variable):
             raise UsageError(f'--track trackio: {variable} is set, and would send the run elsewhere. '
