@@ -130,7 +130,7 @@ def read_json_lines(
 ) -> list[dict]:
     "Read JSON lines; raises `CramlitError` naming a line that is broken"
     rows = []
-    with open(path, 'rb') as f:  # as bytes: a string may hold U+2028, and half a line may end in half a letter
+    with open(path, 'rb') as f:  # a string may hold U+2028, half a line end in half a letter
         for n, line in enumerate(f, 1):
             if growing and not line.endswith(b'\n'): break
             try: rows.append(json.loads(line.decode()))

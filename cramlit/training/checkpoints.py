@@ -276,7 +276,7 @@ def export_run(
         tok.save_pretrained(part)
         (part/'cramlit.json').write_text(json.dumps(info, indent=1), encoding='utf-8')
         if finish: finish(part)
-        mode = (part/'cramlit.json').stat().st_mode  # as the umask has it; safetensors hides its file from others
+        mode = (part/'cramlit.json').stat().st_mode  # the umask's; safetensors hides its file
         for p in part.iterdir(): p.chmod(mode)
         _publish(part, to)
     except UnicodeEncodeError:

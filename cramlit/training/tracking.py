@@ -73,7 +73,8 @@ def check_tracker(
     if name not in TRACKERS: raise unknown('tracker', name, TRACKERS)
     spec = find_spec(name)
     if spec is None or spec.origin is None:  # such as the folder wandb, with earlier runs, of the working directory
-        but = f', and the folder {spec.submodule_search_locations[0]} is not it' if spec else ''
+        folder = next(iter(spec.submodule_search_locations or []), '') if spec else ''
+        but = f', and the folder {folder} is not it' if folder else ''
         raise UsageError(f'--track {name}: the library is not installed{but}. '
                          f'Install it with: pip install {name}')
     for variable in ('TRACKIO_SPACE_ID', 'TRACKIO_SERVER_URL'):
