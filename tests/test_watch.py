@@ -310,7 +310,8 @@ def test_files_that_vanish_while_they_are_read(going, monkeypatch):
 
 
 def test_a_line_that_ends_in_half_a_letter(going):
-    line = (json.dumps(dict(step=41, seconds=1., tokens=['ä'], words=[], guesses=[]), ensure_ascii=False) + '\n')
+    odd = dict(step=41, seconds=1., tokens=['ä'], words=[], guesses=[])
+    line = json.dumps(odd, ensure_ascii=False) + '\n'
     whole = (going/'samples.jsonl').read_bytes()
     for end in range(1, len(line.encode()) + 1):
         (going/'samples.jsonl').write_bytes(whole + line.encode()[:end])
@@ -329,7 +330,8 @@ def test_a_literal_mask_in_the_text_and_a_mask_of_another_name(going):
 def test_a_run_in_a_folder_that_ascii_cannot_spell(going, tmp_path, monkeypatch):
     folder = tmp_path/'Läufe [neu] 1'
     shutil.move(going, folder)
-    odd = dict(step=40, seconds=1., tokens=['fluß', '[MASK]'], words=['straße'], guesses=[[['straße', .5]]])
+    odd = dict(step=40, seconds=1., tokens=['fluß', '[MASK]'], words=['straße'],
+               guesses=[[['straße', .5]]])
     (folder/'samples.jsonl').write_text(json.dumps(odd, ensure_ascii=False) + '\n', encoding='utf-8')
     plain = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='')
     for option in ('--once', '--html'):

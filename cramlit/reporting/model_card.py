@@ -150,8 +150,8 @@ A classifier on top of it gets {{ pooling }}.
 
 The text is {{ text }}.
 {%- if info.init %} That of the weights it started from is not known to this program: **name it, with its
-licence, before you publish the model**.{% endif %} {{ '{:.1%}'.format(recipe.corpus.holdout) }} of its
-documents were held out.
+licence, before you publish the model**.{% endif %}
+{{ '{:.1%}'.format(recipe.corpus.holdout) }} of the documents were held out.
 The vocabulary has {{ number(info.vocab_size) }} entries; the tokenizer is
 {% if recipe.tokenizer.path -%}
 that of {{ recipe.tokenizer.path }}.
@@ -162,7 +162,7 @@ WordPiece, learned from the same text,
 ## Budget, hardware, energy
 
 Budget: {{ budget }}, validation and saving included. Spent: {{ number(value.seconds) }} s,
-{{ number(value.steps) }} steps, {{ number(value.tokens) }} tokens (padding not counted) at
+{{ number(value.steps) }} steps, {{ number(value.tokens) }} tokens (padding included) at
 {{ number(value.tokens_per_second) }} tokens/s, in {{ row.processes }}
 process{{ 'es' if row.processes > 1 }} and {{ row.precision }}. Hardware: {{ row.hardware }}.
 Energy: {{ energy or 'not measured' }}.
@@ -204,15 +204,17 @@ def _number(x) -> str:
     "For people to read: whole when it is large, four digits when it is small"
     return 'unknown' if x is None else f'{x:,.0f}' if abs(x) >= 100 else f'{x:,.4g}'
 
-def _in_words(recipe: Recipe) -> dict[str, str]:
+def _in_words(recipe: Recipe, init: str) -> dict[str, str]:
     "What depends on the architecture and the optimiser"
     modern, o = recipe.model.position == 'rotary', recipe.optim
     rates = f'rises to {_number(o.lr)}'
+    untrained = 'angles it has not seen' if modern else 'position embeddings that are still random'
+    if init: untrained = 'positions as the model it started from has them'
     if o.method == 'muon':
         rates = (f'of Muon, for the matrices in the layers, rises to {_number(o.muon_lr)}, '
                  f'and that of AdamW, for the rest, to {_number(o.lr)},')
     return dict(rates=rates,
-                untrained='angles it has not seen' if modern else 'position embeddings that are still random',
+                untrained=untrained,
                 pooling='the mean of all states' if modern
                         else 'the state of the first token, through a layer that was not pretrained')
 
@@ -240,7 +242,7 @@ def model_card(
         budget=f"{info['steps']:,} steps" if info['steps'] else duration(info['budget']),
         row=rows[0], value={r['metric']: r['value'] for r in rows}, energy='; '.join(energy),
         versions=', '.join(f'{k} {v}' for k, v in rows[0]['versions'].items() if v),
-        scores=score_tables(scores), **_in_words(recipe),
+        scores=score_tables(scores), **_in_words(recipe, info.get('init', '')),
         settings={'name': recipe.name} | settings_of(recipe), number=_number,
         percent='{:.0%}'.format, listed=lambda xs: ', '.join(f'{x:g}' for x in xs))
 
