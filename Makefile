@@ -9,7 +9,7 @@ OUT    ?= runs/laptop
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
 
-.PHONY: help env reproduce reproduce-all test test-slow export clean-notebooks lint docs llms readme execute
+.PHONY: help env reproduce reproduce-all test test-slow export map clean-notebooks lint docs llms readme execute
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -41,6 +41,9 @@ test-slow: env  ## twenty kills, eight processes, two thousand steps, the rehear
 
 export: env  ## notebooks to package
 	$(BIN)/nbdev-export
+
+map: env  ## the map of the book at the head of every chapter
+	$(BIN)/python docs/book_map.py
 
 clean-notebooks: env  ## strip what must not be committed from the notebooks
 	$(BIN)/nbdev-clean

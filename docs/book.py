@@ -49,6 +49,11 @@ TAGS = dict(hide='remove-cell', default_exp='remove-cell', hide_input='remove-in
             hide_output='remove-output')  # what a mark of nbdev is for MyST-NB
 
 
+def anchor(link: re.Match) -> str:
+    "A link to a heading, whose name Jupyter writes as it is, as MyST and GitHub write it"
+    return link[1] + re.sub(r'[^\w-]', '', link[2].lower())
+
+
 def read_notebook(
     text: str,                     # of a notebook
 ) -> nbformat.NotebookNode:
@@ -57,7 +62,9 @@ def read_notebook(
     nb.cells = [c for c in nb.cells if c.cell_type != 'raw']
     module = ''
     for cell in nb.cells:
-        if cell.cell_type != 'code': continue
+        if cell.cell_type != 'code':
+            cell.source = re.sub(r'(\]\((?!\w+:)[^)\s]*#)([^)\s]+)', anchor, cell.source)
+            continue
         marks = dict(re.findall(r'^#\| *(\w+) *(.*)', cell.source, re.M))
         module = marks.get('default_exp', module)
         cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()

@@ -13,7 +13,7 @@ import book  # noqa: E402
 project = html_title = 'cramlit'
 extensions = ['myst_nb', 'sphinx.ext.autodoc']
 root_doc = 'README'
-include_patterns = ['*.md', 'nbs/*/*.ipynb', f'{book.RESULTS}/*.md', f'{book.RESULTS}/notebooks/*.ipynb']
+include_patterns = ['*.md', 'nbs/*/*.ipynb', 'paper_figures/*/*.md', f'{book.RESULTS}/notebooks/*.ipynb']
 exclude_patterns = ['.*', '_docs', 'build', 'dist', 'runs', '**.ipynb_checkpoints']
 
 nb_custom_formats = {'.ipynb': ['book.read_notebook', {}]}
@@ -48,7 +48,7 @@ def add_contents(app, docname, source):
         trees += [toctree("The paper's notebooks", entries('nbs/paper'))]
         trees += [toctree('About', ['Index of names <genindex>', 'CONTRIBUTING', 'CHANGELOG', 'LABBOOK'])]
         source[0] += '\n\n' + '\n'.join(trees)
-    if docname.startswith(book.RESULTS) and source[0][0] not in '#{':  # a table by itself
+    if docname.startswith('paper_figures') and source[0][0] not in '#{':  # a table by itself
         source[0] = f'# {Path(docname).name}\n\n{source[0]}'
     if docname == f'{book.RESULTS}/README' and entries(f'{book.RESULTS}/notebooks'):
         source[0] += '\n\n' + toctree('As they ran', entries(f'{book.RESULTS}/notebooks'))

@@ -26,6 +26,7 @@ if __name__ == '__main__':
     readme = 'python -m nbconvert --to markdown --log-level ERROR --output ../README.md nbs/index.ipynb'
     fresh = [check('cramlit/**/*.py', ['nbdev-export'], 'run make export and commit'),
              check('nbs/**/*.ipynb', ['nbdev-clean'], 'run make clean-notebooks and commit'),
+             check('nbs/**/*.ipynb', ['python', 'docs/book_map.py'], 'run make map and commit'),
              check('README.md', readme.split(), 'run make readme and commit'),
              check('llms.txt', ['python', 'docs/book.py'], 'run make llms and commit')]
     sys.exit(not all(fresh))

@@ -1,5 +1,6 @@
 "Shared by the tests: small local text, prepared once"
 import random
+import resource
 import signal
 from pathlib import Path
 
@@ -43,3 +44,14 @@ def data(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp('prepared')/'data'
     prepare(recipe, folder)
     return folder
+
+
+@pytest.fixture
+def small_files():
+    "A call lets no file grow above so many bytes, as if the disk were full; None gives room again"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+    yield limit
+    limit(None)

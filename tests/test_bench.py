@@ -358,7 +358,8 @@ def test_bench_writes_rows_that_agree_with_one_another(data, tmp_path, capsys, m
     rate = {v: x for (m, v), x in at.items() if m == 'tokens_per_second'}
     left_out = {v.removeprefix('ours_without_') for v in rate if v.startswith('ours_without_')}
     assert left_out >= {'padding_cut', 'last_layer_cut', 'sparse_prediction', 'quick_operations',
-                        'fused_optimiser', 'large_micro_batches', 'large_batches', 'short_sequences', 'prepared_rows'}
+                        'fused_optimiser', 'large_micro_batches', 'large_batches', 'short_sequences',
+                        'prepared_rows'}
     assert {v for v in rate if not v.startswith('ours_without_')} == {'ours', 'stock_default', 'stock_eager'}
     tokens = 32*32e3  # of a step, in thousandths
     for name in set(rate) - {'ours_without_large_batches'}:  # everybody processes the same sequences

@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import cramlit.core.devices as devices
+from cramlit.core.recipes import CramlitError
 from cramlit.training.checkpoints import checkpoints, find_damage
+from cramlit.training.distributed import join_world, launch
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 PRETRAIN = [sys.executable, '-m', 'cramlit', 'pretrain']
@@ -108,7 +112,56 @@ def test_too_many_bad_steps_end_the_run_with_a_diagnosis(text, data, tmp_path):
     assert 'lastly step 21' in json_lines(tmp_path/'run'/'metrics.jsonl')[-1]['stopped']
 
 
-def wait(ready, seconds=100):
+@pytest.mark.parametrize('env, match', [
+    (dict(WORLD_SIZE='2'), 'RANK='), (dict(WORLD_SIZE='2', RANK='x'), 'RANK=x'),
+    (dict(WORLD_SIZE='zwei'), 'zwei'),
+    (dict(WORLD_SIZE='2', RANK='2'), 'RANK=2'), (dict(WORLD_SIZE='-1'), 'WORLD_SIZE=-1'),
+    (dict(WORLD_SIZE='2', RANK='0'), 'LOCAL_RANK='),
+    (dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', LOCAL_WORLD_SIZE='2'), 'MASTER_ADDR='),
+    (dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', LOCAL_WORLD_SIZE='2', MASTER_ADDR='x', MASTER_PORT='y'),
+     'did not meet'),
+    (dict(WORLD_SIZE='1'), ''), (dict(WORLD_SIZE=''), ''), (dict(RANK='3', MASTER_PORT='29500'), '')])
+def test_an_environment_that_torchrun_did_not_make(monkeypatch, env, match):
+    "Schedulers and notebooks leave some of these variables"
+    for k, v in env.items(): monkeypatch.setenv(k, v)
+    if match:
+        with pytest.raises(CramlitError, match=match) as e:
+            with join_world(): pass
+        assert 'unset WORLD_SIZE' in str(e.value)
+    else:
+        with join_world() as world: assert (world.rank, world.size) == (0, 1)
+
+
+def test_a_system_without_affinity(tmp_path, monkeypatch):
+    "As macOS is"
+    monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    started = []
+
+    def popen(command, env, **kw):
+        started.append(env['OMP_NUM_THREADS'])
+        raise OSError('enough')
+    monkeypatch.setattr(subprocess, 'Popen', popen)
+    with pytest.raises(OSError, match='enough'): launch(2, [], tmp_path)
+    assert int(started[0]) >= 1
+
+
+@pytest.mark.parametrize('answers', [[0], [1, 1]])
+def test_an_allocator_that_refuses_is_left_as_it_was(monkeypatch, answers):
+    "An older glibc takes no threshold of 1 GB"
+    asked = []
+
+    def mallopt(*args):
+        asked.append(args)
+        return answers[len(asked) - 1]
+    monkeypatch.setattr(devices.ctypes, 'CDLL', lambda name: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(devices.sys, 'platform', 'linux')
+    for name in ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_'): monkeypatch.setenv(name, '7')
+    assert devices.keep_memory() == (answers != [0]) and len(asked) == len(answers)
+    assert (os.environ['MALLOC_TRIM_THRESHOLD_'] == '7') == (answers == [0])
+
+
+def wait(ready, seconds=300):
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, 'nothing happened'

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cramlit.core.recipes import UsageError, recipe_hash
 from cramlit.core.scales import get_recipe
-from cramlit.efficiency.planner import GPUS, forward_flops, peak_memory, plan, room_for, training_flops
+from cramlit.efficiency.planner import GPUS, forward_flops, measured_rate, peak_memory, plan, room_for, training_flops
 from cramlit.model.encoder import MaskedLM
 from cramlit.running.command import main
 
@@ -59,6 +59,14 @@ def test_a_plan_by_a_measured_rate(capsys, tmp_path):
     assert code == 2 and 'was measured with 24hbert' in err and 'Traceback' not in err
     tokens = recipe.packing.seq_len*recipe.batch.global_batch_size
     assert row['steps']['value'] == pytest.approx(2000*86400/tokens)
+
+
+def test_a_run_counts_tokens_without_padding_and_a_plan_with_it(tmp_path):
+    recipe = get_recipe('24hbert', 'laptop')
+    ids = dict(stage='pretrain', recipe='24hbert', recipe_hash=recipe_hash(recipe), processes=2)
+    rows = [dict(metric='tokens_per_second', value=700., **ids), dict(metric='sequences_per_second', value=8., **ids)]
+    (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    assert measured_rate(tmp_path/'rows.jsonl', recipe) == 4*recipe.packing.seq_len
 
 
 @pytest.mark.parametrize('args, code, says', [

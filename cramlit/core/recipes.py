@@ -11,7 +11,7 @@ __all__ = ['RECIPES', 'FORMAT', 'CramlitError', 'UsageError', 'Interrupted', 'un
 # %% ../../nbs/core/00_recipes.ipynb #41780383
 import hashlib, json, math, operator
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 

@@ -209,7 +209,7 @@ class Timing:
         "A step on all devices: each has its share of the sequences, and all of the update"
         return self.sequences(batch)/devices()/self.recipe.batch.micro_batch_size*self.micro + self.update
 
-    def rate(self, batch: int = 0) -> float:  # tokens/s, padding included, as the log of training counts them
+    def rate(self, batch: int = 0) -> float:  # tokens/s, padding included
         "Tokens a second of all devices"
         return self.sequences(batch)*self.recipe.packing.seq_len/self.step(batch)
 

@@ -161,10 +161,13 @@ MFU = 0.28  # share of the peak, a little below what the paper's own code reache
 def measured_rate(
     path: str|Path,  # rows of a run, such as run/rows.jsonl
     recipe: Recipe,  # the one that is planned
-) -> float:          # tokens/s of one process
+) -> float:          # tokens/s of one process, padding included
     "The rate of a run; raises `CramlitError` when there is none, `UsageError` when it is another recipe's"
-    rows = [r for r in read_rows(Path(path)) if r['metric'] == 'tokens_per_second']
-    found = [r for r in rows if r.get('stage') == 'pretrain']
+    rows = [r for r in read_rows(Path(path)) if r.get('stage') == 'pretrain']
+    # a plan counts tokens with padding; a run counts its tokens without, but older ones counted as plans do
+    S, rate = recipe.packing.seq_len, 'sequences_per_second'
+    found = [r | dict(value=r['value']*S) for r in rows if r['metric'] == rate]
+    found = found or [r for r in rows if r['metric'] == 'tokens_per_second']
     if not found:
         raise CramlitError(f'{path} holds no tokens_per_second: give the rows.jsonl of a pretraining run')
     rates = [r['value']/r['processes'] for r in found if r['recipe_hash'] == recipe_hash(recipe)]

@@ -72,7 +72,7 @@ def compute_rows(
         trial, tokens = by_name[r['trial']], r['value']
         assert trial.data, 'as `with_data` gives it'
         manifest = open_data(trial.data).manifest
-        V, text = manifest['padded_vocab_size'], manifest['splits']['train']['rows']*manifest['seq_len']
+        V, text = manifest['padded_vocab_size'], manifest['splits']['train']['tokens']
         found += [r | dict(metric='weights', value=multiplied(trial.recipe.model, V), unit='weights'),
                   r | dict(metric='flops', value=tokens*training_flops(trial.recipe, V), unit='FLOPs'),
                   r | dict(metric='epochs', value=tokens/text, unit='times')]

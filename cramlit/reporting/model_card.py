@@ -153,7 +153,7 @@ WordPiece, learned from the same text,
 ## Budget, hardware, energy
 
 Budget: {{ budget }}, validation and saving included. Spent: {{ number(value.seconds) }} s,
-{{ number(value.steps) }} steps, {{ number(value.tokens) }} tokens (padding included) at
+{{ number(value.steps) }} steps, {{ number(value.tokens) }} tokens (padding not counted) at
 {{ number(value.tokens_per_second) }} tokens/s, in {{ row.processes }}
 process{{ 'es' if row.processes > 1 }} and {{ row.precision }}. Hardware: {{ row.hardware }}.
 Energy: {{ energy or 'not measured' }}.

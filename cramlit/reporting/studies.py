@@ -399,10 +399,11 @@ def write_scaling(
     notes = [f"{first['recipe']}, {len(t)} runs, one seed each. All have the recipe's peak learning rate, "
              f'{t.lr.iloc[0]:g}, not tuned for any of these sizes. {VALIDATION}',
              'N: weights that something is multiplied with, the embedding matrix once, as the decoder. D: '
-             'tokens of the sequences seen, padding included. FLOPs: of the forward and backward pass, counted '
-             f'product by product. In parentheses 5–95 % of {RESAMPLES} bootstrap fits.',
+             'tokens of the sequences seen, padding not counted. FLOPs: of the forward and backward pass, '
+             f'counted product by product. In parentheses 5–95 % of {RESAMPLES} bootstrap fits.',
              f'Law: L = E + A/Nᵃ + B/Dᵇ with E = {law.E:.2f} ({E}), a = {law.a:.2f} ({a}), '
-             f'b = {law.b:.2f} ({b}), A = {law.A:.3g}, B = {law.B:.3g}. The losses scatter by {fit.scatter:.1%} about it. '
+             f'b = {law.b:.2f} ({b}), A = {law.A:.3g}, B = {law.B:.3g}. The losses scatter by '
+             f'{fit.scatter:.1%} about it. '
              'It describes these runs, and is not meant for sizes or spans outside of them.']
     if len(t) < len(whole): notes.append(f'{len(whole) - len(t)} more ended without a loss.')
     if fit.scatter > POOR: notes.append(f'**The law fits poorly**: {fit.scatter:.1%} is above {POOR:.0%}.')

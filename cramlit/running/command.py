@@ -175,9 +175,9 @@ def plan(
     from cramlit.efficiency.planner import get_gpu, measured_rate, plan as work_out
     from cramlit.training.schedule import parse_budget
     r = get_recipe(recipe, scale, Override or [])
-    card = get_gpu(gpu) if gpu else None
+    known = get_gpu(gpu) if gpu else None
     rate = measured_rate(measured, r) if measured else 0.
-    rows = work_out(r, gpus, parse_budget(budget), card, rate, mfu, price, scale)
+    rows = work_out(r, gpus, parse_budget(budget), known, rate, mfu, price, scale)
     if pick_device().type != 'cuda': return rows
     from cramlit.efficiency.benchmark import check_plan
     return rows + check_plan(r, rows, pick_device())

@@ -31,16 +31,15 @@ class Clock:
     spent: float = 0.    # seconds used by earlier parts of this run
     reserve: float = 0.  # seconds kept for what follows the last step
     now: Callable[[], float] = time.monotonic  # replaced in tests
+    start: float|None = None  # what `now` was when this part began; None = it stands still
 
-    def __post_init__(self): self.restart()
-
-    def restart(self):
+    def begin(self):
         "Begin now: what came before in this process does not count"
         self.start = self.now()
 
     @property
     def seconds(self) -> float:  # used so far, earlier parts included
-        return self.spent + self.now() - self.start
+        return self.spent if self.start is None else self.spent + self.now() - self.start
 
     def fraction(
         self,

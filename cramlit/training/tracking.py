@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Opened', 'TRACKERS', 'TO_SEE', 'SENTENCES', 'SHORTEST', 'LONGEST', 'check_tracker', 'tracked_name', 'last_step',
-           'Tracker', 'masked_sentences', 'predict', 'prediction_lines', 'prediction_writer']
+           'append_lines', 'Tracker', 'masked_sentences', 'predict', 'prediction_lines', 'prediction_writer']
 
 # %% ../../nbs/training/34_tracking.ipynb #10b7f056
 import io, json, os, secrets, sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core.devices import Precision, autocast
 from ..core.randomness import make_key
 from ..core.recipes import Recipe, UsageError, unknown
-from ..core.results import atomic, provenance
+from ..core.results import atomic, cannot_write, provenance, read_json_lines
 from ..data.batches import VALIDATION_SEED, Batch
 from ..data.masking import IGNORE, mask_rows
 from ..data.packing import Data, read_documents
@@ -86,16 +86,25 @@ def tracked_name(
     path = out/'tracked.json'
     if not path.exists():
         with atomic(path) as f: json.dump(dict(name=f'{out.resolve().name}-{secrets.token_hex(4)}'), f)
-    return json.loads(path.read_text())['name']
+    return json.loads(path.read_text(encoding='utf-8'))['name']
 
 def last_step(
     out: Path,  # the run's folder
 ) -> int:       # -1 when nothing was logged yet
     "How far the log of a run has come"
     path = out/'metrics.jsonl'
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [l for l in lines if l.endswith('\n')]  # a kill may have cut the last one
-    return max((json.loads(l)['step'] for l in whole), default=-1)
+    if not path.exists(): return -1
+    return max((line['step'] for line in read_json_lines(path, growing=True)), default=-1)
+
+def append_lines(
+    path: Path,             # a log
+    lines: Iterable[dict],  # JSON-able
+):
+    "Add lines to a log; raises `CramlitError` when the disk is full"
+    try:
+        with open(path, 'a', encoding='utf-8', newline='\n') as f:
+            f.writelines(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
+    except OSError as e: raise cannot_write(path, e) from e
 
 # %% ../../nbs/training/34_tracking.ipynb #65767734
 class Tracker:
@@ -210,7 +219,6 @@ def prediction_writer(
         if batch is None or 'validation_loss' not in line: return
         when = dict(step=line['step'], seconds=line['seconds'])
         predicted = predict(model, batch.to(device), precision)
-        with open(out/'samples.jsonl', 'a') as f:
-            for sample in prediction_lines(batch, predicted, tok):
-                f.write(json.dumps(when | sample, ensure_ascii=False) + '\n')
+        lines = prediction_lines(batch, predicted, tok)
+        append_lines(out/'samples.jsonl', [when | line for line in lines])
     return listen
