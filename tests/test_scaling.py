@@ -80,8 +80,9 @@ def test_what_is_counted(base, data):
     assert found['weights'] == sum(w.numel() for w in model.parameters()) - sum(looked_up)
     assert bool(looked_up) == (base == '24hbert')
     assert found['flops'] == 1000*training_flops(trial.recipe, V)
-    train, pad = open_data(data).train, open_data(data).manifest['special_ids']['pad']
-    assert found['epochs'] == 1000/(train[np.arange(len(train))] != pad).sum()
+    prepared = open_data(data)
+    ids = prepared.train[np.arange(len(prepared.train))]
+    assert found['epochs'] == 1000/(ids != prepared.manifest['special_ids']['pad']).sum()
 
 
 def test_the_law_is_found_again():

@@ -399,7 +399,7 @@ def write_scaling(
     notes = [f"{first['recipe']}, {len(t)} runs, one seed each. All have the recipe's peak learning rate, "
              f'{t.lr.iloc[0]:g}, not tuned for any of these sizes. {VALIDATION}',
              'N: weights that something is multiplied with, the embedding matrix once, as the decoder. D: '
-             'tokens of the sequences seen, padding included. FLOPs: of the forward and backward pass, '
+             'tokens of the sequences seen, padding not counted. FLOPs: of the forward and backward pass, '
              f'counted product by product. In parentheses 5–95 % of {RESAMPLES} bootstrap fits.',
              f'Law: L = E + A/Nᵃ + B/Dᵇ with E = {law.E:.2f} ({E}), a = {law.a:.2f} ({a}), '
              f'b = {law.b:.2f} ({b}), A = {law.A:.3g}, B = {law.B:.3g}. The losses scatter by '
