@@ -103,7 +103,8 @@ def test_a_card_names_what_depends_on_the_recipe(run):
 
     def card(name, *settings, **more):
         recipe = asdict(get_recipe(name, 'tiny', settings))
-        return ' '.join(model_card('name', info | dict(recipe=recipe) | more, rows, [], '[MASK]').text.split())
+        made = model_card('name', info | dict(recipe=recipe) | more, rows, [], '[MASK]')
+        return ' '.join(made.text.split())
     muon = card('24hbert', 'optim.method=muon', 'optim.muon_lr=0.0123')
     assert 'Muon, for the matrices in the layers, rises to 0.0123, and that of AdamW' in muon
     adamw = card('24hbert', 'packing.seq_len=32', 'model.max_positions=128')
@@ -114,7 +115,8 @@ def test_a_card_names_what_depends_on_the_recipe(run):
     assert 'mean of all states' in modern and 'angles it has not seen' in modern
     equal = card('24hbert', 'packing.seq_len=128', 'model.max_positions=128')
     assert 'were trained**' not in equal and 'started from is not known' not in equal
-    assert 'started from is not known to this program: **name it, with its licence' in card('24hbert', init='12')
+    further = card('24hbert', init='12')
+    assert 'started from is not known to this program: **name it, with its licence' in further
     hub = card('24hbert', 'corpus.source=hub:wikimedia/wikipedia:20231101.de')
     assert 'GFDL and CC BY-SA' in hub
 
@@ -126,7 +128,8 @@ def test_an_export_where_ascii_cannot_spell_the_folder(run, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | plain)
     line, = done.stderr.strip().splitlines()
     assert done.returncode == 2 and 'set PYTHONUTF8=1' in line and os.listdir(tmp_path) == []
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | plain | dict(PYTHONUTF8='1'))
+    utf8 = plain | dict(PYTHONUTF8='1')
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | utf8)
     assert done.returncode == 0, done.stderr
     assert '# Geschenk für alle [1]' in (to/'README.md').read_text(encoding='utf-8')
 
@@ -199,7 +202,8 @@ def test_the_folder_that_is_given_is_filled_and_nothing_beside_it_is_touched(run
     for name in kinds:
         here = tmp_path/name/'here'
         assert (tmp_path/name).stat().st_mtime_ns == before[name] and here.stat().st_ino == inodes[name]
-        assert weights_digest(here) == weights_digest(run/'model') and '# here' in (here/'README.md').read_text()
+        assert weights_digest(here) == weights_digest(run/'model')
+        assert '# here' in (here/'README.md').read_text()
     assert os.listdir(tmp_path/'new disk'/'here'/'.git') == []
 
 
