@@ -218,7 +218,8 @@ def test_folders_of_older_libraries_are_read(change, text, tmp_path, capsys):
     (a_slow_tokenizer, 'BertJapaneseTokenizer'),
     (no_mask, 'has no mask token'),
 ])
-def test_folders_that_cannot_be_trained_further_are_one_line(change, says, text, tmp_path, monkeypatch, capsys):
+def test_folders_that_cannot_be_trained_further_are_one_line(
+        change, says, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     stock('bert', tmp_path/'bert')
     change(tmp_path/'bert')
