@@ -2,8 +2,8 @@
 
 python tests/torture.py OUT [--kills 20] [--big paper] [-o SETTING]
 
-As a script it also takes the times that the chapter on checkpoints shows. Another mode stops runs by the clock
-at moments near their end: whatever is left of the budget, each must finish.
+As a script it also takes the times that the chapter on checkpoints shows. Another mode stops runs by the
+clock at moments near their end: whatever is left of the budget, each must finish.
 
 SIGKILL cannot be caught, so nothing can be saved after it. The run saves every 20 steps, which no one would
 do, so that many kills fall into a save.
