@@ -170,7 +170,8 @@ def test_the_published_micro_batch_fits_into_12_gb(capsys):
             largest = size
         if size == 1024: break  # enough; the GPU is not the limit
     with capsys.disabled():
-        print(f'\n24hbert: 32 sequences take {peak/2**30:.1f} GiB; {largest} is the largest micro-batch in 12 GB')
+        print(f'\n24hbert: 32 sequences take {peak/2**30:.1f} GiB; '
+              f'{largest} is the largest micro-batch in 12 GB')
     assert largest >= 32
 
 
