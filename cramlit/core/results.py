@@ -43,7 +43,8 @@ def cannot_write(
     e: OSError,
 ) -> CramlitError:  # to be raised by the caller
     "Why a file or folder could not be written, and what to do about this reason"
-    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): advice = 'Free some space, then repeat the command'
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full: advice = 'Free some space, then repeat the command'
     elif _is_cached(Path(path)): advice = 'Set CRAMLIT_CACHE to a folder that can be written'
     else: advice = 'Choose another folder, or mend this one'
     return CramlitError(f"cannot write {path}: {e.strerror or e}. Nothing half-written was left. {advice}")
@@ -53,7 +54,8 @@ def cannot_read(
     e: OSError,
 ) -> CramlitError:  # to be raised by the caller
     "Why a file could not be read, and what to do about this reason"
-    if Path(path).is_symlink() and not os.path.exists(path): advice = 'It is a link to nothing: mend or remove it'
+    dangling = Path(path).is_symlink() and not os.path.exists(path)
+    if dangling: advice = 'It is a link to nothing: mend or remove it'
     elif e.errno in (errno.EACCES, errno.EPERM): advice = 'Ask for the right to read it, or leave it out'
     else: advice = 'Look after the file, or leave it out'
     return CramlitError(f"cannot read {path}: {e.strerror or e}. {advice}")
