@@ -38,6 +38,8 @@ def _is_cached(path: Path) -> bool:
     try: return path.is_relative_to(cache_dir())
     except CramlitError: return False
 
+def _dangles(path: str|Path) -> bool: return os.path.islink(path) and not os.path.exists(path)
+
 def cannot_write(
     path: str|Path,
     e: OSError,
@@ -47,15 +49,17 @@ def cannot_write(
     if full: advice = 'Free some space, then repeat the command'
     elif _is_cached(Path(path)): advice = 'Set CRAMLIT_CACHE to a folder that can be written'
     else: advice = 'Choose another folder, or mend this one'
-    return CramlitError(f"cannot write {path}: {e.strerror or e}. Nothing half-written was left. {advice}")
+    reason = e.strerror or str(e)
+    if _dangles(path): reason = 'it is a link to nothing'
+    elif isinstance(e, FileExistsError): reason = 'it is a file'
+    return CramlitError(f"cannot write {path}: {reason}. Nothing half-written was left. {advice}")
 
 def cannot_read(
     path: str|Path,
     e: OSError,
 ) -> CramlitError:  # to be raised by the caller
     "Why a file could not be read, and what to do about this reason"
-    dangling = Path(path).is_symlink() and not os.path.exists(path)
-    if dangling: advice = 'It is a link to nothing: mend or remove it'
+    if _dangles(path): advice = 'It is a link to nothing: mend or remove it'
     elif e.errno in (errno.EACCES, errno.EPERM): advice = 'Ask for the right to read it, or leave it out'
     else: advice = 'Look after the file, or leave it out'
     return CramlitError(f"cannot read {path}: {e.strerror or e}. {advice}")
@@ -106,11 +110,10 @@ def locked(
     "Have a folder for this process alone"
     folder = Path(folder)
     lock, seconds = FileLock(folder/'.lock'), 0
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=seconds)
-            break
+    while not lock.is_locked:
+        try: folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise cannot_write(folder, e) from None
+        try: lock.acquire(timeout=seconds)
         except FileNotFoundError: continue  # the other process has failed, and taken its folder away
         except Timeout:
             if not wait:

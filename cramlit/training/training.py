@@ -22,7 +22,7 @@ from .checkpoints import Saver, checkpoints, load_checkpoint
 from ..core.recipes import Recipe, UsageError, digest, recipe_hash
 from .distributed import World
 from ..data.batches import rank_slice
-from ..data.packing import Data, verify
+from ..data.packing import Data, other_setting, verify
 from ..core.devices import Precision
 from ..core.results import atomic, result_row
 from .schedule import Clock
@@ -79,11 +79,9 @@ def check_fits(
     data: Data,
 ):
     "Raise `UsageError` when the data was prepared for another recipe"
-    for part in ('packing', 'tokenizer', 'corpus'):
-        have, want = data.manifest[part], asdict(getattr(recipe, part))
-        wrong = [k for k in want if k in have and have[k] != want[k]]
-        if wrong: raise UsageError(f"{data.folder} was prepared with {part}.{wrong[0]}={have[wrong[0]]}, the recipe has {want[wrong[0]]}: "
-                                   "run `cramlit prepare` with this recipe and scale into another folder")
+    if other := other_setting(data, recipe):
+        raise UsageError(f'{data.folder} was prepared with {other}: '
+                         'run `cramlit prepare` with this recipe and scale into another folder')
 
 def acquire_run_dir(
     run: Run,      # its folder is created when it is not there
