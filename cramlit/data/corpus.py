@@ -376,8 +376,8 @@ def source_files(
     found = dict[Path, str]()
     for p in sorted(_walk(path)):
         found[p] = '' if p.exists() and not p.is_file() else file_kind(p, field)  # a pipe would never end
-    counts['files of other kinds'] += list(found.values()).count('')
     kinds = {p: kind for p, kind in found.items() if kind}
+    if len(found) > len(kinds): counts['files of other kinds'] += len(found) - len(kinds)
     if kinds: return kinds
     raise CramlitError(f'{path} holds no text: expected files ending with {_EXPECTED}')
 

@@ -249,7 +249,7 @@ def _hold_out_more(folder: Path, wanted: dict[int, int], counts: Counter):
             else: train.write(_line(rest))
             for end in ends: holdout.write(_line(end))
             counts['train'] -= whole
-            counts['validation'] += len(ends)
+            counts['validation' if whole else 'documents whose end is held out'] += len(ends)
     (folder/'all.jsonl.gz').unlink()
 
 def _more_wanted(nearest: list[tuple[float, int, int]], missing: float, total: int) -> dict[int, int]:
@@ -278,9 +278,11 @@ def _write_documents(recipe: Recipe, folder: Path, counts: Counter):
             counts['validation' if held_out else 'train'] += 1
             (holdout if held_out else train).write(_line(d))
     enough = min(MIN_HOLDOUT, total/5)
-    if held < enough:
+    if held < enough and counts['train']:
         wanted = _more_wanted(nearest, max(enough, corpus.holdout*total) - held, total)
         _hold_out_more(folder, wanted, counts)
+        note(f'corpus.holdout={corpus.holdout} of so small a text is too little to evaluate on: '
+             f'{(held + sum(wanted.values()))/max(total, 1):.0%} of it was held out')
 
 def tokenized_rows(
     docs: Iterable[Document],
@@ -361,7 +363,7 @@ def _build(recipe: Recipe, folder: Path) -> dict:
     _write_documents(recipe, folder, counts)
     if not counts['documents']: raise CramlitError(f'the source {recipe.corpus.source} has no text in it')
     for split in ('train', 'validation'):
-        if not counts[split]:
+        if not counts[split] + (split == 'validation' and counts['documents whose end is held out']):
             raise CramlitError(f'no document of {counts["documents"]} fell into the {split} split: '
                                'give more documents or another corpus.holdout')
 
