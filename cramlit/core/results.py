@@ -109,7 +109,7 @@ def locked(
 ):
     "Have a folder for this process alone"
     folder = Path(folder)
-    lock, seconds = FileLock(folder/'.lock'), 0
+    lock, seconds = FileLock(folder/'.lock', fallback_to_soft=False), 0
     while not lock.is_locked:
         try: folder.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise cannot_write(folder, e) from None
@@ -121,7 +121,10 @@ def locked(
                                  'or choose another folder') from None
             note(f'another process works in {folder}: waiting for its end')
             seconds = -1
-        except OSError as e: raise cannot_write(folder, e) from None
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP): raise cannot_write(folder, e) from None
+            note(f'{folder} is on a file system without locks: see that no other process works in it')
+            break
     try: yield
     finally:
         (folder/'.lock').unlink(missing_ok=True)

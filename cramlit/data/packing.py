@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARD_ROWS', 'FORMAT', 'MIN_HOLDOUT', 'document_rows', 'stream_rows', 'write_shards', 'Rows', 'Data', 'open_data',
-           'verify', 'unigram_cross_entropy', 'read_documents', 'tokenized_rows', 'other_setting', 'prepare']
+           'verify', 'unigram_cross_entropy', 'read_documents', 'tokenized_rows', 'unlike', 'prepare']
 
 # %% ../../nbs/data/12_packing.ipynb #694adf1d
 import gzip, heapq, json, os, re, shutil, sys
@@ -256,7 +256,7 @@ def _more_wanted(nearest: list[tuple[float, int, int]], missing: float, total: i
     "Which training documents to hold out too, and how many characters of each"
     wanted = dict[int, int]()
     for _, i, length in sorted(nearest, reverse=True):
-        if missing <= 0: break
+        if missing < 1: break
         whole = length <= 1.5*missing and sum(wanted.values()) + length < .75*total
         wanted[i] = length if whole else int(missing)
         missing -= wanted[i]
@@ -265,21 +265,24 @@ def _more_wanted(nearest: list[tuple[float, int, int]], missing: float, total: i
 def _write_documents(recipe: Recipe, folder: Path, counts: Counter):
     "Write the clean documents, one JSON a line, training and held-out ones apart"
     corpus, total, held = recipe.corpus, 0, 0
-    nearest = list[tuple[float, int, int]]()  # to being held out: -position, number, length
+    nearest: dict[bool, list] = {True: [], False: []}  # held out or not → -position, number, length
     source = documents(corpus.source, corpus.max_documents, counts, corpus.text_field, corpus.split)
     with _writer(folder/'train.jsonl.gz') as train, _writer(folder/'holdout.jsonl.gz') as holdout:
         for d in _progress(unique(source, counts), 'clean'):
             position = holdout_position(d.text)
             held_out = position < corpus.holdout
             total, held = total + len(d.text), held + held_out*len(d.text)
-            if not held_out:
-                heapq.heappush(nearest, (-position, counts['train'], len(d.text)))
-                if len(nearest) > 200: heapq.heappop(nearest)
-            counts['validation' if held_out else 'train'] += 1
+            split = 'validation' if held_out else 'train'
+            heapq.heappush(nearest[held_out], (-position, counts[split], len(d.text)))
+            if len(nearest[held_out]) > 200: heapq.heappop(nearest[held_out])
+            counts[split] += 1
             (holdout if held_out else train).write(_line(d))
-    enough = min(MIN_HOLDOUT, total/5)
-    if held < enough and counts['train']:
-        wanted = _more_wanted(nearest, max(enough, corpus.holdout*total) - held, total)
+    enough, all_held = min(MIN_HOLDOUT, total/5), not counts['train']
+    if all_held:  # of a few documents all may be
+        (folder/'holdout.jsonl.gz').replace(folder/'train.jsonl.gz')
+        held, counts['train'], counts['validation'] = 0, counts['validation'], 0
+    if held < enough:
+        wanted = _more_wanted(nearest[all_held], max(enough, corpus.holdout*total) - held, total)
         _hold_out_more(folder, wanted, counts)
         note(f'corpus.holdout={corpus.holdout} of so small a text is too little to evaluate on: '
              f'{(held + sum(wanted.values()))/max(total, 1):.0%} of it was held out')
@@ -395,7 +398,7 @@ def _build(recipe: Recipe, folder: Path) -> dict:
                 splits=splits, unigram_entropy=unigram_cross_entropy(train, validation, n, ids))
 
 # %% ../../nbs/data/12_packing.ipynb #0d4b7f39
-def other_setting(
+def unlike(
     data: Data,
     recipe: Recipe,
 ) -> str:           # such as `packing.seq_len=128, the recipe has 64`; empty if there is none
@@ -421,7 +424,7 @@ def _changed(old: dict, new: dict) -> str:
 def _kept(recipe: Recipe, out: Path) -> dict:
     "The manifest of a folder that was made from the same; raises `UsageError` when it was not"
     data, anew = open_data(out), 'choose another --out, or delete the folder'
-    manifest, other = data.manifest, other_setting(data, recipe)
+    manifest, other = data.manifest, unlike(data, recipe)
     if not other and manifest['seed'] != recipe.seed:
         other = f'seed={manifest["seed"]}, the recipe has {recipe.seed}'
     if other: raise UsageError(f'{out} was prepared with other settings ({other}): {anew}')

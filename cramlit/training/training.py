@@ -22,7 +22,7 @@ from .checkpoints import Saver, checkpoints, load_checkpoint
 from ..core.recipes import Recipe, UsageError, digest, recipe_hash
 from .distributed import World
 from ..data.batches import rank_slice
-from ..data.packing import Data, other_setting, verify
+from ..data.packing import Data, unlike, verify
 from ..core.devices import Precision
 from ..core.results import atomic, result_row
 from .schedule import Clock
@@ -79,7 +79,7 @@ def check_fits(
     data: Data,
 ):
     "Raise `UsageError` when the data was prepared for another recipe"
-    if other := other_setting(data, recipe):
+    if other := unlike(data, recipe):
         raise UsageError(f'{data.folder} was prepared with {other}: '
                          'run `cramlit prepare` with this recipe and scale into another folder')
 
