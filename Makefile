@@ -9,7 +9,7 @@ OUT    ?= runs/laptop
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
 
-.PHONY: help env reproduce reproduce-all test test-slow export clean-notebooks lint readme execute docs
+.PHONY: help env reproduce reproduce-all test test-slow export map clean-notebooks lint docs llms readme execute
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -27,7 +27,7 @@ env: $(STAMP)  ## create .venv with everything in it
 reproduce: env  ## raw text to table and figures at scale laptop, 20 minutes on 2 cores
 	$(BIN)/cramlit reproduce --scale laptop --headline --out $(OUT) --figures paper_figures/laptop
 
-reproduce-all: env  ## all tables and figures of the paper at scale laptop, and the recipes compared: well over an hour on 2 cores
+reproduce-all: env  ## all tables, figures and executed notebooks of the paper at scale laptop: hours on 2 cores
 	$(BIN)/cramlit reproduce --scale laptop --out $(OUT) --figures paper_figures/laptop
 
 test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pipeline, pytest
@@ -42,19 +42,26 @@ test-slow: env  ## twenty kills, eight processes, two thousand steps, the rehear
 export: env  ## notebooks to package
 	$(BIN)/nbdev-export
 
+map: env  ## the map of the book at the head of every chapter
+	$(BIN)/python docs/book_map.py
+
 clean-notebooks: env  ## strip what must not be committed from the notebooks
 	$(BIN)/nbdev-clean
 
 lint: env  ## ruff on notebooks, package and tests, mypy on the package
-	$(BIN)/ruff check nbs cramlit tests
+	$(BIN)/ruff check nbs cramlit tests docs
 	$(BIN)/mypy cramlit
 
-docs: env  ## the chapters and results as a site in _docs; then: python -m http.server -d _docs
-	$(BIN)/python -c 'from cramlit.docs_site import build_site; build_site(".", "_docs")'
+docs: env  ## the book and its results as a site in _docs
+	$(BIN)/python -m sphinx --quiet -c docs . _docs
+	@echo "The site is in $(CURDIR)/_docs: open _docs/index.html in a browser, or serve it: python3 -m http.server -d _docs"
+
+llms: env  ## llms.txt from the titles of the chapters
+	$(BIN)/python docs/book.py
 
 readme: env  ## README.md from nbs/index.ipynb
 	$(BIN)/python -m nbconvert --to markdown --log-level ERROR --output ../README.md nbs/index.ipynb
 
 execute: env  ## run every chapter and keep its outputs
-	$(BIN)/python tests/execute.py nbs/[0-9]*.ipynb
+	$(BIN)/python tests/execute.py nbs/*/[0-9]*.ipynb
 	$(BIN)/nbdev-clean

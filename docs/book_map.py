@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 NBS = Path(__file__).resolve().parent.parent/'nbs'
-PARTS = ('core', 'data', 'model', 'training', 'evaluation', 'efficiency', 'experiments', 'reporting', 'running', 'guides')
+PARTS = 'core data model training evaluation efficiency experiments reporting running guides'.split()
 CELL = 'bookmap0'
 
 
@@ -31,18 +31,21 @@ def title(path: Path) -> tuple[str, str]:
 
 
 def is_concept(path: Path) -> bool:
-    return any(re.search(r'^## Exercises', ''.join(c['source']), re.M) for c in cells(path) if c['cell_type'] == 'markdown')
+    text = '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown')
+    return bool(re.search(r'^## Exercises', text, re.M))
 
 
 def book_map(path: Path) -> str:
     "The map as a chapter shows it, in Markdown"
     here = path.parent.name
-    parts = [f'**{p}**' if p == here else f'[{p}](../{p}/{chapters(p)[0].name})' for p in PARTS if chapters(p)]
+    others = {p: f'[{p}](../{p}/{chapters(p)[0].name})' for p in PARTS if chapters(p)}
+    parts = [f'**{p}**' if p == here else link for p, link in others.items()]
     mine = []
     for chapter in chapters(here):
         name = f'{chapter.name[:2]} {title(chapter)[0]}'
         mine.append(f'**{name}**' if chapter == path else f'[{name}]({chapter.name})')
-    kind = 'Concept chapter: ideas, pictures, exercises' if is_concept(path) else 'Reference chapter: interface and examples'
+    kind = 'Reference chapter: interface and examples'
+    if is_concept(path): kind = 'Concept chapter: ideas, pictures, exercises'
     return f'You are here: {" → ".join(parts)}\n\n{" · ".join(mine)}\n\n*{kind}.*'
 
 

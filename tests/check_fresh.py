@@ -1,4 +1,4 @@
-"Is the package what the notebooks export, are the notebooks clean, and is the README what index.ipynb says?"
+"Is the package what the notebooks export, are they clean, and are README.md and llms.txt made of them?"
 import hashlib
 import subprocess
 import sys
@@ -8,7 +8,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def state(pattern: str) -> dict[str, str]:
-    return {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(ROOT.glob(pattern)) if '.ipynb_checkpoints' not in p.parts}
+    files = [p for p in sorted(ROOT.glob(pattern)) if '.ipynb_checkpoints' not in p.parts]
+    return {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def check(pattern: str, command: list[str], remedy: str) -> bool:
@@ -22,8 +23,10 @@ def check(pattern: str, command: list[str], remedy: str) -> bool:
 
 
 if __name__ == '__main__':
+    readme = 'python -m nbconvert --to markdown --log-level ERROR --output ../README.md nbs/index.ipynb'
     fresh = [check('cramlit/**/*.py', ['nbdev-export'], 'run make export and commit'),
              check('nbs/**/*.ipynb', ['nbdev-clean'], 'run make clean-notebooks and commit'),
-             check('README.md', ['python', '-m', 'nbconvert', '--to', 'markdown', '--log-level', 'ERROR', '--output', '../README.md', 'nbs/index.ipynb'],
-                   'run make readme and commit')]
+             check('nbs/**/*.ipynb', ['python', 'docs/book_map.py'], 'run make map and commit'),
+             check('README.md', readme.split(), 'run make readme and commit'),
+             check('llms.txt', ['python', 'docs/book.py'], 'run make llms and commit')]
     sys.exit(not all(fresh))

@@ -1,12 +1,13 @@
 "Shared by the tests: small local text, prepared once"
 import random
+import resource
 import signal
 from pathlib import Path
 
 import pytest
 
-from cramlit.data.packing import prepare
 from cramlit.core.scales import get_recipe
+from cramlit.data.packing import prepare
 
 # a shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,3 +44,14 @@ def data(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp('prepared')/'data'
     prepare(recipe, folder)
     return folder
+
+
+@pytest.fixture
+def small_files():
+    "A call lets no file grow above so many bytes, as if the disk were full; None gives room again"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+    yield limit
+    limit(None)

@@ -1,6 +1,8 @@
-"""What torchrun starts in the tests: `cramlit pretrain` in full precision, with a line in the log for every step
+"""What torchrun starts in the tests: `cramlit pretrain` in full precision, with every step in the log
 
-WRONG_CLOCK=R: the clock of rank R jumps by an hour; POISON=A-B: the gradient of rank 1 is no number in these steps; LR_LOG=FILE: rates of each rank
+WRONG_CLOCK=R: the clock of rank R jumps by an hour
+POISON=A-B: the gradient of rank 1 is NaN in these steps
+LR_LOG=FILE: the rates of each rank
 MEMORY_LOG=FILE: resident memory at each step, in kB, files not counted
 """
 import functools
@@ -13,13 +15,19 @@ from pathlib import Path
 import torch
 
 rank = int(os.environ.get('RANK', 0))
-if os.environ.get('WRONG_CLOCK') == str(rank):
-    real, calls = time.monotonic, []
-    time.monotonic = lambda: (calls.append(1), real() + 3600*(len(calls) > 20))[1]
+real_time, readings = time.monotonic, []
+
+
+def wrong_time():
+    readings.append(1)
+    return real_time() + 3600*(len(readings) > 20)
+
+
+if os.environ.get('WRONG_CLOCK') == str(rank): time.monotonic = wrong_time
 
 import cramlit.training.training as train  # noqa: E402  the clock is wrong before it is imported
-from cramlit.running.command import main  # noqa: E402
 from cramlit.core.devices import Precision  # noqa: E402
+from cramlit.running.command import main  # noqa: E402
 
 train.choose_precision = lambda device: Precision(torch.float32, 'the test compares curves')
 train.train = functools.partial(train.train, log_every=1)
@@ -27,21 +35,22 @@ train.train = functools.partial(train.train, log_every=1)
 set_lr, accumulate, steps = train.set_lr, train.accumulate, []
 
 
-def log_lr(optimizer, lr):
-    with open(f"{os.environ['LR_LOG']}.{rank}", 'a') as f: f.write(f'{lr!r}\n')
-    set_lr(optimizer, lr)
+def log_lr(optimizer, factor):
+    with open(f"{os.environ['LR_LOG']}.{rank}", 'a') as f: f.write(f'{factor!r}\n')
+    set_lr(optimizer, factor)
 
 
-def log_memory(optimizer, lr):
-    with open(os.environ['MEMORY_LOG'], 'a') as f: f.write(re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1] + '\n')
-    set_lr(optimizer, lr)
+def log_memory(optimizer, factor):
+    resident = re.search(r'RssAnon:\s+(\d+)', Path('/proc/self/status').read_text())[1]
+    with open(os.environ['MEMORY_LOG'], 'a') as f: f.write(resident + '\n')
+    set_lr(optimizer, factor)
 
 
-def poisoned(*args):
-    accumulate(*args)
+def poisoned(micro, batches, grads):
+    accumulate(micro, batches, grads)
     steps.append(1)
     first, last = map(int, os.environ['POISON'].split('-'))
-    if rank == 1 and first <= len(steps) <= last: args[-1].flat[0] = float('nan')
+    if rank == 1 and first <= len(steps) <= last: grads.flat[0] = float('nan')
 
 
 if 'LR_LOG' in os.environ: train.set_lr = log_lr

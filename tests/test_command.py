@@ -3,10 +3,18 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+from fastcore.docments import docments
+from packaging.requirements import Requirement
 
-from cramlit.running.command import main
+from cramlit.core.recipes import Interrupted
+from cramlit.running import command
+from cramlit.running.command import COMMANDS, EXTRAS, StoppedEarly, main
+
+RUN = ['pretrain', '--data', 'd', '--out', 'o']
 
 
 def run(capsys, *args):
@@ -18,17 +26,18 @@ def run(capsys, *args):
 @pytest.mark.parametrize('args, code, says', [
     ([], 2, 'usage'),
     (['pretrian'], 2, "Did you mean 'pretrain'?"),
-    (['pretrain', '--data', 'd', '--out', 'o', '--recipe', '24hbret'], 2, "Did you mean '24hbert'?"),
-    (['pretrain', '--data', 'd', '--out', 'o', '--scale', 'laptob'], 2, "Did you mean 'laptop'?"),
-    (['pretrain', '--data', 'd', '--out', 'o', '-o', 'optim.lrate=1'], 2, "Did you mean 'optim.lr'?"),
-    (['pretrain', '--data', 'd', '--out', 'o', '-o', 'optim.lr=fast'], 2, 'expected a number'),
-    (['pretrain', '--data', 'd', '--out', 'o', '--budget', 'soon'], 2, 'expected a duration'),
-    (['pretrain', '--data', 'd', '--out', 'o', '--budget', '1m', '--steps', '3'], 2, 'not both'),
-    (['pretrain', '--data', 'd', '--out', 'o', '--steps', 'x'], 2, 'invalid int'),
+    ([*RUN, '--recipe', '24hbret'], 2, "Did you mean '24hbert'?"),
+    ([*RUN, '--scale', 'laptob'], 2, "Did you mean 'laptop'?"),
+    ([*RUN, '-o', 'optim.lrate=1'], 2, "Did you mean 'optim.lr'?"),
+    ([*RUN, '-o', 'optim.lr=fast'], 2, 'expected a number'),
+    ([*RUN, '--budget', 'soon'], 2, 'expected a duration'),
+    ([*RUN, '--budget', '1m', '--steps', '3'], 2, 'not both'),
+    ([*RUN, '--steps', 'x'], 2, 'invalid int'),
     (['pretrain', '--data', 'nowhere', '--out', 'o', '--steps', '3'], 1, 'nowhere'),
     (['prepare', '--source', 'nowhere.txt', '--scale', 'tiny', '--out', 'o'], 2, 'nowhere.txt'),
     (['glue', '--model', 'nowhere', '--out', 'o'], None, 'nowhere'),
     (['glue', '--model', 'nowhere', '--suite', 'glu', '--out', 'o'], 2, "Did you mean 'glue'?"),
+    (['glue', '--model', 'nowhere', '--submit', 'z.zip', '--out', 'o'], 2, 'takes all tasks of GLUE'),
     (['report', '--runs', 'nowhere', '--out', 'o'], 1, 'nowhere'),
     (['reproduce', '--scale', 'tiny', '--out', 'o', '--only', 'pretran'], 2, "Did you mean 'pretrain'?"),
 ])
@@ -40,38 +49,76 @@ def test_mistakes_are_one_line_and_leave_nothing(args, code, says, capsys, tmp_p
     assert os.listdir(tmp_path) == []
 
 
-def test_help_is_made_of_the_comments(capsys):
-    code, out, _ = run(capsys, 'pretrain', '--help')
-    assert code == 0 and 'folder made by `cramlit prepare`' in out
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_is_made_of_the_comments(name, capsys):
+    code, out, _ = run(capsys, name, '--help')
+    assert code == 0 and COMMANDS[name].__doc__ in ' '.join(out.split()) and '--json' in out
+    arguments = {k: v for k, v in docments(COMMANDS[name]).items() if k != 'return'}
+    for argument, comment in arguments.items():
+        assert comment and comment.split(';')[0] in ' '.join(out.split()), argument
 
 
 def test_prepare_and_pretrain_as_rows(text, tmp_path, capsys):
-    small = ['--scale', 'tiny', '-o', 'tokenizer.vocab_size=128', '-o', 'corpus.holdout=0.1', '-o', 'validation.max_sequences=64']
+    small = ['--scale', 'tiny']
+    for setting in ('tokenizer.vocab_size=128', 'corpus.holdout=0.1', 'validation.max_sequences=64'):
+        small += ['-o', setting]
     code, out, err = run(capsys, 'prepare', '--source', text, *small, '--out', tmp_path/'data', '--json')
     assert code == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
     assert {'metric', 'value', 'unit', 'recipe'} <= rows[0].keys()
     assert next(r['value'] for r in rows if r['metric'] == 'train_rows') > 50
-    code, out, err = run(capsys, 'pretrain', *small, '-o', f'corpus.source={text}', '--data', tmp_path/'data', '--out', tmp_path/'run',
-                         '--steps', 2, '--seed', 3, '--json')
+    code, out, err = run(capsys, 'pretrain', *small, '-o', f'corpus.source={text}', '--data', tmp_path/'data',
+                         '--out', tmp_path/'run', '--steps', 2, '--seed', 3, '--json')
     assert code == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
     assert {r['metric'] for r in rows} >= {'validation_loss', 'unigram_entropy', 'tokens_per_second', 'steps'}
-    assert {r['seed'] for r in rows} == {3} and (tmp_path/'run'/'model'/'model.safetensors').exists()
+    assert {r['seed'] for r in rows} == {3}
+    assert (tmp_path/'run'/'model'/'model.safetensors').exists() and (tmp_path/'run'/'report.html').exists()
 
 
-def test_the_installed_command_exists():
-    done = subprocess.run([sys.executable, '-m', 'cramlit.running.command', '--help'], capture_output=True, text=True)
+@pytest.mark.parametrize('error, alone, in_torchrun', [
+    (Interrupted('saved'), 75, 0), (StoppedEarly('the loss is nan'), 1, 0), (KeyboardInterrupt(), 1, 1)])
+def test_torchrun_does_not_start_again_what_has_stopped(error, alone, in_torchrun, monkeypatch, capsys):
+    def fail(folder: str): raise error
+    monkeypatch.setitem(COMMANDS, 'verify', fail)
+    assert main(['verify', 'x']) == alone
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert main(['verify', 'x']) == in_torchrun
+    assert capsys.readouterr().err.count('cramlit: ') == 2
+
+
+def test_a_missing_extra_is_named_and_a_missing_report_is_no_failure(monkeypatch, capsys, data, tmp_path):
+    def fail(folder: str): raise ModuleNotFoundError(name='sklearn.metrics')
+    monkeypatch.setitem(COMMANDS, 'verify', fail)
+    assert main(['verify', 'x']) == 1
+    assert capsys.readouterr().err == "cramlit: sklearn is missing: pip install 'cramlit[eval]'\n"
+    monkeypatch.setitem(sys.modules, 'plotext', None)
+    monkeypatch.delitem(sys.modules, 'cramlit.reporting.run_report', raising=False)
+    assert command._finish(str(tmp_path), str(data), [dict(stopped='')], bare=True) == [dict(stopped='')]
+    assert "report.html: plotext is missing: pip install 'cramlit[reproduce]'" in capsys.readouterr().err
+
+
+def test_the_extras_bring_what_the_hint_says():
+    project = tomllib.loads((Path(__file__).parent.parent/'pyproject.toml').read_text())['project']
+    named = dict(sklearn='scikit-learn', jupyter_client='papermill', nbclient='papermill')
+    for extra, modules in EXTRAS.items():
+        brought = {Requirement(r).name for r in project['optional-dependencies'][extra]}
+        assert {named.get(m, m) for m in modules.split()} <= brought
+
+
+def test_python_dash_m_is_the_command():
+    done = subprocess.run([sys.executable, '-m', 'cramlit', '--help'], capture_output=True, text=True)
     assert done.returncode == 0 and 'reproduce' in done.stdout
 
 
-@pytest.mark.parametrize('colour', [True, False])
-def test_a_terminal_gets_a_table_and_a_pipe_gets_lines(colour):
+def test_a_terminal_gets_colour_and_a_pipe_gets_none():
     import pexpect
-    command = [sys.executable, '-m', 'cramlit.running.command', 'plan', '--scale', 'tiny', '--gpu', 't4']
-    env = {k: v for k, v in os.environ.items() if k not in ('NO_COLOR', 'FORCE_COLOR')} | dict(TERM='xterm-256color', COLUMNS='120')
-    if not colour: env['NO_COLOR'] = '1'
-    screen = pexpect.run(' '.join(command), env=env, timeout=120, encoding='utf-8')
-    assert '──' in screen and ('\x1b[36m' in screen) == colour
-    pipe = subprocess.run(command, env=env, capture_output=True, text=True).stderr
-    assert '──' not in pipe and '\x1b' not in pipe and 'parameters' in pipe and len(pipe.splitlines()) > 5
+    args = [sys.executable, '-m', 'cramlit', 'plan', '--scale', 'tiny', '--gpu', 't4']
+    env = {k: v for k, v in os.environ.items() if k not in ('NO_COLOR', 'FORCE_COLOR')}
+    env |= dict(TERM='xterm-256color', COLUMNS='120')
+    screens = [pexpect.run(' '.join(args), env=env | more, timeout=120, encoding='utf-8')
+               for more in ({}, dict(NO_COLOR='1'))]
+    assert ['\x1b[36m' in s for s in screens] == [True, False]
+    pipe = subprocess.run(args, env=env, capture_output=True, text=True).stderr
+    for shown in (*screens, pipe): assert 'parameters' in shown and len(shown.splitlines()) > 5
+    assert '\x1b' not in pipe and '…' not in pipe

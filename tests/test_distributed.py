@@ -7,33 +7,45 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import cramlit.core.devices as devices
+from cramlit.core.recipes import CramlitError
 from cramlit.training.checkpoints import checkpoints, find_damage
+from cramlit.training.distributed import join_world, launch
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
+PRETRAIN = [sys.executable, '-m', 'cramlit', 'pretrain']
 EXACT = str(Path(__file__).with_name('exact.py'))
 ONE_THREAD = os.environ | dict(OMP_NUM_THREADS='1')
 NO_DROPOUT = ['model.dropout=0', 'model.attention_dropout=0']
 
 
 def options(text, data, out, *more, settings=()):
-    overrides = [f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=37', 'batch.micro_batch_size=4', *settings]
-    return ['--scale', 'tiny', '--data', str(data), '--out', str(out), *more, *(x for o in overrides for x in ('-o', o))]
+    overrides = [f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128',
+                 'validation.max_sequences=37', 'batch.micro_batch_size=4', *settings]
+    folders = ['--data', str(data), '--out', str(out)]
+    return ['--scale', 'tiny', *folders, *more, *(x for o in overrides for x in ('-o', o))]
 
 
 def run(nproc, arguments, restarts=0, check=True, **env):
-    command = [*TORCHRUN, '--standalone', '--nproc-per-node', str(nproc), '--max-restarts', str(restarts), EXACT, *arguments]
+    how = '--standalone', '--nproc-per-node', str(nproc), '--max-restarts', str(restarts)
+    command = [*TORCHRUN, *how, EXACT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD | env)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
 
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def log(out, key):
-    return [line[key] for line in map(json.loads, (out/'metrics.jsonl').read_text().splitlines()) if key in line]
+    return [line[key] for line in json_lines(out/'metrics.jsonl') if key in line]
 
 
 def same(a, b, rel=1e-5):
@@ -48,30 +60,33 @@ def alone(text, data, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize('nproc', [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('nproc', [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_the_curve_does_not_depend_on_the_number_of_processes(text, data, tmp_path, alone, nproc):
     run(nproc, options(text, data, tmp_path/'run', '--steps', '50', settings=NO_DROPOUT))
     for key in ('loss', 'validation_loss'): same(log(tmp_path/'run', key), log(alone, key))
 
 
 def test_nor_on_the_micro_batch(text, data, tmp_path, alone):
-    run(1, options(text, data, tmp_path/'run', '--steps', '50', settings=[*NO_DROPOUT, 'batch.micro_batch_size=32']))
+    settings = [*NO_DROPOUT, 'batch.micro_batch_size=32']
+    run(1, options(text, data, tmp_path/'run', '--steps', '50', settings=settings))
     same(log(tmp_path/'run', 'loss'), log(alone, 'loss'))
 
 
 def test_the_command_starts_the_processes(text, data, tmp_path):
-    done = subprocess.run([sys.executable, '-m', 'cramlit.running.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '10', '--nproc', '2', '--json')],
-                          capture_output=True, text=True, timeout=200)
+    arguments = options(text, data, tmp_path/'run', '--steps', '10', '--nproc', '2', '--json')
+    done = subprocess.run([*PRETRAIN, *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {r['processes'] for r in rows} == {2} and (tmp_path/'run'/'model'/'model.safetensors').exists()
     assert '2 × cpu' in done.stderr
 
 
-@pytest.mark.parametrize('more, match', [(['--nproc', '3'], 'cannot be shared by 3 processes'), (['--nproc', '2', '-o', 'packing.seq_len=16'], 'was prepared with')])
+@pytest.mark.parametrize('more, match', [
+    (['--nproc', '3'], 'cannot be shared by 3 processes'),
+    (['--nproc', '2', '-o', 'packing.seq_len=16'], 'was prepared with')])
 def test_mistakes_are_found_before_anything_is_started(text, data, tmp_path, more, match):
-    done = subprocess.run([sys.executable, '-m', 'cramlit.running.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '10', *more)],
-                          capture_output=True, text=True, timeout=100)
+    arguments = options(text, data, tmp_path/'run', '--steps', '10', *more)
+    done = subprocess.run([*PRETRAIN, *arguments], capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and match in done.stderr and done.stderr.count('\n') == 1
     assert not (tmp_path/'run').exists()
 
@@ -85,18 +100,68 @@ def test_all_ranks_go_by_one_clock(text, data, tmp_path):
 def test_all_ranks_skip_the_same_step(text, data, tmp_path):
     run(2, options(text, data, tmp_path/'run', '--steps', '10'), POISON='4-5')
     assert log(tmp_path/'run', 'skipped') == [1, 2]
-    assert next(r for r in map(json.loads, (tmp_path/'run'/'rows.jsonl').read_text().splitlines()) if r['metric'] == 'skipped_steps')['value'] == 2
+    skipped, = (r['value'] for r in json_lines(tmp_path/'run'/'rows.jsonl') if r['metric'] == 'skipped_steps')
+    assert skipped == 2
 
 
 def test_too_many_bad_steps_end_the_run_with_a_diagnosis(text, data, tmp_path):
     done = run(2, options(text, data, tmp_path/'run', '--steps', '100'), check=False, POISON='3-99')
-    assert done.returncode == 0 and done.stderr.count('the run was given up: ') == 1  # torchrun would start again what fails
+    assert done.returncode == 0, 'torchrun would start again what fails'
+    assert done.stderr.count('the run stopped early: ') == 1
     assert 'lastly step 21' in done.stderr and 'train_batches' in done.stderr
-    last = json.loads((tmp_path/'run'/'metrics.jsonl').read_text().splitlines()[-1])
-    assert 'lastly step 21' in last['stopped']
+    assert 'lastly step 21' in json_lines(tmp_path/'run'/'metrics.jsonl')[-1]['stopped']
 
 
-def wait(ready, seconds=100):
+@pytest.mark.parametrize('env, match', [
+    (dict(WORLD_SIZE='2'), 'RANK='), (dict(WORLD_SIZE='2', RANK='x'), 'RANK=x'),
+    (dict(WORLD_SIZE='zwei'), 'zwei'),
+    (dict(WORLD_SIZE='2', RANK='2'), 'RANK=2'), (dict(WORLD_SIZE='-1'), 'WORLD_SIZE=-1'),
+    (dict(WORLD_SIZE='2', RANK='0'), 'LOCAL_RANK='),
+    (dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', LOCAL_WORLD_SIZE='2'), 'MASTER_ADDR='),
+    (dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', LOCAL_WORLD_SIZE='2', MASTER_ADDR='x', MASTER_PORT='y'),
+     'did not meet'),
+    (dict(WORLD_SIZE='1'), ''), (dict(WORLD_SIZE=''), ''), (dict(RANK='3', MASTER_PORT='29500'), '')])
+def test_an_environment_that_torchrun_did_not_make(monkeypatch, env, match):
+    "Schedulers and notebooks leave some of these variables"
+    for k, v in env.items(): monkeypatch.setenv(k, v)
+    if match:
+        with pytest.raises(CramlitError, match=match) as e:
+            with join_world(): pass
+        assert 'unset WORLD_SIZE' in str(e.value)
+    else:
+        with join_world() as world: assert (world.rank, world.size) == (0, 1)
+
+
+def test_a_system_without_affinity(tmp_path, monkeypatch):
+    "As macOS is"
+    monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    started = []
+
+    def popen(command, env, **kw):
+        started.append(env['OMP_NUM_THREADS'])
+        raise OSError('enough')
+    monkeypatch.setattr(subprocess, 'Popen', popen)
+    with pytest.raises(OSError, match='enough'): launch(2, [], tmp_path)
+    assert int(started[0]) >= 1
+
+
+@pytest.mark.parametrize('answers', [[0], [1, 1]])
+def test_an_allocator_that_refuses_is_left_as_it_was(monkeypatch, answers):
+    "An older glibc takes no threshold of 1 GB"
+    asked = []
+
+    def mallopt(*args):
+        asked.append(args)
+        return answers[len(asked) - 1]
+    monkeypatch.setattr(devices.ctypes, 'CDLL', lambda name: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(devices.sys, 'platform', 'linux')
+    for name in ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_'): monkeypatch.setenv(name, '7')
+    assert devices.keep_memory() == (answers != [0]) and len(asked) == len(answers)
+    assert (os.environ['MALLOC_TRIM_THRESHOLD_'] == '7') == (answers == [0])
+
+
+def wait(ready, seconds=300):
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, 'nothing happened'
@@ -116,27 +181,36 @@ def test_a_lost_process_is_made_good(text, data, tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err[-3000:]
-    a, b = (load_file(checkpoints(tmp_path/n/'checkpoints')[-1]/'model.safetensors') for n in ('whole', 'run'))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    newest = (checkpoints(tmp_path/n/'checkpoints')[-1] for n in ('whole', 'run'))
+    a, b = (load_file(path/'model.safetensors') for path in newest)
+    for k in a: assert torch.equal(a[k], b[k]), k
 
 
 def test_another_number_of_processes_goes_on(text, data, tmp_path, alone):
-    arguments = options(text, data, tmp_path/'run', '--steps', '50', settings=[*NO_DROPOUT, 'checkpoint.every=0.2'])
-    whole = tmp_path/'whole'
-    run(1, options(text, data, whole, '--steps', '50', settings=[*NO_DROPOUT, 'checkpoint.every=0.2']))
-    process = subprocess.Popen([*TORCHRUN, '--standalone', '--nproc-per-node', '2', EXACT, *arguments], stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    settings = [*NO_DROPOUT, 'checkpoint.every=0.2']
+    run(1, options(text, data, tmp_path/'whole', '--steps', '50', settings=settings))
+    arguments = options(text, data, tmp_path/'run', '--steps', '50', settings=settings)
+    command = [*TORCHRUN, '--standalone', '--nproc-per-node', '2', EXACT, *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     wait(lambda: len(checkpoints(tmp_path/'run'/'checkpoints')) > 1)
     (tmp_path/'run'/'stop').touch()
     assert process.wait(60) == 0
     if not (tmp_path/'run'/'rows.jsonl').exists(): (tmp_path/'run'/'stop').unlink(missing_ok=True)
     run(1, arguments)
-    same(log(tmp_path/'run', 'loss'), log(whole, 'loss'))
+    same(log(tmp_path/'run', 'loss'), log(tmp_path/'whole', 'loss'))
+
+
+def start_two(text, data, out, steps):
+    "The command with two processes, a few steps after its start"
+    command = [*PRETRAIN, *options(text, data, out, '--steps', str(steps), '--nproc', '2')]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    metrics = out/'metrics.jsonl'
+    wait(lambda: metrics.exists() and metrics.read_text().count('\n') > 2)
+    return process
 
 
 def test_ctrl_c_saves_on_all_ranks_and_the_same_command_goes_on(text, data, tmp_path):
-    command = [sys.executable, '-m', 'cramlit.running.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '1500', '--nproc', '2')]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    wait(lambda: (tmp_path/'run'/'metrics.jsonl').exists() and (tmp_path/'run'/'metrics.jsonl').read_text().count('\n') > 2)
+    process = start_two(text, data, tmp_path/'run', 1500)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and 'same command goes on' in err and 'Traceback' not in err
@@ -144,10 +218,10 @@ def test_ctrl_c_saves_on_all_ranks_and_the_same_command_goes_on(text, data, tmp_
 
 
 def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(text, data, tmp_path):
-    command = [sys.executable, '-m', 'cramlit.running.command', 'pretrain', *options(text, data, tmp_path/'run', '--steps', '5000', '--nproc', '2')]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    wait(lambda: (tmp_path/'run'/'metrics.jsonl').exists() and (tmp_path/'run'/'metrics.jsonl').read_text().count('\n') > 2)
-    for _ in range(2): process.send_signal(signal.SIGINT); time.sleep(.001)
+    process = start_two(text, data, tmp_path/'run', 5000)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(.001)
     _, err = process.communicate(timeout=60)
     assert process.returncode in (1, 75) and 'Traceback' not in err  # 75 when it was saved between the two
     assert {find_damage(p) for p in checkpoints(tmp_path/'run'/'checkpoints')} == {''}
@@ -155,12 +229,18 @@ def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(text, data, tmp_path):
 
 def test_two_machines(text, data, tmp_path):
     "Two torchrun agents, each with an address of its own, meet by c10d"
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    arguments = options(text, data, tmp_path/'run', '--steps', '50', settings=NO_DROPOUT)
+    env = ONE_THREAD | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+
     def agent(address):
-        command = [*TORCHRUN, '--nnodes', '2', '--nproc-per-node', '1', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{port}', '--rdzv-id', 'test',
-                   '--local-addr', address, EXACT, *options(text, data, tmp_path/'run', '--steps', '50', settings=NO_DROPOUT)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ONE_THREAD | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'))
+        meet = ['--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{port}', '--rdzv-id', 'test']
+        how = '--nnodes', '2', '--nproc-per-node', '1', *meet, '--local-addr', address
+        command = [*TORCHRUN, *how, EXACT, *arguments]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     agents = [agent('127.0.0.1'), agent('127.0.0.2')]
     errors = [a.communicate(timeout=200)[1] for a in agents]
     assert [a.returncode for a in agents] == [0, 0], errors
-    assert {r['processes'] for r in map(json.loads, (tmp_path/'run'/'rows.jsonl').read_text().splitlines())} == {2}
+    assert {r['processes'] for r in json_lines(tmp_path/'run'/'rows.jsonl')} == {2}

@@ -1,34 +1,27 @@
-"The fast path: as quick as it is, it computes the same, asks for nothing, and meets no shape that it does not know"
+"The fast path computes the same, never makes the host wait, and meets no shape that was not foreseen"
 import json
-from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cramlit.efficiency import benchmark as race
-from cramlit.reporting import speed
-from cramlit.training import training as train
-from cramlit.efficiency.benchmark import make_parts
-from cramlit.running.command import main
-from cramlit.core.recipes import override
-from cramlit.data.corpus import Document, documents
-from cramlit.training.distributed import Gradients, World
-from cramlit.data.batches import train_batches
-from cramlit.data.masking import IGNORE
-from cramlit.model.encoder import MaskedLM
-from cramlit.data.packing import open_data, prepare
 from cramlit.core.devices import Precision
-from cramlit.efficiency.benchmark import DenseHead
+from cramlit.core.recipes import override
 from cramlit.core.scales import get_recipe
+from cramlit.data.batches import train_batches
+from cramlit.data.corpus import Document, documents
+from cramlit.data.masking import IGNORE, count_predictions
+from cramlit.data.packing import open_data, prepare
+from cramlit.data.tokenizer import encode_documents, load_tokenizer, sentences
+from cramlit.model.encoder import MaskedLM, gather
+from cramlit.training import training as train
+from cramlit.training.distributed import Gradients, World
+from cramlit.training.optimizers import make_optimizer
 from cramlit.training.schedule import lr_factor
-from cramlit.data.tokenizer import encode_documents, sentences
-from cramlit.training.training import accumulate, blank_batches, micro_step
-from cramlit.data.tokenizer import load_tokenizer
-from cramlit.efficiency.benchmark import our_way, plain_operations, uncut
+from cramlit.training.training import accumulate, micro_step
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')
@@ -41,39 +34,56 @@ def opened(data):
     return open_data(data)
 
 
-def curve(way, parts, steps):
-    "The training loss of each step under the recipe's schedule"
-    losses = []
+def curve(recipe, data, loss_of, fused, steps):
+    "The training loss of each step under the recipe's schedule, and the shapes of the batches"
+    torch.manual_seed(0)
+    model = MaskedLM(recipe.model, data.padded_vocab_size)
+    optimizer = make_optimizer(model, recipe.optim)
+    for group in optimizer.param_groups: group['fused'] = fused
+    losses, shapes = [], set()
     for step in range(steps):
-        train.set_lr(parts.optimizer, lr_factor(step/steps, parts.recipe.schedule.warmup))
-        with way.around():
-            for batch in way.batches(step): way.micro(batch)
-            losses.append((parts.grads.notes[0]/parts.grads.notes[1]).item())
-            way.finish()
-    return np.array(losses)
+        lr = recipe.optim.lr*lr_factor(step/steps, recipe.schedule.warmup)
+        for group in optimizer.param_groups: group['lr'] = lr
+        batches = list(train_batches(data, recipe, step))
+        predictions = sum((b.labels != IGNORE).sum() for b in batches)
+        optimizer.zero_grad()
+        loss = 0.
+        for b in batches:
+            part = loss_of(model, b)/predictions
+            part.backward()
+            loss += part.item()
+            shapes.add(tuple(b.input_ids.shape))
+        optimizer.step()
+        losses.append(loss)
+    return np.array(losses), shapes
+
+
+def sparse_loss(model, b):
+    return model(b.input_ids, b.attention_mask, b.positions, b.labels)
+
+
+def dense_loss(model, b):
+    "Every position scored by torch's own operations, and the masked ones picked out of them"
+    scores = gather(model.logits(b.input_ids, b.attention_mask), b.positions)
+    return F.cross_entropy(scores.flatten(0, 1), b.labels.flatten(), ignore_index=IGNORE, reduction='sum')
 
 
 def test_the_fast_and_the_naive_way_have_one_loss_curve(recipe, opened):
-    quick = override(recipe, [*NO_DROPOUT, 'batch.micro_batch_size=8'])
-    naive = override(quick, ['batch.micro_batch_size=32'])
-    made = []
-    for r in (quick, naive):
-        torch.manual_seed(0)
-        made.append(replace(make_parts(r, opened.padded_vocab_size, CPU), precision=FP32))
-    dense = replace(made[1], model=DenseHead(made[1].model))
-    fast, plain = our_way(made[0], opened), our_way(dense, opened, uncut, fused=False, around=plain_operations)
-    widths = [b.input_ids.shape for step in range(20) for b in fast.batches(step)]
-    assert (8, 16) in widths and (8, 32) in widths and {b.input_ids.shape for b in plain.batches(0)} == {(32, 32)}  # cut and sorted, and whole
-    a, b = curve(fast, made[0], 200), curve(plain, dense, 200)
+    fast = override(recipe, [*NO_DROPOUT, 'batch.micro_batch_size=8'])
+    naive = override(fast, ['batch.micro_batch_size=32'])
+    a, cut = curve(fast, opened, sparse_loss, True, 200)
+    b, whole = curve(naive, opened, dense_loss, False, 200)
+    assert {(8, 16), (8, 32)} <= cut and whole == {(32, 32)}
     assert a[-1] < a[0] - .5, 'both should learn'
     assert abs(a[0]/b[0] - 1) < 1e-6
-    assert np.abs(a/b - 1).max() < 1e-4, 'a tenth of it was seen: sums are made in other orders, and errors grow from step to step'
+    assert np.abs(a/b - 1).max() < 1e-4, 'sums are made in other orders, and errors grow from step to step'
 
 
 class NothingAsked(TorchDispatchMode):
     "Whatever a host does with a value, it must read it first"
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        assert op not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), f'{op} makes the host wait'
+        reads = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        assert op not in reads, f'{op} makes the host wait'
         return op(*args, **(kwargs or {}))
 
 
@@ -81,13 +91,25 @@ class NothingAsked(TorchDispatchMode):
 def read(monkeypatch):
     "Readings that pass by the dispatcher when a tensor is on the CPU already, by name as they happen"
     seen = []
+
+    def noted(name, real):
+        def method(self, *args, **kwargs):
+            seen.append(name)
+            return real(self, *args, **kwargs)
+        return method
+
     for name in ('tolist', 'numpy', 'cpu', '__array__'):
-        real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, name=name, real=real, **kw: (seen.append(name), real(self, *args, **kw))[1])
+        monkeypatch.setattr(torch.Tensor, name, noted(name, getattr(torch.Tensor, name)))
     return seen
 
 
-@pytest.mark.parametrize('name, settings', [('24hbert', []), ('bert-base', []), ('modern', []), ('modern', ['model.window=8', 'model.num_layers=4']), ('mosaicbert', [])])
+@pytest.mark.parametrize('name, settings', [
+    ('24hbert', []),
+    ('bert-base', []),
+    ('modern', []),
+    ('modern', ['model.window=8', 'model.num_layers=4']),
+    ('mosaicbert', []),
+])
 def test_a_micro_step_asks_nothing_of_the_device(name, settings, opened, read):
     r = get_recipe(name, 'tiny', ['batch.micro_batch_size=8', *settings])
     model = MaskedLM(r.model, opened.padded_vocab_size)
@@ -95,7 +117,7 @@ def test_a_micro_step_asks_nothing_of_the_device(name, settings, opened, read):
     read.clear()
     with NothingAsked(): accumulate(micro_step(model, r, FP32, OFF, grads), batches, grads)
     assert not read and grads.flat.norm() > 0
-    with pytest.raises(AssertionError, match='makes the host wait'), NothingAsked(): grads.notes[0].item()
+    with pytest.raises(AssertionError, match='makes the host wait'), NothingAsked(): grads.totals[0].item()
 
 
 @pytest.mark.parametrize('name', ['24hbert', 'modern'])
@@ -104,9 +126,18 @@ def test_validation_asks_once_however_many_batches_there_are(name, recipe, opene
     batches = list(train_batches(opened, r, 0))
     assert len(batches) == 4
     monkeypatch.setattr(train, 'validation_batches', lambda *args: iter(batches))
+    model = MaskedLM(r.model, opened.padded_vocab_size)
     read.clear()
-    with NothingAsked(): loss = train.validate(MaskedLM(r.model, opened.padded_vocab_size), opened, r, FP32, World())
+    with NothingAsked(): loss = train.validate(model, opened, r, FP32, World())
     assert read == ['tolist'] and 4 < loss < 6
+
+
+def foreseen_forms(r):
+    "Whole sequences without a mask, and sequences cut at multiples of 16 with one"
+    B, S, K = r.batch.micro_batch_size, r.packing.seq_len, int(count_predictions(r.packing.seq_len, r.masking))
+    widths = {min(S, -(-w//16)*16) for w in range(1, S + 1)}
+    shapes = [(torch.Size([B, S]), True), *((torch.Size([B, w]), False) for w in widths)]
+    return {(shape, whole, torch.Size([B, K]), torch.Size([B, K])) for shape, whole in shapes}
 
 
 def forms(batches):
@@ -117,7 +148,7 @@ def forms(batches):
 def test_no_batch_has_a_shape_that_was_not_foreseen(mode, seq_len, recipe, data, tmp_path):
     r = override(recipe, [f'packing.mode={mode}', f'packing.seq_len={seq_len}', f'tokenizer.path={data}/tokenizer', 'batch.micro_batch_size=4'])
     prepare(r, tmp_path/'data')
-    d, foreseen = open_data(tmp_path/'data'), forms(blank_batches(r, CPU))
+    d, foreseen = open_data(tmp_path/'data'), foreseen_forms(r)
     batches = [b for step in range(40) for b in train_batches(d, r, step)]
     assert forms(batches) <= foreseen
     assert len({b.positions.shape for b in batches}) == 1
@@ -126,8 +157,8 @@ def test_no_batch_has_a_shape_that_was_not_foreseen(mode, seq_len, recipe, data,
     assert met == {(seq_len, True)} if mode == 'stream' else {(16, False), (seq_len, False)} <= met
 
 
-def rows_of(batches, model):
-    "What is asked in each row, and what is answered: masked words, positions and labels → scores"
+def scores_by_sequence(batches, model):
+    "Masked sequence, positions and labels → scores of the masked tokens"
     found = {}
     for b in batches:
         with torch.no_grad(): scores = model.logits(b.input_ids, b.attention_mask, b.positions)
@@ -139,48 +170,23 @@ def rows_of(batches, model):
 
 
 @pytest.mark.parametrize('name', ['24hbert', 'modern'])
-def test_a_row_has_the_same_masks_and_scores_however_it_is_cut(name, opened):
+def test_a_sequence_has_the_same_masks_and_scores_however_the_batch_is_cut(name, opened):
     r = get_recipe(name, 'tiny', ['model.window=8', 'model.num_layers=4'] if name == 'modern' else [])
     torch.manual_seed(0)
     model = MaskedLM(r.model, opened.padded_vocab_size).eval()
     nn.init.normal_(model.embeddings.word.weight, std=.2)  # scores that differ enough to be compared
-    whole = rows_of(uncut(opened, r, 1), model)
+
+    def found(size, world):
+        cut = override(r, [f'batch.micro_batch_size={size}'])
+        batches = [b for rank in range(world) for b in train_batches(opened, cut, 1, rank, world)]
+        return scores_by_sequence(batches, model)
+
+    whole = found(32, 1)
     assert sum(map(len, whole.values())) == 32
-    for size in (2, 8, 32):
-        for world in (1, 2) if size < 32 else (1,):
-            cut = override(r, [f'batch.micro_batch_size={size}'])
-            batches = [b for rank in range(world) for b in train_batches(opened, cut, 1, rank, world)]
-            mine = rows_of(batches, model)
-            assert mine.keys() == whole.keys()
-            for key in whole: torch.testing.assert_close(mine[key], whole[key], atol=1e-5, rtol=1e-4)
-
-
-def test_bench_writes_rows_that_agree_with_one_another(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed, 'race_rows', partial(race.race_rows, compiled=False))  # a compiler needs minutes
-    monkeypatch.setattr(race, 'ceiling', partial(race.ceiling, n=512))
-    assert main(['bench', '--shape', 'tiny', '--turns', '1', '--json', '--data', str(data), '--out', str(tmp_path/'out')]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {(r['stage'], r['shape'], r['scale'], r['recipe'], r['stock_best']) for r in rows} == {('race', 'tiny', 'tiny', '24hbert', 'stock_eager')}
-    at = {(r['metric'], r.get('variant')): r['value'] for r in rows if r['metric'] != 'share_of_step'}
-    rate, ms = ({v: x for (m, v), x in at.items() if m == metric} for metric in ('tokens_per_second', 'ms_per_step'))
-    without = {f'ours_without_{x}' for x in ('padding_cut', 'last_layer_cut', 'sparse_prediction', 'quick_operations', 'fused_optimiser', 'large_micro_batches')}
-    assert {'ours', 'stock_default', 'stock_best'} | without <= set(rate) <= {'ours', 'stock_default', 'stock_best', 'ours_without_mixed_precision'} | without
-    tokens = rate['ours']*ms['ours']
-    for name in rate:
-        assert rate[name]*ms[name] == pytest.approx(tokens), 'every way works on the same text'
-        assert at['mfu', name]/at['mfu', 'ours'] == pytest.approx(rate[name]/rate['ours']) and at['peak_memory_bytes', name] > 0
-        if name != 'ours': assert at['time_of_ours', name] == pytest.approx(ms[name]/ms['ours'])
-    for peer in ('default', 'best'): assert at[f'ratio_to_stock_{peer}', 'ours'] == pytest.approx(ms[f'stock_{peer}']/ms['ours'])
-    for name in ('ours', 'stock_default'):
-        assert sum(r['value'] for r in rows if r['metric'] == 'share_of_step' and r['variant'] == name) == pytest.approx(1)
-    assert {p.name for p in (tmp_path/'out').iterdir()} == {f'bench_tiny.{x}' for x in ('jsonl', 'md', 'tex', 'csv', 'svg', 'pdf')}
-    assert [json.loads(line) for line in (tmp_path/'out'/'bench_tiny.jsonl').read_text().splitlines()] == rows
-
-
-@pytest.mark.parametrize('more, says', [(['--shape', 'laptpo'], "Did you mean 'laptop'?"), (['--turns', '0'], 'above zero')])
-def test_bench_refuses_what_it_does_not_know(tmp_path, capsys, more, says):
-    assert main(['bench', '--out', str(tmp_path/'out'), *more]) == 2
-    assert says in capsys.readouterr().err and not (tmp_path/'out').exists()
+    for size, world in ((2, 1), (2, 2), (8, 1), (8, 2)):
+        part = found(size, world)
+        assert part.keys() == whole.keys()
+        for key in whole: torch.testing.assert_close(part[key], whole[key], atol=1e-5, rtol=1e-4)
 
 
 def test_documents_tokenised_whole_are_their_sentences_tokenised_one_by_one(text, data):

@@ -1,4 +1,4 @@
-"What only a GPU can show: recordings that compute what was recorded, a host that never waits, a model that fits, ranks that share a card"
+"What only a GPU can show: compiled is eager, the CPU never waits, the model fits, ranks share a GPU"
 import gc
 import json
 import os
@@ -10,27 +10,32 @@ from itertools import count
 import pytest
 import torch
 
-from cramlit.core.recipes import override
-from cramlit.training.distributed import Gradients, World
-from cramlit.data.batches import Batch, train_batches
-from cramlit.data.masking import IGNORE
-from cramlit.model.encoder import MaskedLM
-from cramlit.training.optimizers import make_optimizer
-from cramlit.data.packing import open_data
 from cramlit.core.devices import Precision
+from cramlit.core.recipes import override
 from cramlit.core.scales import get_recipe
-from cramlit.training.training import accumulate, blank_batches, form_of, micro_step, update
+from cramlit.data.batches import Batch, train_batches
+from cramlit.data.masking import IGNORE, count_predictions
+from cramlit.data.packing import open_data
 from cramlit.data.tokenizer import padded_vocab
+from cramlit.model.encoder import MaskedLM
+from cramlit.training.distributed import Gradients, World
+from cramlit.training.optimizers import make_optimizer
+from cramlit.training.schedule import Clock
+from cramlit.training.training import Run, accumulate, form_of, micro_step, update, warm_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 FP32 = Precision(torch.float32, 'compared in full precision')
-HALF = Precision(torch.float16, 'as on the cards of the paper')
+HALF = Precision(torch.float16, 'as on the GPUs of the paper')
 NO_DROPOUT = ['model.dropout=0', 'model.attention_dropout=0']
-CARD = 11.5*2**30  # bytes of a card of 12 GiB that are left when CUDA itself has taken its part
+LEFT = 11.5*2**30  # bytes of a GPU of 12 GiB that are left when CUDA itself has taken its part
 
 
 def compiles():
-    return form_of(torch.device('cuda')) == 'compiled'
+    return torch.cuda.is_available() and form_of(torch.device('cuda')) == 'compiled'
+
+
+needs_compiler = pytest.mark.skipif(not compiles(), reason='needs compute capability 8')
+FORMS = ['eager', pytest.param('compiled', marks=needs_compiler)]
 
 
 @pytest.fixture
@@ -41,11 +46,11 @@ def small(recipe):
 class Step:
     "A small model with its micro-step in one form, and the batches of a step in pinned memory"
     def __init__(self, recipe, folder, form, precision=FP32):
-        data, device = open_data(folder), torch.device('cuda')
+        self.data, device = open_data(folder), torch.device('cuda')
         torch.manual_seed(0)
-        self.model = MaskedLM(recipe.model, data.padded_vocab_size).to(device)
+        self.model = MaskedLM(recipe.model, self.data.padded_vocab_size).to(device)
         self.grads = Gradients(self.model)
-        self.batches = [b.map(torch.Tensor.pin_memory) for b in train_batches(data, recipe, 0)]
+        self.batches = [b.map(torch.Tensor.pin_memory) for b in train_batches(self.data, recipe, 0)]
         scaler = torch.amp.GradScaler('cuda', enabled=precision.scaled)
         self.micro = micro_step(self.model, recipe, precision, scaler, self.grads, form)
 
@@ -60,23 +65,13 @@ def near(a, b, tolerance):
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance*b.abs().max().item())
 
 
-def test_a_recording_computes_what_was_recorded(small, data):
-    r = override(small, NO_DROPOUT)
-    eager, graphs = Step(r, data, 'eager'), Step(r, data, 'graphs')
-    assert len({(b.input_ids.shape, b.attention_mask is None) for b in eager.batches}) > 1
-    near(graphs.gradient(), eager.gradient(), 1e-4)
-    near(graphs.grads.notes, eager.grads.notes, 1e-5)
-    assert eager.gradient().norm() > 0
-    near(graphs.gradient(), eager.gradient(), 1e-4)  # played back once more, it adds to nothing that was left
-
-
-@pytest.mark.parametrize('form', ['eager', 'graphs'])
-def test_each_replay_drops_other_numbers_and_the_seed_says_which(form, small, data):
+@pytest.mark.parametrize('form', FORMS)
+def test_the_seed_says_what_is_dropped(form, small, data):
     step = Step(small, data, form)
     a, again, other = step.gradient(1), step.gradient(1), step.gradient(2)
     near(again, a, 1e-4)
     assert (other - a).abs().max() > 1e-2*a.abs().max()
-    torch.manual_seed(1)  # and without a new seed the next replay goes on in the stream
+    torch.manual_seed(1)  # and without a new seed the next step goes on in the stream
     gradients = []
     for _ in range(2):
         accumulate(step.micro, step.batches, step.grads)
@@ -87,7 +82,7 @@ def test_each_replay_drops_other_numbers_and_the_seed_says_which(form, small, da
 
 @contextmanager
 def alarm():
-    "Whatever makes the host wait raises RuntimeError"
+    "Whatever makes the CPU wait raises RuntimeError"
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode('error')
     try: yield
@@ -95,46 +90,66 @@ def alarm():
 
 
 @pytest.mark.parametrize('name', ['24hbert', 'modern'])
-@pytest.mark.parametrize('form', ['eager', 'graphs'])
+@pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('precision', [FP32, HALF], ids=['fp32', 'fp16'])
-def test_the_host_never_waits_in_a_step(name, form, precision, data):
+def test_the_cpu_never_waits_in_a_step(name, form, precision, data):
     step = Step(get_recipe(name, 'tiny', ['batch.micro_batch_size=8']), data, form, precision)
-    step.gradient()  # libraries are loaded at the first use
+    step.gradient()  # libraries are loaded and programs made at the first use
     with alarm(): accumulate(step.micro, step.batches, step.grads)
-    with alarm(), pytest.raises(RuntimeError): step.grads.notes[0].item()
+    with alarm(), pytest.raises(RuntimeError): step.grads.totals[0].item()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or not compiles(), reason='needs compute capability 8')
+@needs_compiler
 def test_compiled_is_eager_within_rounding(small, data):
     r = override(small, NO_DROPOUT)
-    eager = Step(r, data, 'eager').gradient()
-    near(Step(r, data, 'compiled').gradient(), eager, 1e-3)
+    eager, compiled = Step(r, data, 'eager'), Step(r, data, 'compiled')
+    assert len({(b.input_ids.shape, b.attention_mask is None) for b in eager.batches}) > 1
+    near(compiled.gradient(), eager.gradient(), 1e-3)
+    near(compiled.grads.totals, eager.grads.totals, 1e-4)
+
+
+@needs_compiler
+def test_after_the_warm_up_nothing_is_compiled(small, data, tmp_path):
+    step = Step(small, data, 'compiled')
+    run = Run(small, step.data, tmp_path, Clock(steps=1), world=World(device=torch.device('cuda')))
+    warm_up(step.micro, run, step.grads)
+    assert not step.grads.buffer.any()
+    torch._dynamo.utils.counters.clear()
+    for n in range(5): accumulate(step.micro, train_batches(step.data, small, n), step.grads)
+    assert not torch._dynamo.utils.counters['stats']
 
 
 @contextmanager
-def a_card_of(size):
-    "No more of the card than so many bytes"
+def a_gpu_of(size):
+    "No more of the GPU than so many bytes"
     total = torch.cuda.get_device_properties(0).total_memory
-    gc.collect(); torch.cuda.empty_cache()
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1., size/total))
     try: yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.)
-        gc.collect(); torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def full_size_step(micro_batch_size, form):
-    "An optimiser step of 24hBERT as published on random words, two micro-batches long; bytes that it reserved at most"
-    r = get_recipe('24hbert', 'paper', [f'batch.micro_batch_size={micro_batch_size}', f'batch.global_batch_size={2*micro_batch_size}', 'optim.lr=1e-6'])
+def full_size_step(micro_batch_size):
+    "Steps of 24hBERT as published on random tokens, two micro-batches each; bytes that were reserved at most"
+    B = micro_batch_size
+    size = f'batch.micro_batch_size={B}', f'batch.global_batch_size={2*B}'
+    r = get_recipe('24hbert', 'paper', [*size, 'optim.lr=1e-6'])
+    S, K = r.packing.seq_len, int(count_predictions(r.packing.seq_len, r.masking))
     device, vocab_size = torch.device('cuda'), padded_vocab(r.tokenizer.vocab_size)
     torch.cuda.reset_peak_memory_stats()
     model = MaskedLM(r.model, vocab_size).to(device)
-    grads, optimizer, scaler = Gradients(model), make_optimizer(model, r.optim), torch.amp.GradScaler('cuda', init_scale=2.**10)
-    micro = micro_step(model, r, HALF, scaler, grads, form)
-    shapes = list(blank_batches(r, torch.device('cpu')))[:2]  # the largest: without a mask, and with one
-    words = [torch.randint(vocab_size, b.input_ids.shape) for b in shapes]
-    K = shapes[0].labels.shape[1]
-    batches = [Batch(w, b.attention_mask, torch.arange(K).expand(micro_batch_size, K).contiguous(), w[:, :K].contiguous()) for w, b in zip(words, shapes, strict=True)]
+    grads, optimizer = Gradients(model), make_optimizer(model, r.optim)
+    scaler = torch.amp.GradScaler('cuda', init_scale=2.**10)
+    micro = micro_step(model, r, HALF, scaler, grads, 'eager')  # as a GPU without a compiler takes it
+    batches = []
+    for mask in (None, torch.ones(B, S, dtype=torch.bool)):  # the largest: without a mask, and with one
+        ids = torch.randint(vocab_size, (B, S))
+        positions, labels = torch.arange(K).expand(B, K).contiguous(), ids[:, :K].contiguous()
+        batches.append(Batch(ids, mask, positions, labels))
     assert all((b.labels != IGNORE).all() for b in batches)
     for _ in range(2):  # the moments are made in the first
         accumulate(micro, [b.map(torch.Tensor.pin_memory) for b in batches], grads)
@@ -145,29 +160,32 @@ def full_size_step(micro_batch_size, form):
 
 
 def test_the_published_micro_batch_fits_into_12_gb(capsys):
-    with a_card_of(CARD): peak = full_size_step(32, 'graphs')  # as a card without a compiler takes it
-    assert peak <= CARD
+    with a_gpu_of(LEFT): peak = full_size_step(32)
+    assert peak <= LEFT
     largest = 0
     for size in count(16, 16):
-        with a_card_of(CARD):
-            try: full_size_step(size, 'eager')
+        with a_gpu_of(LEFT):
+            try: full_size_step(size)
             except torch.OutOfMemoryError: break
             largest = size
-        if size == 1024: break  # enough; the card is not the limit
-    with capsys.disabled(): print(f'\n24hbert, 12 GB: 32 rows with graphs take {peak/2**30:.1f} GiB; the largest micro-batch that fits without is {largest}')
+        if size == 1024: break  # enough; the GPU is not the limit
+    with capsys.disabled():
+        print(f'\n24hbert: 32 sequences take {peak/2**30:.1f} GiB; {largest} is the largest micro-batch in 12 GB')
     assert largest >= 32
 
 
-def test_eight_ranks_share_one_card(text, data, tmp_path):
+def test_eight_ranks_share_one_gpu(text, data, tmp_path):
     "By gloo, since NCCL refuses; and the loss is that of one rank"
-    overrides = [f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=37', 'batch.micro_batch_size=4', *NO_DROPOUT]
+    overrides = [f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128',
+                 'validation.max_sequences=37', 'batch.micro_batch_size=4', *NO_DROPOUT]
     settings = [x for o in overrides for x in ('-o', o)]
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES='0', OMP_NUM_THREADS='1')
     losses = []
     for nproc in (8, 1):
-        out = tmp_path/f'of-{nproc}'
-        command = [sys.executable, '-m', 'cramlit.running.command', 'pretrain', '--scale', 'tiny', '--data', str(data), '--out', str(out), '--steps', '20',
-                   '--nproc', str(nproc), '--json', *settings]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=os.environ | dict(CUDA_VISIBLE_DEVICES='0', OMP_NUM_THREADS='1'))
+        folders = ['--data', str(data), '--out', str(tmp_path/f'of-{nproc}')]
+        options = ['--scale', 'tiny', *folders, '--steps', '20', '--nproc', str(nproc), '--json', *settings]
+        command = [sys.executable, '-m', 'cramlit', 'pretrain', *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env)
         assert done.returncode == 0, done.stderr[-3000:]
         assert f'{nproc} × cuda' in done.stderr
         rows = [json.loads(line) for line in done.stdout.splitlines()]

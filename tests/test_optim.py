@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from cramlit.core.scales import get_recipe
+from cramlit.model.encoder import MaskedLM
 from cramlit.training.checkpoints import load_checkpoint, tensors_of, write_checkpoint
 from cramlit.training.distributed import Gradients
-from cramlit.model.encoder import MaskedLM
-from cramlit.training.optimizers import hidden_matrices, make_optimizer
-from cramlit.core.scales import get_recipe
+from cramlit.training.optimizers import hidden_matrices, make_optimizer, set_lr
 from cramlit.training.training import update
 
 
@@ -24,7 +24,7 @@ def take_steps(numbers, rank=0, size=1, folder=None):
     for n in numbers:
         torch.manual_seed(100 + n)
         grads.flat.copy_(torch.randn_like(grads.flat))
-        for g in optimizer.param_groups: g['lr'] = g['peak']*(1 - n/6)
+        set_lr(optimizer, 1 - n/6)
         optimizer.step()
     return model, optimizer
 
@@ -32,12 +32,14 @@ def take_steps(numbers, rank=0, size=1, folder=None):
 def worker(rank, size, port, out):
     dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=size)
     model, optimizer = take_steps(range(3), rank, size)
-    torch.save([model.state_dict(), {i: s for i, s in optimizer.state_dict()['state'].items()}], f'{out}/{rank}.pt')
+    torch.save([model.state_dict(), optimizer.state_dict()['state']], f'{out}/{rank}.pt')
     dist.destroy_process_group()
 
 
 def test_two_processes_share_the_work_and_end_with_the_same_weights_and_momentum(tmp_path):
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     mp.spawn(worker, (2, port, str(tmp_path)), nprocs=2)
     model, optimizer = take_steps(range(3))
     for rank in range(2):
@@ -59,14 +61,17 @@ def test_a_loss_scale_is_taken_out_before_the_step(bad):
     recipe = get_recipe('modern', 'tiny')
     torch.manual_seed(0)
     model = MaskedLM(recipe.model, 64)
-    optimizer, grads, scaler = make_optimizer(model, recipe.optim), Gradients(model), torch.amp.GradScaler('cpu', init_scale=1024.)
+    optimizer, grads = make_optimizer(model, recipe.optim), Gradients(model)
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
     before = [p.detach().clone() for p in model.parameters()]
     scaler.scale(torch.zeros(()))  # makes the scale
     torch.manual_seed(100)
     grads.flat.copy_(torch.randn_like(grads.flat)*1024)
     if bad: grads.flat[-1] = float('inf')
     update(grads, optimizer, scaler, 0.)
-    for p, b, plain in zip(model.parameters(), before, take_steps(range(1))[0].parameters(), strict=True): assert torch.equal(p, b if bad else plain)
+    unscaled, _ = take_steps(range(1))
+    for p, old, new in zip(model.parameters(), before, unscaled.parameters(), strict=True):
+        assert torch.equal(p, old if bad else new)
     assert scaler.get_scale() == (512. if bad else 1024.)
 
 
@@ -77,4 +82,6 @@ def test_every_group_has_a_peak_and_every_weight_one_group():
         groups = make_optimizer(model, recipe.optim).param_groups
         assert all(g['peak'] == g['lr'] for g in groups)
         assert sorted(id(p) for g in groups for p in g['params']) == sorted(id(p) for p in model.parameters())
-        if name == 'modern': assert [id(p) for p in groups[0]['params']] == [id(p) for p, _ in hidden_matrices(model)] and groups[0]['peak'] == recipe.optim.muon_lr
+        if name == '24hbert': continue
+        assert [id(p) for p in groups[0]['params']] == [id(p) for p, _ in hidden_matrices(model)]
+        assert groups[0]['peak'] == recipe.optim.muon_lr

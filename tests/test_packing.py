@@ -10,8 +10,15 @@ import cramlit.data.packing as packing
 from cramlit.core.randomness import make_key
 from cramlit.core.recipes import CramlitError, Packing, UsageError, override
 from cramlit.data.corpus import documents, holdout_position
-from cramlit.data.packing import document_rows, open_data, prepare, read_documents
-from cramlit.data.packing import stream_rows, verify, write_shards
+from cramlit.data.packing import (
+    document_rows,
+    open_data,
+    prepare,
+    read_documents,
+    stream_rows,
+    verify,
+    write_shards,
+)
 from cramlit.data.tokenizer import load_tokenizer, sentences
 from cramlit.running.command import main
 

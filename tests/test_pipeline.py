@@ -1,4 +1,4 @@
-"The whole pipeline at scale tiny: from enwik8 to the table, skipped when done, redone when forced"
+"The whole pipeline at scale tiny: from enwik8 to the tables, skipped when done, redone when forced"
 import json
 import subprocess
 import sys
@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from cramlit.running.command import main
 from cramlit.core.recipes import CramlitError
-from cramlit.running.pipeline import STAGES, paper_notebook, workspace
+from cramlit.running import pipeline
+from cramlit.running.command import main
+from cramlit.running.pipeline import STAGES, Workspace, code_of, paper_notebook, workspace
+
+FROM_PRETRAIN = ['pretrain', 'finetune', 'figure_pretraining', 'table4_glue']
+EACH = [s.name for s in STAGES.values() if s.recipes == 'each']
 
 
 @pytest.fixture(scope='module')
@@ -18,33 +22,55 @@ def finished(tmp_path_factory):
     return out
 
 
-def test_table_figures_and_model_are_there(finished):
-    names = {p.name for p in (finished/'paper_figures').iterdir()}
-    tables = 'table1_time', 'table2_savings', 'table3_search', 'table4_glue', 'table5_choices', 'appendix_pretraining', 'appendix_finetuning', 'appendix_hardware', \
-        'beyond_recipes', 'beyond_ablation', 'beyond_scaling', 'beyond_ideas'
-    figures = 'loss_curve', 'lr_schedule', 'search_grid', 'schedules', 'choices_by_time', 'loss_against_task', 'beyond_by_time', 'beyond_by_compute', \
-        'ideas_by_time'
-    made = {f'{t}.{s}' for t in tables for s in ('md', 'csv', 'tex')} | {f'{f}.{s}' for f in figures for s in ('svg', 'pdf')}
-    assert names == made | {'README.md', 'table4_published.md'}
-    assert names - {'README.md'} == {f'{n}.{s}' for stage in STAGES.values() for n in stage.makes for s in ('md', 'csv', 'tex', 'svg', 'pdf')} & names
-    table = (finished/'paper_figures'/'table4_glue.md').read_text()
-    assert all(v in table for v in ('majority', 'bag-of-words', 'from-scratch', 'pretrained', 'not GLUE', 'Commit:', 'Hardware:'))
+def test_tables_figures_and_models_are_there(finished):
+    figures = finished/'paper_figures'
+    names = {p.name for p in figures.iterdir()}
+    made = [name for stage in STAGES.values() for name in stage.makes]
+    for name in made:
+        suffixes = {n.partition('.')[2] for n in names if n.partition('.')[0] == name}
+        if name != 'table4_published': assert suffixes in ({'md', 'csv', 'tex'}, {'svg', 'pdf'}), name
+    assert {n.partition('.')[0] for n in names} == {*made, 'README', 'notebooks'}
+    table = (figures/'table4_glue.md').read_text()
+    for text in ('majority', 'bag-of-words', 'from-scratch', 'pretrained', 'not GLUE', 'Hardware:'):
+        assert text in table
+    tokenizers = set()
     for recipe in ('24hbert', 'modern'):
-        assert (finished/recipe/'pretrain'/'model'/'config.json').exists() and f'{recipe}, pretrained' in table
-        assert recipe in (finished/'paper_figures'/'loss_curve.svg').read_text()
-    sums = {json.loads((finished/r/'prepare'/'data'/'manifest.json').read_text())['tokenizer_sha256'] for r in ('24hbert', 'modern')}
-    assert len(sums) == 1  # packed otherwise, of the same text with the same tokenizer
+        assert (finished/recipe/'pretrain'/'model'/'config.json').exists()
+        assert f'{recipe}, pretrained' in table and recipe in (figures/'loss_curve.svg').read_text()
+        manifest = json.loads((finished/recipe/'prepare'/'data'/'manifest.json').read_text())
+        tokenizers.add(manifest['tokenizer_sha256'])
+    assert len(tokenizers) == 1  # packed otherwise, with the same tokenizer
 
 
 def test_the_index_shows_everything_and_misses_nothing(finished):
-    index = (finished/'paper_figures'/'README.md').read_text()
+    figures = finished/'paper_figures'
+    index = (figures/'README.md').read_text()
     for stage in STAGES.values():
-        for name in stage.makes: assert f'({name}.svg)' in index or (finished/'paper_figures'/f'{name}.md').read_text().strip() in index, name
-    assert 'is missing' not in index and 'hours' in index and 'Hardware:' in index and '| prepare 24hbert | ' in index
+        for name in stage.makes:
+            assert f'({name}.svg)' in index or (figures/f'{name}.md').read_text().strip() in index, name
+    assert 'is missing' not in index and 'hours' in index and 'Hardware:' in index
+    assert '| [prepare 24hbert](notebooks/prepare_24hbert.ipynb) | ' in index
+
+
+def test_executed_notebooks_are_there_to_be_read(finished):
+    "Small, with their outputs, and without progress bars, messages and the paths of this machine"
+    copies = {p.stem: p for p in (finished/'paper_figures'/'notebooks').iterdir()}
+    for_each = {f'{stage}_{recipe}' for stage in EACH for recipe in ('24hbert', 'modern')}
+    assert set(copies) == for_each | set(STAGES) - set(EACH)
+    for path in copies.values():
+        text = path.read_text()
+        assert path.stat().st_size < 300_000 and str(finished) not in text and 'widget-view' not in text
+        cells = json.loads(text)['cells']
+        outputs = [o for c in cells for o in c.get('outputs', [])]
+        assert outputs and not {'error', 'stderr'} & {o.get('name', o['output_type']) for o in outputs}
+    given = ''.join(json.loads(copies['pretrain_modern'].read_text())['cells'][2]['source'])
+    assert 'out = "runs/tiny"' in given and 'recipe = "modern"' in given
+    assert 'image/png' in copies['figure_pretraining'].read_text()
 
 
 def test_the_kinds_of_numbers_are_told_apart(finished):
-    speed, hardware = ((finished/'paper_figures'/f'{n}.csv').read_text() for n in ('table1_time', 'appendix_hardware'))
+    speed = (finished/'paper_figures'/'table1_time.csv').read_text()
+    hardware = (finished/'paper_figures'/'appendix_hardware.csv').read_text()
     assert '≈' in speed and '14.11' in speed and 'plan ' in hardware and 'h200' in hardware
 
 
@@ -54,76 +80,183 @@ def test_done_stages_are_skipped_and_one_can_be_forced(finished, capsys):
     before = table.stat().st_mtime_ns, weights.stat().st_mtime_ns
     assert main(['reproduce', '--scale', 'tiny', '--out', str(finished), '--json']) == 0
     out, err = capsys.readouterr()
-    assert err.count('skipped') == len(STAGES) + 3 and (table.stat().st_mtime_ns, weights.stat().st_mtime_ns) == before
+    assert err.count('skipped') == len(STAGES) + len(EACH)
+    assert (table.stat().st_mtime_ns, weights.stat().st_mtime_ns) == before
     rows = [json.loads(line) for line in out.splitlines()]
     assert {'metric', 'value', 'unit'} <= rows[0].keys() and any(r['metric'] == 'average' for r in rows)
     assert main(['reproduce', '--scale', 'tiny', '--out', str(finished), '--force', 'table4_glue']) == 0
     assert table.stat().st_mtime_ns > before[0] and weights.stat().st_mtime_ns == before[1]
+    assert (finished/'superseded'/'table4_glue_1'/'table4_glue.ipynb').exists()
 
 
 def test_report_draws_from_the_rows(finished, tmp_path):
     assert main(['report', '--runs', str(finished), '--out', str(tmp_path/'figures')]) == 0
     for name in ('table1_time', 'table2_savings', 'table3_search', 'table4_glue', 'table5_choices'):
-        assert (tmp_path/'figures'/f'{name}.csv').read_text() == (finished/'paper_figures'/f'{name}.csv').read_text()
-    for name in ('loss_curve', 'search_grid', 'choices_by_time'): assert (tmp_path/'figures'/f'{name}.svg').exists()
+        again, first = tmp_path/'figures'/f'{name}.csv', finished/'paper_figures'/f'{name}.csv'
+        assert again.read_text() == first.read_text()
+    for name in ('loss_curve', 'search_grid', 'choices_by_time'):
+        assert (tmp_path/'figures'/f'{name}.svg').exists()
 
 
-def pretend(ran, notebook, parameters):
-    "Note that a notebook was run, and write what it should make"
-    ran.append(f"{notebook.stem} {parameters.get('recipe', '')}".strip())
-    for name in STAGES[notebook.stem].makes:
-        Path(parameters['figures']).mkdir(parents=True, exist_ok=True)
-        (Path(parameters['figures'])/f'{name}.md').write_text(name)
+def test_a_paper_notebook_runs_with_plain_papermill_from_any_folder(finished, tmp_path):
+    command = [sys.executable, '-m', 'papermill', str(paper_notebook('figure_pretraining')), 'out.ipynb']
+    given = ['-p', 'scale', 'tiny', '-p', 'out', str(finished), '--no-progress-bar']
+    subprocess.run(command + given, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path/'paper_figures'/'tiny'/'loss_curve.svg').exists()
 
 
-def test_a_failing_notebook_stops_only_what_needs_it(tmp_path, monkeypatch, capsys):
-    import cramlit.running.pipeline as pipeline
-    ran = []
-    def run_notebook(notebook, output, **parameters):
-        pretend(ran, notebook, parameters)
-        if notebook.stem in ('pretrain', 'table2_savings'): raise CramlitError(f'{notebook.name} failed with ValueError: no. The executed copy shows where: {output}')
-    monkeypatch.setattr(pipeline, 'run_notebook', run_notebook)
-    assert main(['reproduce', '--scale', 'tiny', '--recipe', '24hbert', '--out', str(tmp_path)]) == 1
+class Pretend:
+    "In place of papermill: notes what was run, writes what it should make, and fails where it is told to"
+    def __init__(self, *fails):
+        self.ran, self.fails = [], fails
+
+    def __call__(self, notebook, output, **parameters):
+        name = f"{notebook.stem} {parameters.get('recipe', '')}".strip()
+        self.ran.append(name)
+        for made in STAGES[notebook.stem].makes:
+            Path(parameters['figures']).mkdir(parents=True, exist_ok=True)
+            (Path(parameters['figures'])/f'{made}.md').write_text(made)
+        output.write_text(json.dumps(dict(cells=[], metadata=dict(kernelspec={}))))
+        if name in self.fails: raise CramlitError(f'{notebook.name} failed with ValueError: no. See {output}')
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    "Every stage has a notebook of one line, and running it is pretended"
+    def start(*fails):
+        monkeypatch.setattr(pipeline, 'run_notebook', run := Pretend(*fails))
+        return run
+    def notebook(name):
+        path = tmp_path/'notebooks'/f'{name}.ipynb'
+        path.parent.mkdir(exist_ok=True)
+        title = dict(cell_type='markdown', source=f'# {name}\n\n> What {name} is')
+        cells = [title, dict(cell_type='code', source='x = 1')]
+        if not path.exists(): path.write_text(json.dumps(dict(cells=cells)))
+        return path
+    monkeypatch.setattr(pipeline, 'paper_notebook', notebook)
+    return start
+
+
+def reproduce(ws, **how):
+    "Run everything there is, and expect the complaint that pretended notebooks leave no rows"
+    with pytest.raises(CramlitError, match='no result rows'): pipeline.reproduce(ws, **how)
+
+
+def test_a_failing_notebook_stops_only_what_needs_it(tmp_path, pretend, capsys):
+    run = pretend('pretrain 24hbert', 'table2_savings')
+    out = tmp_path/'out'
+    assert main(['reproduce', '--scale', 'tiny', '--recipe', '24hbert', '--out', str(out)]) == 1
     err = capsys.readouterr().err
-    assert [r.split()[0] for r in ran] == [s for s in STAGES if s not in ('finetune', 'figure_pretraining', 'table4_glue')]
-    assert '5 stages came to nothing' in err and str(tmp_path/'table2_savings'/'table2_savings.ipynb') in err and 'finetune 24hbert: not run, for want of pretrain' in err
-    index = (tmp_path/'paper_figures'/'README.md').read_text()
-    assert '**table2_savings is missing**: table2_savings.ipynb failed with ValueError' in index and '**table4_glue is missing**: not run, for want of finetune' in index
+    without = 'finetune', 'figure_pretraining', 'table4_glue'
+    assert [r.split()[0] for r in run.ran] == [s for s in STAGES if s not in without]
+    assert '5 stages came to nothing' in err and str(out/'table2_savings'/'table2_savings.ipynb') in err
+    assert 'finetune 24hbert: not run, for want of pretrain 24hbert' in err
+    index = (out/'paper_figures'/'README.md').read_text()
+    assert '**table2_savings is missing**: table2_savings.ipynb failed with ValueError' in index
+    assert '**table4_glue is missing**: not run, for want of finetune' in index
 
 
-def test_the_headline_is_a_part(tmp_path, monkeypatch):
-    import cramlit.running.pipeline as pipeline
-    ran = []
-    monkeypatch.setattr(pipeline, 'run_notebook', lambda notebook, output, **parameters: pretend(ran, notebook, parameters))
-    assert main(['reproduce', '--scale', 'tiny', '--recipe', '24hbert', '--headline', '--out', str(tmp_path)]) == 1  # these notebooks leave no rows
-    assert [r.split()[0] for r in ran] == ['prepare', 'pretrain', 'finetune', 'figure_pretraining', 'table4_glue']
+def test_the_headline_is_a_part(tmp_path, pretend):
+    run = pretend()
+    args = ['reproduce', '--scale', 'tiny', '--recipe', '24hbert', '--headline', '--out', str(tmp_path/'out')]
+    assert main(args) == 1  # these notebooks leave no rows
+    assert [r.split()[0] for r in run.ran] == ['prepare', *FROM_PRETRAIN]
 
 
-def test_of_two_recipes_the_one_that_works_is_gone_on_with(tmp_path, monkeypatch, capsys):
-    import cramlit.running.pipeline as pipeline
-    ran = []
-    def run_notebook(notebook, output, **parameters):
-        pretend(ran, notebook, parameters)
-        if (notebook.stem, parameters.get('recipe')) == ('pretrain', 'bert-base'): raise CramlitError('no')
-    monkeypatch.setattr(pipeline, 'run_notebook', run_notebook)
+def test_of_two_recipes_the_one_that_works_is_gone_on_with(tmp_path, pretend):
+    run = pretend('pretrain bert-base')
     ws = workspace('tiny', tmp_path/'out', tmp_path/'figures', '24hbert,bert-base')
     with pytest.raises(CramlitError, match='4 stages came to nothing'): pipeline.reproduce(ws)
-    assert 'finetune 24hbert' in ran and 'finetune bert-base' not in ran and {'search', 'table3_search', 'appendix_hardware'} <= set(ran)
+    assert 'finetune 24hbert' in run.ran and 'finetune bert-base' not in run.ran
+    assert {'table3_search', 'appendix_hardware'} <= set(run.ran)
 
 
-def test_what_was_deleted_is_made_again_and_what_is_elsewhere_too(tmp_path, monkeypatch):
-    import cramlit.running.pipeline as pipeline
-    ran = []
-    monkeypatch.setattr(pipeline, 'run_notebook', lambda notebook, output, **parameters: pretend(ran, notebook, parameters))
-    for figures in ('a', 'b'):
-        ws = workspace('tiny', tmp_path/'out', tmp_path/figures)
-        with pytest.raises(CramlitError, match='no result rows'): pipeline.reproduce(ws)
-    assert ws.done('table1_time') and ws.done('table4_glue')
+def test_what_was_deleted_is_made_again_and_what_is_elsewhere_too(tmp_path, pretend):
+    run = pretend()
+    for figures in ('a', 'b'): reproduce(ws := workspace('tiny', tmp_path/'out', tmp_path/figures))
+    first, second = run.ran[:len(STAGES)], run.ran[len(STAGES):]
+    assert [r.split()[0] for r in first] == list(STAGES)
+    assert second == [s.name for s in STAGES.values() if s.makes]
     (tmp_path/'b'/'table1_time.md').write_text('of another workspace')
     (tmp_path/'b'/'submitted.csv').write_text('x')
-    assert not ws.done('table1_time') and not ws.done('table4_glue') and ws.done('table2_savings')
-    first, second = ran[:len(STAGES)], ran[len(STAGES):]
-    assert [r.split()[0] for r in first] == list(STAGES) and second == [s.name for s in STAGES.values() if s.makes]
+    del run.ran[:]
+    reproduce(ws)
+    assert run.ran == ['table4_glue', 'table1_time']
+
+
+def test_what_was_paid_for_is_kept_when_code_changes_and_else_moved_aside(tmp_path, pretend, capsys):
+    run, ws = pretend(), workspace('tiny', tmp_path/'out', tmp_path/'figures')
+    reproduce(ws)
+    (model := ws.folder('pretrain', '24hbert')/'model').mkdir()
+    notebook = tmp_path/'notebooks'/'pretrain.ipynb'
+    notebook.write_text(notebook.read_text().replace('x = 1', 'x = 2'))
+    del run.ran[:]
+    reproduce(ws)
+    assert [r.split()[0] for r in run.ran] == FROM_PRETRAIN and model.exists()
+    assert 'pretrain 24hbert: pretrain.ipynb changed since. Finished runs are kept' in capsys.readouterr().err
+
+    del run.ran[:]
+    reproduce(ws, force='pretrain')
+    assert [r.split()[0] for r in run.ran] == FROM_PRETRAIN and not model.exists()
+    aside = {p.name for p in (ws.out/'superseded').iterdir()}
+    assert {'pretrain_24hbert_1', 'finetune_24hbert_1'} <= aside and 'prepare_24hbert_1' not in aside
+    assert (ws.out/'superseded'/'pretrain_24hbert_1'/'model').exists()
+
+    # another recipe, another budget
+    reproduce(Workspace('laptop', ws.out, ws.figures, ws.recipes), only='pretrain')
+    now = {p.name for p in (ws.out/'superseded').iterdir()}
+    assert now - aside == {'pretrain_24hbert_2', 'prepare_24hbert_1'}
+
+
+def test_an_interrupted_stage_goes_on_and_nobody_elses_folder_is_touched(tmp_path, pretend, monkeypatch):
+    ws = workspace('tiny', tmp_path/'out', tmp_path/'figures')
+    def interrupted(notebook, output, **parameters):
+        (output.parent/'half').write_text('done')
+        raise KeyboardInterrupt
+    monkeypatch.setattr(pipeline, 'run_notebook', interrupted)
+    with pytest.raises(KeyboardInterrupt): pipeline.reproduce(ws)
+    run = pretend()
+    assert ws.need('pretrain', '24hbert') and run.ran == ['prepare 24hbert', 'pretrain 24hbert']
+    assert (ws.folder('prepare', '24hbert')/'half').exists() and not (ws.out/'superseded').exists()
+    (ws.folder('scaling')).mkdir()
+    (ws.folder('scaling')/'letter.txt').write_text('dear')
+    args = ['reproduce', '--scale', 'tiny', '--recipe', '24hbert', '--out', str(ws.out)]
+    assert main([*args, '--only', 'scaling']) == 2
+    assert (ws.folder('scaling')/'letter.txt').exists()
+
+
+def test_a_stage_depends_on_the_code_it_imports(tmp_path, monkeypatch):
+    "Through modules of its own part and of others, at the top and inside functions"
+    files = {'core/base': '', 'data/deep': '', 'data/near': 'from ..core.base import x\nfrom . import deep',
+             'running/pipeline': 'from ..data.near import y'}
+    for name, source in files.items():
+        path = tmp_path/'cramlit'/f'{name}.py'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    monkeypatch.setattr(pipeline, '_package', lambda: tmp_path/'cramlit')
+
+    def used(source):
+        cells = [dict(cell_type='code', source=source), dict(cell_type='markdown', source='import x')]
+        (tmp_path/'n.ipynb').write_text(json.dumps(dict(cells=cells)))
+        return set(code_of(tmp_path/'n.ipynb')) - {''}
+    deep = used('%matplotlib inline\ndef f():\n    from cramlit.data.near import y')
+    assert deep == {'data.near', 'data.deep', 'core.base'}
+    assert used('from cramlit.core import base') == used('import cramlit.core.base as b') == {'core.base'}
+    assert used('from cramlit.running.pipeline import workspace') == set()
+
+
+def test_keys_depend_on_code_recipe_and_scale(tmp_path, monkeypatch):
+    ws = workspace('tiny', tmp_path)
+    depends = pipeline._depends
+    key = depends(ws, 'finetune', '24hbert')
+    assert key == depends(workspace('tiny', tmp_path/'elsewhere'), 'finetune', '24hbert')
+    assert key != depends(ws, 'finetune', 'bert-base')
+    assert key != depends(workspace('laptop', tmp_path), 'finetune', '24hbert')
+    real, new = pipeline.code_of, {'new': 'x'}
+    monkeypatch.setattr(pipeline, 'code_of', lambda nb: real(nb) | (new if 'pretrain' in str(nb) else {}))
+    changed = depends(ws, 'finetune', '24hbert')
+    assert {name for name in key if key[name] != changed[name]} == {'pretrain 24hbert'}
+    assert 'new' not in depends(ws, 'prepare', '24hbert')
 
 
 def test_only_the_paper_is_rehearsed(tmp_path, capsys):
@@ -132,26 +265,12 @@ def test_only_the_paper_is_rehearsed(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_rehearsal_walks_the_path_of_eight_cards(tmp_path):
+def test_the_rehearsal_walks_the_path_of_eight_gpus(tmp_path):
     assert main(['reproduce', '--scale', 'paper', '--rehearse', '--out', str(tmp_path)]) == 0
-    runs = [tmp_path/'24hbert'/'pretrain'/'rows.jsonl', *tmp_path.glob('search/trials/*/run/rows.jsonl'), *tmp_path.glob('choices/trials/*/run/rows.jsonl')]
+    runs = [tmp_path/'24hbert'/'pretrain'/'rows.jsonl']
+    for stage in ('table3_search', 'table5_choices'):
+        runs += tmp_path.glob(f'{stage}/**/trials/*/run/rows.jsonl')
     assert len(runs) == 1 + 4 + 9
-    for rows in runs: assert {json.loads(line)['processes'] for line in rows.read_text().splitlines()} == {8}
+    for rows in runs:
+        assert {json.loads(line)['processes'] for line in rows.read_text().splitlines()} == {8}
     assert 'is missing' not in (tmp_path/'paper_figures'/'README.md').read_text()
-
-
-def test_a_paper_notebook_runs_with_plain_papermill_from_any_folder(finished, tmp_path):
-    subprocess.run([sys.executable, '-m', 'papermill', str(paper_notebook('figure_pretraining')), 'out.ipynb', '-p', 'scale', 'tiny', '-p', 'out', str(finished),
-                    '--no-progress-bar'], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path/'paper_figures'/'tiny'/'loss_curve.svg').exists()
-
-
-def test_keys_depend_on_code_recipe_and_scale(tmp_path, monkeypatch):
-    import cramlit.running.pipeline as pipeline
-    ws = workspace('tiny', tmp_path)
-    key = ws.key('finetune', '24hbert')
-    assert key == workspace('tiny', tmp_path/'elsewhere').key('finetune', '24hbert')
-    assert key != ws.key('finetune', 'bert-base') and key != workspace('laptop', tmp_path).key('finetune', '24hbert')
-    real = pipeline.code_of
-    monkeypatch.setattr(pipeline, 'code_of', lambda nb: real(nb) | ({'train': 'changed'} if 'pretrain' in str(nb) else {}))
-    assert ws.key('prepare', '24hbert') == workspace('tiny', tmp_path).key('prepare', '24hbert') and ws.key('finetune', '24hbert') != key

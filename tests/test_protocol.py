@@ -20,8 +20,7 @@ from cramlit.evaluation.finetuning import check_length, classifier, encode, make
 from cramlit.evaluation.glue import Examples, Task
 from cramlit.evaluation.protocol import average, best_runs, job_results, jobs, load_tasks, run_suite, summary
 from cramlit.model.stock_models import load_parts
-from cramlit.reporting.figures import report
-from cramlit.reporting.tables import NINE, PUBLISHED, table4, verdict, write_table4
+from cramlit.reporting.tables import NINE, PUBLISHED, gain_from_pretraining, table4, write_table4
 from cramlit.running.command import main
 from cramlit.training.checkpoints import export_run
 from cramlit.training.training import pretrain
@@ -225,7 +224,7 @@ def test_what_was_not_measured_is_an_empty_cell(tmp_path):
     assert set(table.columns) == {'24hbert, from-scratch', '24hbert, pretrained'}
     text = write_table4(rows, tmp_path)[0].read_text()
     assert 'nan' not in text and 'None' not in text and 'abc+changes' in text
-    assert 'not distinguishable on x' in verdict(rows, '24hbert')
+    assert 'ranges overlap on x' in gain_from_pretraining(rows, '24hbert')
 
 
 def test_the_average_over_nine_numbers_and_submitted_scores(tmp_path):
@@ -259,6 +258,7 @@ def test_report_of_nothing_and_of_broken_rows(tmp_path, capsys):
     (tmp_path/'runs'/'rows.jsonl').write_text('{"metric": "x"\n')
     assert main(['report', '--runs', str(tmp_path/'runs'), '--out', str(tmp_path/'figures')]) == 1
     assert 'rows.jsonl, line 1: not JSON' in capsys.readouterr().err and not (tmp_path/'figures').exists()
+    from cramlit.reporting.report import report
     with pytest.raises(CramlitError, match='no result rows'): report(tmp_path/'nowhere', tmp_path/'figures')
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torture import save_costs, torture, torture_by_the_clock
 
-from cramlit.training.checkpoints import checkpoints
-from cramlit.running.command import main
+from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.core.scales import get_recipe
 from cramlit.data.batches import train_batches
 from cramlit.data.packing import Rows, open_data
-from cramlit.training.survival import torture
+from cramlit.training.checkpoints import checkpoints, verify_folder
 from cramlit.training.training import pretrain
 
 SETTINGS = ['corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=64']
@@ -21,20 +22,30 @@ SETTINGS = ['corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_se
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(text, tmp_path):
-    "The chapter, which every round of tests runs, has three of them"
-    rows = torture(20, tmp_path/'torture', [f'corpus.source={text}', *SETTINGS], big='tiny')
-    value = {r['metric']: r['value'] for r in rows}
-    assert value['kills_survived'] == 20 and value['weights_identical'] == 1 and value['kills_while_saving'] > 0
+    found = torture(20, tmp_path/'torture', [f'corpus.source={text}', *SETTINGS])
+    assert found['kills'] == 20 and found['identical'] and found['in_save'] > 0
 
 
-def test_verify_names_all_that_is_damaged(recipe, data, tmp_path, capsys):
+@pytest.mark.slow
+def test_ten_runs_by_the_clock_that_are_stopped_near_their_end_finish(text, tmp_path):
+    parts = torture_by_the_clock(10, tmp_path, [f'corpus.source={text}', *SETTINGS])
+    assert len(parts) == 10 and max(parts) >= 2
+
+
+def test_the_cost_of_saving_is_taken(tmp_path):
+    costs = save_costs(get_recipe('24hbert', 'tiny'), tmp_path/'saving', times=2)
+    assert all(0 < c['copy'] <= c['lost'] <= c['copy'] + c['write'] for c in costs)
+
+
+def test_verify_names_all_that_is_damaged(recipe, data, tmp_path):
     pretrain(recipe, data, tmp_path/'run', steps=2)
-    assert main(['verify', str(tmp_path)]) == 0
-    for path in (p/'model.safetensors' for p in checkpoints(tmp_path/'run'/'checkpoints')): path.write_bytes(path.read_bytes()[:-1] + b'x')
-    assert main(['verify', str(tmp_path)]) == 1
-    err = capsys.readouterr().err
-    assert '2 of 2 damaged' in err and err.count('model.safetensors does not match its checksum') == 2
-    assert main(['verify', str(tmp_path/'nothing')]) == 2
+    assert [r['value'] for r in verify_folder(tmp_path)] == [0, 2]
+    for path in checkpoints(tmp_path/'run'/'checkpoints'):
+        content = (path/'model.safetensors').read_bytes()
+        (path/'model.safetensors').write_bytes(content[:-1] + b'x')
+    with pytest.raises(CramlitError, match='2 of 2 damaged') as e: verify_folder(tmp_path)
+    assert str(e.value).count('model.safetensors does not match its checksum') == 2
+    with pytest.raises(UsageError): verify_folder(tmp_path/'nothing')
 
 
 def anonymous_memory() -> int:
@@ -46,10 +57,12 @@ def anonymous_memory() -> int:
 @pytest.mark.parametrize('steps', [400, 2000])
 def test_memory_is_flat(text, data, tmp_path, steps):
     "After the first steps, with checkpoints and validation among them, resident memory does not grow"
-    overrides = [f'corpus.source={text}', *SETTINGS, 'batch.micro_batch_size=8', 'checkpoint.every=0.05', 'validation.every=0.1']
-    command = [sys.executable, str(Path(__file__).with_name('exact.py')), '--scale', 'tiny', '--data', str(data), '--out', str(tmp_path/'run'),
-               '--steps', str(steps), *(x for o in overrides for x in ('-o', o))]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=500, env=os.environ | dict(MEMORY_LOG=str(tmp_path/'memory')))
+    often = 'batch.micro_batch_size=8', 'checkpoint.every=0.05', 'validation.every=0.1'
+    exact = str(Path(__file__).with_name('exact.py'))
+    command = [sys.executable, exact, '--scale', 'tiny', '--data', str(data), '--out', str(tmp_path/'run')]
+    for s in (f'corpus.source={text}', *SETTINGS, *often): command += ['-o', s]
+    subprocess.run([*command, '--steps', str(steps)], check=True, stderr=subprocess.DEVNULL, timeout=500,
+                   env=os.environ | dict(MEMORY_LOG=str(tmp_path/'memory')))
     megabytes = [int(line)/1024 for line in (tmp_path/'memory').read_text().split()]
     assert len(megabytes) == steps
     early, late = np.median(megabytes[steps//4:steps//2]), np.median(megabytes[-steps//4:])
@@ -62,7 +75,8 @@ def test_the_loader_holds_little_of_a_large_corpus(recipe, data, tmp_path):
     rows = 400_000_000//4//2//recipe.packing.seq_len
     for i in range(4):
         files.append(dict(name=f'train-{i}.npy', rows=rows))
-        shard = np.lib.format.open_memmap(tmp_path/f'train-{i}.npy', mode='w+', dtype=np.uint16, shape=(rows, recipe.packing.seq_len))
+        shape = rows, recipe.packing.seq_len
+        shard = np.lib.format.open_memmap(tmp_path/f'train-{i}.npy', mode='w+', dtype=np.uint16, shape=shape)
         shard[:] = small.train[[0]]
     del shard
     wide = replace(recipe, batch=replace(recipe.batch, global_batch_size=4096, micro_batch_size=32))

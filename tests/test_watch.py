@@ -1,4 +1,5 @@
 "What others see of a run: trackers, guesses, its page, and the view in a terminal"
+import base64
 import json
 import os
 import re
@@ -6,9 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pexpect
 import pytest
@@ -17,15 +21,11 @@ from safetensors.torch import load_file
 
 import cramlit.training.tracking as track
 import cramlit.training.training as train
-from cramlit.training.checkpoints import checkpoints
-from cramlit.running.command import main
 from cramlit.core.recipes import UsageError, override
+from cramlit.reporting.run_report import read_run, report_html, state, write_page
+from cramlit.running.command import main
+from cramlit.training.checkpoints import checkpoints
 from cramlit.training.distributed import World
-from cramlit.data.packing import open_data
-from cramlit.reporting.run_report import page, read_run, state, write_page
-from cramlit.core.devices import Precision
-from cramlit.training.training import Run
-from cramlit.training.schedule import Clock
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 
@@ -63,7 +63,8 @@ def going(done, tmp_path):
     "The same run as it looked before it ended"
     shutil.copytree(done, tmp_path/'run')
     (tmp_path/'run'/'rows.jsonl').unlink()
-    (tmp_path/'run'/'metrics.jsonl').touch()
+    for name in ('run.json', 'metrics.jsonl'):  # not old yet, however slow this machine is
+        os.utime(tmp_path/'run'/name, (time.time() + 3600,)*2)
     return tmp_path/'run'
 
 
@@ -157,11 +158,21 @@ def test_a_tracker_that_is_not_there_is_a_mistake_before_anything_is_done(given,
 
 
 def test_trackio_shall_not_send_anything_away(monkeypatch):
-    monkeypatch.setattr(track, 'find_spec', lambda name: True)
+    monkeypatch.setattr(track, 'find_spec', lambda name: SimpleNamespace(origin='installed'))
     track.check_tracker('trackio')
     monkeypatch.setenv('TRACKIO_SPACE_ID', 'someone/space')
     with pytest.raises(UsageError, match='TRACKIO_SPACE_ID is set'): track.check_tracker('trackio')
     track.check_tracker('wandb')
+
+
+def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path, monkeypatch):
+    (tmp_path/'wandb'/'offline-run-1').mkdir(parents=True)  # what an earlier run leaves in the working directory
+    monkeypatch.chdir(tmp_path)
+    installed = [p for p in sys.path if p and not os.path.exists(os.path.join(p, 'wandb'))]
+    monkeypatch.setattr(sys, 'path', ['', *installed])
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    with pytest.raises(UsageError, match=r'wandb is not it. Install it with: pip install wandb'):
+        track.check_tracker('wandb')
 
 
 @pytest.mark.parametrize('when', ['open', 'write', 'close'])
@@ -175,20 +186,29 @@ def test_a_failing_tracker_is_said_once_and_training_goes_on(when, often, data, 
     assert next(r['value'] for r in rows if r['metric'] == 'steps') == 4
 
 
-def test_only_the_main_process_is_watched(often, data, tmp_path):
-    run = Run(often, open_data(data), tmp_path, Clock(steps=4), world=World(rank=1, size=2))
-    with track.watched(run, None, Precision(torch.float32, ''), 'tensorboard'): assert run.listeners == []
-    assert os.listdir(tmp_path) == []
+def test_only_the_main_process_logs_and_is_tracked(often, data, tmp_path, monkeypatch):
+    @contextmanager
+    def second_of_two(): yield World(rank=1)
+
+    def only_log(run, *args):
+        run.log(loss=1.)
+        assert run.listeners == []
+        return 5.
+    monkeypatch.setattr(train, 'join_world', second_of_two)
+    monkeypatch.setattr(train, 'train', only_log)
+    (tmp_path/'run').mkdir()
+    train.pretrain(often, data, tmp_path/'run', steps=2, track='tensorboard')
+    assert os.listdir(tmp_path/'run') == []
 
 
-def test_guessing_changes_no_weight(done, often, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, 'watched', lambda *args: nullcontext())
+def test_predicting_changes_no_weight(done, often, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'prediction_writer', lambda *args: lambda line: None)
     train.pretrain(often, data, tmp_path/'unseen', steps=40, scale='tiny')
     a, b = (load_file(checkpoints(r/'checkpoints')[-1]/'model.safetensors') for r in (done, tmp_path/'unseen'))
     assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path/'unseen'/'samples.jsonl').exists()
 
 
-def test_guesses_are_about_held_out_sentences(done, data, text):
+def test_predictions_are_about_held_out_sentences(done, data, text):
     from cramlit.data.packing import read_documents
     held = ' '.join(d.text for d in read_documents(data/'holdout.jsonl.gz')).lower()
     samples = lines(done/'samples.jsonl')
@@ -203,13 +223,12 @@ class Structure(HTMLParser):
     "Open tags must be closed in order; what would be loaded, ids and texts are collected"
     def __init__(self):
         super().__init__()
-        self.open, self.loaded, self.ids, self.text, self.tags = [], [], [], [], set()
+        self.open, self.loaded, self.text, self.tags = [], [], [], set()
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         if tag not in ('meta', 'br', 'link', 'img'): self.open.append(tag)
-        self.loaded += [v for k, v in attrs if k.rpartition(':')[2] in ('src', 'href') and not v.startswith('#')]
-        self.ids += [v for k, v in attrs if k == 'id']
+        self.loaded += [v for k, v in attrs if k.rpartition(':')[2] in ('src', 'href')]
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)
@@ -220,56 +239,127 @@ class Structure(HTMLParser):
     def handle_data(self, data): self.text.append(data)
 
 
+INLINE = 'data:image/svg+xml;base64,'
+
+
 def parsed(html):
-    p = Structure(); p.feed(html); p.close()
-    assert p.open == [] and p.loaded == [] and len(p.ids) == len(set(p.ids)) and not p.tags & {'script', 'link', 'img', 'iframe', 'object'}
+    "The structure of a page that loads nothing but the figures it holds, and neither do they"
+    p = Structure()
+    p.feed(html)
+    p.close()
+    assert p.open == [] and not p.tags & {'script', 'link', 'iframe', 'object'}
     assert not re.findall(r'@import|url\((?!#)', html)
+    for source in p.loaded:
+        assert source.startswith(INLINE)
+        figure = base64.b64decode(source.removeprefix(INLINE)).decode()
+        ElementTree.fromstring(figure)
+        assert not re.findall(r'(?:src|href)="(?!#)|url\((?!#)|<script', figure)
     return p
 
 
 def test_the_page_of_a_finished_run_stands_alone_and_has_its_numbers(done):
     html = write_page(done).read_text()
-    text = ' '.join(parsed(html).text)
+    page = parsed(html)
+    text = ' '.join(page.text)
     rows = {r['metric']: r for r in lines(done/'rows.jsonl')}
-    for value in (f"{rows['validation_loss']['value']:.3f}", f"{rows['unigram_entropy']['value']:.3f}", f"{rows['tokens']['value']:,}",
-                  rows['steps']['hardware'], rows['steps']['recipe_hash'], 'optim.lr', 'step-00000040', 'own files'): assert value in text, value
-    assert html.count('<svg') == html.count('</svg>') == 3 and 'width=device-width' in html
+    values = [f"{rows['validation_loss']['value']:.3f}", f"{rows['unigram_entropy']['value']:.3f}",
+              f"{rows['tokens']['value']:,}", rows['steps']['hardware'], rows['steps']['recipe_hash'],
+              'optim.lr', 'step-00000040', 'own files']
+    for value in values: assert value in text, value
+    assert len(page.loaded) == 3 and 'width=device-width' in html
     assert write_page(done).read_text() == html
 
 
 def test_special_characters_stay_characters(going):
     info = json.loads((going/'run.json').read_text())
-    info['recipe'] |= dict(name='<script>alert("a&b")</script>', corpus=info['recipe']['corpus'] | dict(source='<img src=x onerror=y>'))
+    corpus = info['recipe']['corpus'] | dict(source='<img src=x onerror=y>')
+    info['recipe'] |= dict(name='<script>alert("a&b")</script>', corpus=corpus)
     (going/'run.json').write_text(json.dumps(info))
-    odd = dict(step=40, seconds=1., tokens=['<b>', '[MASK]', '&amp;'], words=['</td>'], guesses=[[['<i>', .5], ['</td>', .2]]])
+    odd = dict(step=40, seconds=1., tokens=['<b>', '[MASK]', '&amp;'], words=['</td>'],
+               guesses=[[['<i>', .5], ['</td>', .2]]])
     (going/'samples.jsonl').write_text(json.dumps(odd) + '\n')
-    html = page(read_run(going))
-    p = parsed(html)
-    text = ''.join(p.text)
-    for s in ('<script>alert("a&b")</script>', '<img src=x onerror=y>', '<b>', '&amp;', '</td>', '<i>'): assert s in text, s
+    text = ''.join(parsed(report_html(read_run(going))).text)
+    for s in ('<script>alert("a&b")</script>', '<img src=x onerror=y>', '<b>', '&amp;', '</td>', '<i>'):
+        assert s in text, s
 
 
 def test_pages_of_runs_that_are_not_over(going):
-    assert 'running' in ''.join(parsed(page(read_run(going))).text)
     with open(going/'metrics.jsonl', 'a') as f: f.write('{"step": 41, "sec')  # a line under way
     assert read_run(going).log[-1]['step'] == 40
+    page = parsed(report_html(read_run(going)))
+    assert 'running' in ''.join(page.text) and len(page.loaded) == 3
     for name in ('metrics.jsonl', 'samples.jsonl'): (going/name).unlink()
     shutil.rmtree(going/'checkpoints')
-    assert 'starting' in ''.join(parsed(page(read_run(going))).text)
+    assert 'starting' in ''.join(parsed(report_html(read_run(going))).text)
+
+
+def test_files_that_vanish_while_they_are_read(going, monkeypatch):
+    old = going/'checkpoints'/'step-00000001'  # as training deletes checkpoints that are no longer kept
+    old.mkdir()
+    stat, gone = Path.stat, {old}
+
+    def deleted_meanwhile(path, **how):
+        if path not in gone: return stat(path, **how)
+        raise FileNotFoundError(2, 'No such file or directory', str(path))
+    before = read_run(going)
+    assert [n for n, _ in before.saved if n.endswith('step-00000001')]
+    monkeypatch.setattr(Path, 'stat', deleted_meanwhile)
+    after = read_run(going)
+    assert [n for n, _ in after.saved] == [n for n, _ in before.saved if not n.endswith('step-00000001')]
+    assert len(after.saved) == len(before.saved) - 1
+
+
+def test_a_line_that_ends_in_half_a_letter(going):
+    odd = dict(step=41, seconds=1., tokens=['ä'], words=[], guesses=[])
+    line = json.dumps(odd, ensure_ascii=False) + '\n'
+    whole = (going/'samples.jsonl').read_bytes()
+    for end in range(1, len(line.encode()) + 1):
+        (going/'samples.jsonl').write_bytes(whole + line.encode()[:end])
+        assert len(read_run(going).samples) == whole.count(b'\n') + (end == len(line.encode()))
+
+
+def test_a_literal_mask_in_the_text_and_a_mask_of_another_name(going):
+    odd = [dict(step=40, seconds=1., tokens=['a', '[MASK]', '[MASK]'], words=['b'], guesses=[[['x', .5]]]),
+           dict(step=40, seconds=1., tokens=['a', '<mask>'], words=['b'], guesses=[[['x', .5]]])]
+    (going/'samples.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in odd))
+    html = report_html(read_run(going))
+    parsed(html)
+    assert html.count('<mark>b</mark>') == 2 and html.count('<mark>[MASK]</mark>') == 1
+
+
+def test_a_run_in_a_folder_that_ascii_cannot_spell(going, tmp_path, monkeypatch):
+    folder = tmp_path/'Läufe [neu] 1'
+    shutil.move(going, folder)
+    odd = dict(step=40, seconds=1., tokens=['fluß', '[MASK]'], words=['straße'],
+               guesses=[[['straße', .5]]])
+    (folder/'samples.jsonl').write_text(json.dumps(odd, ensure_ascii=False) + '\n', encoding='utf-8')
+    plain = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONIOENCODING='')
+    for option in ('--once', '--html'):
+        shown = watch(folder, option, **plain)
+        assert shown.returncode == 0, shown.stderr
+    assert 'straße' in (folder/'report.html').read_text(encoding='utf-8')
 
 
 def test_how_a_run_stands(going, done):
     assert state(read_run(done)) == 'finished' and state(read_run(going)) == 'running'
     os.utime(going/'metrics.jsonl', (time.time() - 3600,)*2)
     assert state(read_run(going)) == 'quiet'
-    rows = lines(done/'rows.jsonl')
-    (going/'rows.jsonl').write_text(''.join(json.dumps(r | dict(stopped='the validation loss is nan', value=None)) + '\n' for r in rows))
-    assert state(read_run(going)) == 'given up' and 'the validation loss is nan' in ''.join(parsed(page(read_run(going))).text)
+    stopped = [r | dict(stopped='the validation loss is nan', value=None) for r in lines(done/'rows.jsonl')]
+    (going/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in stopped))
+    assert state(read_run(going)) == 'stopped early'
+    assert 'stopped early: the validation loss is nan' in ''.join(parsed(report_html(read_run(going))).text)
 
 
 def watch(*args, **env):
-    return subprocess.run([sys.executable, '-m', 'cramlit.running.command', 'watch', *map(str, args)], capture_output=True, text=True, timeout=60,
+    command = [sys.executable, '-m', 'cramlit.running.command', 'watch', *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600,
                           env=os.environ | dict(PYTHONIOENCODING='utf-8') | env)
+
+
+def test_the_terminal_needs_neither_torch_nor_matplotlib():
+    code = ('import sys; import cramlit.reporting.run_report; '
+            'print({"torch", "matplotlib", "pandas"} & set(sys.modules))')
+    assert subprocess.check_output([sys.executable, '-c', code], text=True).strip() == 'set()'
 
 
 def test_in_a_pipe_it_is_one_frame_of_plain_text(going, done):
@@ -277,7 +367,8 @@ def test_in_a_pipe_it_is_one_frame_of_plain_text(going, done):
         shown = watch(folder, COLUMNS='70')
         assert shown.returncode == 0 and word in shown.stdout and '\x1b' not in shown.stdout + shown.stderr
         loss = [x['validation_loss'] for x in lines(folder/'metrics.jsonl') if 'validation_loss' in x][-1]
-        assert f'{loss:.3f} at step 40' in shown.stdout and 'step-00000040' in shown.stdout and any('\u2800' < c < '\u28ff' for c in shown.stdout)
+        assert f'{loss:.3f} at step 40' in shown.stdout and 'step-00000040' in shown.stdout
+        assert any('\u2800' < c < '\u28ff' for c in shown.stdout)
         assert all(len(line) <= 70 for line in shown.stdout.splitlines()[1:])
     ascii_only = watch(done, PYTHONIOENCODING='ascii')
     assert ascii_only.returncode == 0 and ascii_only.stdout.isascii() and 'finished' in ascii_only.stdout
@@ -289,8 +380,9 @@ def test_what_is_no_run_is_a_mistake(option, tmp_path, capsys):
         assert main(['watch', str(folder), option]) == 2
         out, err = capsys.readouterr()
         assert 'is no run' in err and out == ''
-    (tmp_path/'run.json').write_text('{')
-    assert main(['watch', str(tmp_path), option]) == 2 and os.listdir(tmp_path) == ['run.json']
+    for other in ('{', '{}', '[]', '3', '{"recipe": 1}'):
+        (tmp_path/'run.json').write_text(other)
+        assert main(['watch', str(tmp_path), option]) == 2 and os.listdir(tmp_path) == ['run.json']
 
 
 def test_rows_and_the_page_by_command(done, capsys):
@@ -307,8 +399,9 @@ def terminal():
     children = []
 
     def start(*args, **env):
-        child = pexpect.spawn(sys.executable, ['-m', 'cramlit.running.command', 'watch', *map(str, args)], dimensions=(30, 90), timeout=30, encoding='utf-8',
-                              env={k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm-256color') | env)
+        command = ['-m', 'cramlit.running.command', 'watch', *map(str, args)]
+        env = {k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm-256color') | env
+        child = pexpect.spawn(sys.executable, command, dimensions=(30, 90), timeout=600, encoding='utf-8', env=env)
         children.append(child)
         return child
     yield start
@@ -317,13 +410,17 @@ def terminal():
 
 def test_on_a_terminal_it_follows_the_run_and_ctrl_c_leaves(going, terminal):
     child = terminal(going)
-    child.expect('running'); child.expect('at step 40')
-    with open(going/'metrics.jsonl', 'a') as f: f.write(json.dumps(dict(step=41, seconds=99., tokens=1, validation_loss=1.234)) + '\n')
+    child.expect('running')
+    child.expect('at step 40')
+    line = dict(step=41, seconds=99., tokens=1, validation_loss=1.234)
+    with open(going/'metrics.jsonl', 'a') as f: f.write(json.dumps(line) + '\n')
     child.expect(r'1\.234 at step 41')
     child.setwinsize(30, 50)
-    child.expect('\u2501{50}'); child.expect('tokens a second')  # the bar is as wide as the terminal
+    child.expect('\u2501{50}')  # the bar is as wide as the terminal
+    child.expect('tokens a second')
     child.sendintr()
-    child.expect(pexpect.EOF); child.wait()
+    child.expect(pexpect.EOF)
+    child.wait()
     assert child.exitstatus == 0 and 'Traceback' not in child.before and '\x1b[?1049l' in child.before, 'the screen is given back'
 
 
@@ -331,7 +428,9 @@ def test_on_a_terminal_it_ends_with_the_run(going, done, terminal):
     child = terminal(going)
     child.expect('running')
     shutil.copy(done/'rows.jsonl', going/'rows.jsonl')
-    child.expect('finished'); child.expect(pexpect.EOF); child.wait()
+    child.expect('finished')
+    child.expect(pexpect.EOF)
+    child.wait()
     assert child.exitstatus == 0
 
 

@@ -6,7 +6,7 @@
 __all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'Precision', 'choose_precision', 'pick_device', 'autocast', 'keep_memory']
 
 # %% ../../nbs/core/04_devices.ipynb #a4df27b3
-import ctypes, sys
+import ctypes, os, sys
 from dataclasses import dataclass
 from multiprocessing import current_process
 
@@ -56,9 +56,10 @@ def autocast(
 # %% ../../nbs/core/04_devices.ipynb #aed5ceb4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
-def keep_memory():
-    "Let the C library keep freed memory for the next tensor, where it can be told so (glibc)"
+def keep_memory() -> bool:  # can it be told so? (by a recent glibc)
+    "Let the C library keep freed memory for the next tensor, in this process and in those that it starts"
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-    if mallopt is None: return
-    mallopt(M_MMAP_THRESHOLD, 2**30)  # a tensor above 1 GB still comes and goes by itself
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    above, trim = 2**30, 2**31 - 1  # a tensor above 1 GB still comes and goes by itself
+    if mallopt is None or not mallopt(M_MMAP_THRESHOLD, above): return False
+    os.environ |= dict(MALLOC_MMAP_THRESHOLD_=str(above), MALLOC_TRIM_THRESHOLD_=str(trim))
+    return bool(mallopt(M_TRIM_THRESHOLD, trim))

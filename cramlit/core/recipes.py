@@ -11,7 +11,7 @@ __all__ = ['RECIPES', 'FORMAT', 'CramlitError', 'UsageError', 'Interrupted', 'un
 # %% ../../nbs/core/00_recipes.ipynb #41780383
 import hashlib, json, math, operator
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -171,7 +171,7 @@ def flat_fields(
     prefix: str = '',
 ) -> dict[str, tuple[Any, dict]]:  # path → value and limits, such as 'optim.lr': (0.002, {'above': 0})
     "Every field that can be set, by its path; the name is not one of them"
-    found = {}
+    found: dict[str, tuple[Any, dict]] = {}
     for f in fields(obj):
         value, path = getattr(obj, f.name), prefix + f.name
         if is_dataclass(value): found |= flat_fields(value, path + '.')

@@ -192,22 +192,26 @@ def write_rows(
 
 def read_json_lines(
     path: str|Path,   # UTF-8, one JSON object a line
+    growing: bool = False,  # leave out a last line that is still being written
 ) -> list[dict]:
     "Read JSON lines; raises `CramlitError` naming a line that is broken"
     rows = []
-    with open(path, encoding='utf-8', newline='\n') as f:  # a string may hold U+2028
+    with open(path, 'rb') as f:  # bytes: a string may hold U+2028, and half a line may end in half a letter
         for n, line in enumerate(f, 1):
-            try: rows.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise CramlitError(f"{path}, line {n}: not JSON ({e.msg}): remove it") from None
+            if growing and not line.endswith(b'\n'): break
+            try: rows.append(json.loads(line.decode()))
+            except ValueError as e:
+                raise CramlitError(f"{path}, line {n}: not JSON ({e}): remove it") from None
     return rows
 
 def read_rows(
     path: str|Path,  # a .jsonl file, or a folder to search for files named rows.jsonl
 ) -> list[dict]:     # in order of path and line
-    "Read result rows, those in folders named trials left out; raises `CramlitError` when there are none"
+    "Read result rows, folders named trials or superseded left out; raises `CramlitError` when there are none"
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.rglob('rows.jsonl'))
-    if path.is_dir(): files = [p for p in files if 'trials' not in p.relative_to(path).parts]
+    if path.is_dir():
+        left_out = {'trials', 'superseded'}
+        files = [p for p in files if left_out.isdisjoint(p.relative_to(path).parts)]
     if not files: raise CramlitError(f"no result rows at {path}: run `cramlit glue` or `reproduce` first")
     return [row for file in files for row in read_json_lines(file)]

@@ -40,7 +40,7 @@ def classifier(
     if not pretrained:
         config = AutoConfig.from_pretrained(str(folder), **kind)
         return AutoModelForSequenceClassification.from_config(config).train()
-    how = dict(trust_remote_code=False, use_safetensors=True)
+    how = dict(trust_remote_code=False, weights_only=True)
     with quiet(): model = AutoModelForSequenceClassification.from_pretrained(str(folder), **how, **kind)
     return model.train()
 

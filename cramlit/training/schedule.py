@@ -26,31 +26,33 @@ def lr_factor(
 @dataclass
 class Clock:
     "One budget, in seconds or in steps, and how much of it is spent"
-    budget: float = 0.     # seconds; ignored when `steps` is given
-    steps: int = 0         # optimiser steps; 0 = go by seconds
-    spent: float = 0.      # seconds used by earlier parts of this run
-    reserve: float = 0.    # seconds kept for what follows the last step
+    budget: float = 0.   # seconds; ignored when `steps` is given
+    steps: int = 0       # optimizer steps; 0 = go by seconds
+    spent: float = 0.    # seconds used by earlier parts of this run
+    reserve: float = 0.  # seconds kept for what follows the last step
     now: Callable[[], float] = time.monotonic  # replaced in tests
+    start: float|None = None  # what `now` was when this part began; None = it stands still
 
-    def __post_init__(self):
+    def begin(self):
+        "Begin now: what came before in this process does not count"
         self.start = self.now()
 
     @property
     def seconds(self) -> float:  # used so far, earlier parts included
-        return self.spent + self.now() - self.start
+        return self.spent if self.start is None else self.spent + self.now() - self.start
 
     def fraction(
         self,
-        step: int,   # optimiser steps done
+        step: int,   # optimizer steps done
         seconds: float|None = None,  # time spent, as all processes agree on it; None = read this clock
-    ) -> float:      # of the budget spent, at least 0; 1 or more = stop
-        "How much of the budget is spent; raises nothing, so that a late look can exceed 1"
+    ) -> float:      # of the budget spent; 1 or more = stop
+        "How much of the budget is spent"
         if self.steps: return step / self.steps
         return (self.seconds if seconds is None else seconds) / max(self.budget - self.reserve, 1e-9)
 
     def left(
         self,
-        step: int,  # optimiser steps done
+        step: int,  # optimizer steps done
     ) -> float:     # seconds; from the rate so far when the budget is in steps
         "Seconds until the budget is spent"
         if not self.steps: return max(0., self.budget - self.seconds)
@@ -62,7 +64,8 @@ def parse_budget(
 ) -> float:     # seconds
     "Seconds of a duration such as 90s, 6m, 1.5h or 1d; raises `UsageError`"
     m = re.fullmatch(r'(\d+\.?\d*|\.\d+)\s*([smhd]?)', text.strip())
-    if not m or float(m[1]) == 0: raise UsageError(f"--budget {text}: expected a duration above zero such as 90s, 6m, 1.5h or 1d")
+    if not m or float(m[1]) == 0:
+        raise UsageError(f"--budget {text}: expected a duration above zero such as 90s, 6m, 1.5h or 1d")
     return float(m[1]) * {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}[m[2]]
 
 def run_length(
@@ -73,4 +76,5 @@ def run_length(
     "How long a run shall be; raises `UsageError`"
     if budget and steps: raise UsageError('give --budget or --steps, not both')
     if steps < 0: raise UsageError(f'--steps {steps}: expected a number above zero')
-    return (parse_budget(budget), 0) if budget else (0., steps) if steps else (scale.budget, scale.steps)
+    if budget: return parse_budget(budget), 0
+    return (0., steps) if steps else (scale.budget, scale.steps)

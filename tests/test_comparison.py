@@ -1,0 +1,182 @@
+"Recipes compared: validation, the ablation, networks without a stock class, and statistics over seeds"
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import ttest_ind
+
+from cramlit.core.recipes import RECIPES, CramlitError, UsageError, override
+from cramlit.core.results import result_row
+from cramlit.core.scales import SCALES, get_recipe, get_scale
+from cramlit.data.batches import VALIDATION_RATE, mask_for_validation, validation_batches
+from cramlit.data.masking import IGNORE
+from cramlit.data.packing import open_data
+from cramlit.experiments.comparison import (
+    ablation_trials,
+    best_rates,
+    compare,
+    evaluations,
+    holm,
+    rate_trials,
+    reached,
+    recipe_trials,
+    recipes_to_compare,
+    steps_between,
+    welch,
+    with_data,
+)
+from cramlit.experiments.search import Trial, has_stock, run_trials, trial_table
+from cramlit.reporting.studies import ablation_table, comparison_table, trial_runs
+
+SPECIAL = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
+
+
+def small(trial, text):
+    "A trial on the session's small text"
+    settings = f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128'
+    return replace(trial, settings=(*settings, *trial.settings, 'validation.max_sequences=64'))
+
+
+def test_validation_is_the_same_whatever_a_recipe_trains_with(data, recipe):
+    other = override(recipe, ['masking.rate=0.3', 'masking.replace_mask=0.5', 'masking.max_predictions=38',
+                              'seed=7', 'batch.micro_batch_size=16', 'batch.global_batch_size=16'])
+    batches = (validation_batches(open_data(data), r) for r in (recipe, other))
+    for a, b in zip(*batches, strict=True):
+        assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
+
+
+def test_validation_masks_at_its_rate_and_never_special_tokens():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 900, (400, 64))
+    ids[:, 0], ids[:, 60], ids[:, 61:] = 2, 3, 0
+    m = mask_for_validation(ids, SPECIAL)
+    used = m.labels != IGNORE
+    rows, slots = np.nonzero(used)
+    places = m.positions[rows, slots]
+    assert (m.input_ids[rows, places] == SPECIAL['mask']).all()
+    assert (ids[rows, places] == m.labels[used]).all()
+    assert (m.input_ids != ids).sum() == used.sum() == pytest.approx(VALIDATION_RATE*400*59, rel=.05)
+    assert m.labels[used].min() > 4
+
+
+def test_a_place_in_a_text_is_masked_or_not_however_it_is_cut_into_sequences():
+    text = np.random.default_rng(1).integers(5, 900, 4096)
+    short, long = (mask_for_validation(text.reshape(-1, n), SPECIAL).input_ids == 4 for n in (32, 64))
+    inside = np.arange(4096) % 32
+    inside = (inside > 1) & (inside < 30)
+    assert (short.ravel() == long.ravel())[inside].all() and long.any()
+
+
+@pytest.mark.parametrize('scale', SCALES)
+@pytest.mark.parametrize('high', [n for n in RECIPES if n != '24hbert'])
+def test_the_ablation_ends_at_the_other_recipe(scale, high):
+    a, b = get_recipe('24hbert', scale), get_recipe(high, scale)
+    steps = steps_between(a, b)
+    assert replace(override(a, [s for step in steps.values() for s in step]), name=high) == b
+    trials = ablation_trials('24hbert', high, scale)
+    seeds = get_scale(scale).comparison.ablation_seeds
+    variants = 2*len(steps) if len(steps) > 2 else len(steps) + 1
+    assert len({repr(t.recipe) for t in trials}) == len(trials) == variants*seeds
+
+
+def test_each_step_is_compared_with_the_one_before_and_each_omission_with_the_whole():
+    trials = ablation_trials('24hbert', 'modern', 'tiny')
+    versus = {t.name: t.versus for t in trials}
+    names = list(versus)
+    up = names[:len(names)//2 + 1]
+    assert [versus[n] for n in up] == ['', *up[:-1]]
+    assert names[len(up):] and all(versus[n] == up[-1] for n in names[len(up):])
+
+
+def test_a_difference_that_no_step_takes_is_refused():
+    with pytest.raises(UsageError, match='differ in corpus.holdout'):
+        steps_between(get_recipe('24hbert'), get_recipe('modern', 'paper', ['corpus.holdout=0.3']))
+
+
+def test_recipes_take_turns_and_one_alone_gets_another_to_be_compared_with():
+    trials = recipe_trials({'24hbert': 1e-3, 'modern': 2e-3}, 'tiny')
+    assert [(t.base, t.versus) for t in trials] == [('24hbert', ''), ('modern', '24hbert')]*2
+    rates = {t.recipe.optim.lr for t in rate_trials(['bert-base'], 'laptop')}
+    assert rates == set(get_scale('laptop').comparison.lrs)
+    assert recipes_to_compare(['24hbert']) == recipes_to_compare(['modern']) == ['24hbert', 'modern']
+    assert recipes_to_compare(['a', 'b', 'c']) == ['a', 'b', 'c']
+    with pytest.raises(CramlitError, match='no learning rate gave x'):
+        best_rates([dict(metric='validation_loss', recipe='x', lr=1., value=None)])
+
+
+def test_a_network_without_a_stock_class_is_compared_by_its_loss(text, tmp_path):
+    odd = small(Trial('a gate', '24hbert', 'tiny', ('model.ffn=geglu', 'packing.mode=stream'), 42), text)
+    plain = small(Trial('plain', '24hbert', 'tiny', (), 42), text)
+    assert not has_stock(odd.recipe.model) and has_stock(plain.recipe.model)
+    trials = with_data([odd, plain], tmp_path/'data')
+    assert trials[0].data != trials[1].data
+    t = replace(get_scale('tiny').trials, steps=2, tasks=())
+    rows = run_trials(trials, 'ablation', tmp_path/'data', tmp_path/'out', t)
+    table = trial_table(rows)
+    assert set(table.trial) == {'a gate', 'plain'} and table.validation_loss.notna().all()
+    runs = {name: folders[0] for name, folders in trial_runs(rows, tmp_path/'out'/'trials').items()}
+    assert not (runs['a gate']/'model').exists() and (runs['plain']/'model'/'model.safetensors').exists()
+
+
+def test_welch_is_scipys_with_its_interval():
+    a, b = pd.Series([4.9, 5.1, 5.0, None]), pd.Series([5.4, 5.6, 5.9])
+    test = ttest_ind(a.dropna(), b, equal_var=False)
+    d = welch(a, b)
+    assert d.change == pytest.approx(a.mean() - b.mean()) and d.p == test.pvalue
+    assert (d.low, d.high) == pytest.approx(tuple(test.confidence_interval())) and d.low < d.change < d.high
+    for alone in (welch(pd.Series([1.]), b), welch(pd.Series([1., 1.]), pd.Series([2., 2.]))):
+        assert np.isnan([alone.low, alone.high, alone.p]).all() and not np.isnan(alone.change)
+
+
+def test_holms_correction():
+    p = pd.Series([.04, .001, float('nan'), .03, .9], index=list('abcde'))
+    corrected = holm(p)
+    assert list(corrected.dropna()) == pytest.approx([.09, .004, .09, .9])
+    assert list(corrected.index) == list('abcde')
+    assert list(holm(pd.Series([.6, .7]))) == [1., 1.] and holm(pd.Series([float('nan')])).isna().all()
+
+
+def test_equal_things_are_rarely_found_different():
+    "The probability of any false discovery among ten comparisons is five per cent, and not twenty"
+    rng, found, uncorrected = np.random.default_rng(0), 0, 0
+    for _ in range(200):
+        seeds = rng.normal(size=(11, 5))
+        p = pd.Series([welch(pd.Series(s), pd.Series(seeds[0])).p for s in seeds[1:]])
+        found, uncorrected = found + (holm(p) < .05).any(), uncorrected + (p < .05).any()
+    assert found <= 18 < 30 < uncorrected
+
+
+def test_trials_are_compared_with_what_they_name():
+    trials = ('a', '', 5), ('b', 'a', 4), ('c', 'b', 4.5)
+    lines = [dict(trial=n, versus=v, validation_loss=mean + e) for n, v, mean in trials for e in (-.1, 0, .1)]
+    found = compare(pd.DataFrame(lines))
+    assert list(found.index) == ['b', 'c'] and list(found.change) == pytest.approx([-1, .5])
+    assert compare(pd.DataFrame(lines[:3])).empty
+
+
+def make_run(folder, name, seed, losses, versus):
+    "The log and the rows of a run with these losses, one in ten seconds"
+    run = folder/f'{name}{seed}'/'run'
+    run.mkdir(parents=True)
+    lines = [dict(step=i, seconds=10*i, validation_loss=x) for i, x in enumerate(losses)]
+    lines.append(dict(step=2, seconds=20, loss=1.))  # a line of training
+    (run/'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    ids = dict(stage='trial', study='recipes', trial=name, versus=versus, recipe=name, seed=seed, lr=1.,
+               stopped='', folder=f'{name}{seed}')
+    values = dict(validation_loss=losses[-1], steps=2, seconds=20., tokens_per_second=1.)
+    return [result_row(m, v, '', **ids) for m, v in values.items()]
+
+
+def test_a_mark_that_is_never_reached_is_said_so(tmp_path):
+    rows = make_run(tmp_path, 'a', 1, [7, 6, 5], '')
+    rows += make_run(tmp_path, 'b', 1, [7, 5, 4], 'a') + make_run(tmp_path, 'b', 2, [7, 7, 6], 'a')
+    assert evaluations(tmp_path/'b1'/'run') == [(0, 7), (10, 5), (20, 4)]
+    assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25)
+    assert np.isnan(reached(tmp_path/'b2'/'run', 5.))
+    t = trial_table(rows)
+    table = comparison_table(t, [], trial_runs(rows, tmp_path))
+    assert table.loc['b', 'part of its time to the loss of a'] == '50% (1 of 2 never)'
+    assert ablation_table(t).loc['b', 'change'] == '+0.000' and ablation_table(t).loc['a', 'change'] == ''
