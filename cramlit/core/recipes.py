@@ -50,6 +50,9 @@ def limited(
 class Corpus:
     "Which text, and how much of it is held out"
     source: str = 'enwik8'    # enwik8 | hub:NAME[:CONFIG] | files and folders, path separator between
+    text_field: str = 'text'  # of a record that holds the text; doc.text = field text of field doc
+    split: str = limited('auto', among=('auto', 'blank', 'line', 'file'))
+    # where documents of a .txt end: at blank lines, at each line, with the file; auto = by looking
     holdout: float = limited(0.005, above=0, below=1)  # fraction of the documents; 0.5 % in the paper
     max_documents: int = limited(0, at_least=0)        # stop after so many documents; 0 = read everything
 
@@ -58,6 +61,7 @@ class Tokenizer:
     "WordPiece, as BERT has it"
     vocab_size: int = limited(30522, at_least=64)  # entries, special tokens included
     lowercase: bool = True
+    strip_accents: str = limited('auto', among=('auto', 'true', 'false'))  # auto = if lowercase, as BERT does
     path: str = ''            # an existing tokenizer folder to use instead of training one
 
 @dataclass(frozen=True)

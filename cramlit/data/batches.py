@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..core.randomness import make_key, permute, uniform
-from ..core.recipes import Recipe, UsageError
+from ..core.recipes import CramlitError, Recipe, UsageError
 from .masking import IGNORE, Masked, mask_rows
 from .packing import Data
 
@@ -158,9 +158,12 @@ def validation_batches(
     data: Data,
     recipe: Recipe,  # says how many rows at most
 ) -> Iterator[Batch]:
-    "The same held-out rows each time, with fixed masks; the last batch may be smaller"
+    "The same held-out rows each time, with fixed masks; raises `CramlitError` when nothing is masked in them"
     n, special = len(data.validation), data.manifest['special_ids']
     ids = data.validation[np.arange(min(n, recipe.validation.max_sequences))]
     size = max(recipe.batch.micro_batch_size, 64)  # no gradients are kept, so there is room for more
-    for part in group_by_length(ids, size, special['pad']):
-        yield as_batch(mask_for_validation(ids[part], special), special['pad'])
+    parts = [mask_for_validation(ids[part], special) for part in group_by_length(ids, size, special['pad'])]
+    if all((part.labels == IGNORE).all() for part in parts):
+        raise CramlitError(f'the hold-out of {data.folder} is too small, no token of it is predicted: '
+                           'prepare more text, or with a larger corpus.holdout')
+    for part in parts: yield as_batch(part, special['pad'])
