@@ -205,6 +205,15 @@ def quiet() -> Iterator[None]:
     try: yield
     finally: logging.set_verbosity(before); logging.enable_progress_bar()
 
+def _how_to_convert(folder: Path) -> str:
+    "What to do with weights that are only there as a pickle; empty when they are not"
+    pickles = sorted(p.name for p in folder.glob('pytorch_model*.bin'))
+    if not pickles: return ''
+    try: name = json.loads((folder/'config.json').read_text('utf-8'))['architectures'][0]
+    except (ValueError, LookupError, TypeError): name = 'AutoModel'
+    code = f"from transformers import {name} as M; M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+    return f', only {pickles[0]}: a pickle, which is never opened here. This converts it once: python -c "{code}"'
+
 def load_parts(
     folder: str|Path,  # a stock transformers model with its tokenizer
 ) -> tuple:            # its configuration, its tokenizer
@@ -212,14 +221,16 @@ def load_parts(
     from transformers import AutoConfig, AutoTokenizer
     folder = Path(folder)
     if not (folder/'config.json').exists(): raise CramlitError(f'{folder} is not a model: it has no config.json. `cramlit pretrain` leaves one in RUN/model')
-    if not list(folder.glob('*.safetensors')): raise CramlitError(f'{folder} has no weights (*.safetensors)')
+    if not list(folder.glob('*.safetensors')): raise CramlitError(f'{folder} has no weights (*.safetensors){_how_to_convert(folder)}')
     try: config, tok = (c.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True) for c in (AutoConfig, AutoTokenizer))
-    except (OSError, ValueError) as e: raise CramlitError(f'{folder} cannot be loaded by transformers: {str(e).splitlines()[0]}') from None
+    except Exception as e:  # these libraries raise a dozen kinds
+        raise CramlitError(f'{folder} cannot be loaded by transformers: {(str(e).splitlines() or [type(e).__name__])[0]}') from None
     if tok.pad_token_id is None: raise CramlitError(f'the tokenizer in {folder} has no padding token: sentences of unlike lengths cannot stand in one batch')
     if getattr(config, 'type_vocab_size', 0) < 2: tok.model_input_names = [n for n in tok.model_input_names if n != 'token_type_ids']  # DistilBERT, RoBERTa
     for p in folder.glob('*.safetensors'):
         try: safe_open(p, 'pt').keys()
         except SafetensorError as e: raise CramlitError(f'{p}: the weights are damaged ({e}). Export or fetch them again') from None
+    if not hasattr(config, 'vocab_size'): raise CramlitError(f'{folder} is a {config.model_type} model, not one of text')
     if max(tok.get_vocab().values()) >= config.vocab_size:
         raise CramlitError(f'{folder}: the tokenizer has ids up to {max(tok.get_vocab().values())}, the model {config.vocab_size} words: they do not belong together')
     return config, tok
