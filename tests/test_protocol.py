@@ -15,7 +15,7 @@ import cramlit.evaluation.finetuning as finetuning
 import cramlit.evaluation.protocol as protocol
 from cramlit.core.devices import Precision
 from cramlit.core.recipes import CramlitError, UsageError
-from cramlit.core.results import write_rows
+from cramlit.core.results import read_rows, write_rows
 from cramlit.core.scales import Finetune
 from cramlit.evaluation.finetuning import (
     check_length,
@@ -214,6 +214,34 @@ def test_a_damaged_result_is_measured_again_and_stays(model, tmp_path):
     again = job_results(model, [toy()], work, tmp_path)
     assert [r['scores'] for r in again] == [r['scores'] for r in found]
     assert path.read_text() == '{"key": ' and len(list((tmp_path/'jobs').iterdir())) == 3
+
+
+def test_rows_of_another_model_and_of_other_tasks_are_moved_aside_not_lost(model, tmp_path, capsys):
+    first = run_suite(model, [toy()], GRID, 1, tmp_path, IDS | dict(pretraining_seed=42, weights='a'))
+    assert run_suite(model, [toy()], GRID, 1, tmp_path, IDS | dict(pretraining_seed=42, weights='a')) == first
+    assert not (tmp_path/'superseded').exists()
+    second = run_suite(model, [toy()], GRID, 1, tmp_path, IDS | dict(pretraining_seed=43, weights='b'))
+    aside, = (tmp_path/'superseded').iterdir()
+    assert read_rows(aside) == first and read_rows(tmp_path) == second
+    assert aside.name in capsys.readouterr().err
+    run_suite(model, [toy('other')], GRID, 1, tmp_path, IDS | dict(pretraining_seed=43, weights='b'))
+    assert len(list((tmp_path/'superseded').iterdir())) == 2
+
+
+def test_a_folder_that_takes_no_files_is_one_line_before_any_training(model, tmp_path, monkeypatch, capsys):
+    (tmp_path/'file').write_text('in the way')
+    monkeypatch.setattr(protocol, 'run_and_save', lambda *args: pytest.fail('trained for nothing'))
+    options = ['--model', str(model), '--tasks', 'review_polarity', '--scale', 'tiny']
+    capsys.readouterr()
+    assert main(['glue', *options, '--out', str(tmp_path/'file'/'out')]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and 'cannot write' in said[0] and 'Not a directory' in said[0]
+
+
+def test_a_copy_of_glue_without_the_suite_is_refused(model, tmp_path, capsys):
+    options = '--model', str(model), '--glue-dir', str(tmp_path), '--out', str(tmp_path/'out')
+    assert main(['glue', *options]) == 2
+    assert '--glue-dir is for --suite glue' in capsys.readouterr().err
 
 
 def test_hundreds_of_failures_are_not_hundreds_of_lines():

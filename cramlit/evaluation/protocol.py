@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SUITES', 'jobs', 'with_retry', 'local_workers', 'run_parallel', 'model_files', 'find_result', 'save_result',
-           'run_and_save', 'job_keys', 'job_results', 'median_headline', 'best_runs', 'common_provenance', 'summary',
-           'task_rows', 'average', 'baseline', 'run_grid', 'run_suite', 'task_names', 'load_tasks', 'model_ids',
-           'evaluate', 'median_run', 'submit']
+           'run_and_save', 'check_writable', 'job_keys', 'job_results', 'median_headline', 'best_runs',
+           'common_provenance', 'summary', 'task_rows', 'average', 'baseline', 'run_grid', 'replace_rows', 'run_suite',
+           'task_names', 'load_tasks', 'model_ids', 'evaluate', 'median_run', 'submit']
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #a11c9b18
-import hashlib, io, json, sys
+import hashlib, io, json, os, sys, tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from ..core.devices import choose_precision, pick_device
 from ..core.recipes import CramlitError, Interrupted, UsageError, digest, unknown
-from ..core.results import atomic, provenance, result_row, sha256, write_rows
+from ..core.results import (
+    atomic, cannot_write, provenance, read_json_lines, result_row, sha256, write_rows)
 from ..core.scales import Finetune, Scale
 from .finetuning import FINETUNING_VERSION, POOL, Job, check_length, classifier, run_job
 from .glue import (
@@ -142,6 +143,15 @@ def run_and_save(
     def work(): save_result(out, key, lambda: run_job(job, folder, task))
     return with_retry(f'{job.task}, {job.variant}, {job.config}, seed {job.seed}', work)
 
+def check_writable(
+    folder: Path,
+):
+    "Make a folder, and raise `CramlitError` when it does not take files"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e: raise cannot_write(folder, e) from None
+
 def job_keys(
     folder: Path,       # a stock transformers model with its tokenizer
     tasks: list[Task],
@@ -167,7 +177,9 @@ def job_results(
     keys = job_keys(folder, tasks, work)
     results = [find_result(place, key)[1] for key in keys]
     todo = [(job, key) for job, key, result in zip(work, keys, results, strict=True) if not result]
-    if todo: classifier(folder, by_name[todo[0][0].task], True, 0)
+    if todo:
+        classifier(folder, by_name[todo[0][0].task], True, 0)
+        check_writable(place)
     calls = [delayed(run_and_save)(job, folder, by_name[job.task], place, key) for job, key in todo]
     run_parallel(calls, len(work), 'fine-tunings')
     return [result or find_result(place, key)[1] for key, result in zip(keys, results, strict=True)]
@@ -285,6 +297,22 @@ def run_grid(
     for t in tasks: rows += task_rows(t, [r for r in results if r['job']['task'] == t.name], ids)
     return rows
 
+def replace_rows(
+    path: Path,        # a .jsonl file
+    rows: list[dict],
+    ids: dict,         # what identifies the model in the rows
+):
+    "Write rows; what the file held of other models and tasks is moved aside and named"
+    def about(some): return {json.dumps([*(r.get(k) for k in ids), r.get('task')]) for r in some}
+    try: lost = path.exists() and not about(read_json_lines(path)) <= about(rows)
+    except CramlitError: lost = True  # a broken line
+    if lost:
+        aside = path.parent/'superseded'/f'rows-{sha256(path)[:8]}.jsonl'
+        aside.parent.mkdir(exist_ok=True)
+        os.replace(path, aside)
+        print(f'{path} held rows of other models or tasks: they are now in {aside}', file=sys.stderr)
+    write_rows(path, rows)
+
 def run_suite(
     folder: str|Path,   # a stock transformers model with its tokenizer
     tasks: list[Task],
@@ -301,7 +329,7 @@ def run_suite(
         for name in ('majority', 'bag-of-words'):
             rows += summary(t, name, [baseline(name, t, grid, out)], ids)
     rows += average([r for r in rows if r.get('aggregate')], ids)
-    write_rows(out/'rows.jsonl', rows)
+    replace_rows(out/'rows.jsonl', rows, ids)
     return rows
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #f7aa0093
@@ -358,6 +386,7 @@ def evaluate(
 ) -> list[dict]:           # rows, also in out/rows.jsonl
     "Fine-tune a model on a suite under the protocol of a scale"
     seeds, names = _seeds(seeds, scale), task_names(suite, list(tasks))
+    if glue_dir and suite != 'glue': raise UsageError(f'--glue-dir is for --suite glue, this is {suite}')
     ids = model_ids(model, scale, suite)
     return run_suite(model, load_tasks(suite, names, glue_dir), scale.finetune, seeds, out, ids)
 
