@@ -159,6 +159,7 @@ def masked_sentences(
 ) -> Batch|None:     # at most SENTENCES sequences; None when no held-out sentence fits
     "Held-out sentences with masked tokens, the same each time"
     special = data.manifest['special_ids']
+    tok.encode_special_tokens = True  # [MASK] in a text is a word
     longest, rows = min(LONGEST, recipe.packing.seq_len), list[list[int]]()
     for doc in islice(read_documents(data.folder/'holdout.jsonl.gz'), 1000):
         if len(rows) == SENTENCES: break

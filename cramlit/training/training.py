@@ -31,7 +31,7 @@ from ..core.results import atomic, cannot_write, provenance
 from ..core.results import read_json_lines, read_rows, result_row, write_rows
 from ..data.batches import Batch, Prefetcher, rank_slice, train_batches, validation_batches
 from ..data.masking import IGNORE
-from ..data.packing import Data, open_data, verify
+from ..data.packing import Data, open_data, unlike, verify
 from ..model.encoder import MaskedLM
 from .checkpoints import Saver, checkpoints, find_damage, newest_whole
 from .checkpoints import read_checkpoint, settle
@@ -151,13 +151,9 @@ def check_fits(
     data: Data,
 ):
     "Raise `UsageError` when the data was prepared for another recipe"
-    for part in ('packing', 'tokenizer', 'corpus'):
-        have = data.manifest[part]
-        for k, want in asdict(getattr(recipe, part)).items():
-            if have.get(k, want) != want:
-                raise UsageError(
-                    f'{data.folder} was prepared with {part}.{k}={have[k]}, the recipe has {want}: '
-                    'run `cramlit prepare` with this recipe and scale into another folder')
+    if other := unlike(data, recipe):
+        raise UsageError(f'{data.folder} was prepared with {other}: '
+                         'run `cramlit prepare` with this recipe and scale into another folder')
 
 def check_run(
     run: Run,
