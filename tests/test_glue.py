@@ -159,6 +159,15 @@ def test_what_the_task_calls_next_is_next(monkeypatch):
     assert {label for *_, label in editorials} == {0, 1, 2}
 
 
+def test_kept_tasks_are_not_those_of_other_rules_or_of_another_reading(tmp_path, monkeypatch):
+    import cramlit.evaluation.surrogate_tasks as surrogate
+    monkeypatch.setenv('CRAMLIT_CACHE', str(tmp_path))
+    assert [surrogate._cached('x', lambda made=made: made) for made in ('first', 'second')] == ['first']*2
+    for name in ('VERSION', 'FORMAT'):
+        monkeypatch.setattr(surrogate, name, 99)
+        assert surrogate._cached('x', lambda made=name: made) == name
+
+
 def test_surrogate_shapes_are_those_of_glue():
     tasks = {n: load_surrogate(n) for n in SURROGATE_TASKS}
     assert {t.num_labels for t in tasks.values()} == {1, 2, 3}
