@@ -13,10 +13,12 @@ from cramlit.data.packing import prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != 'test_pipeline.py')  # the longest file is begun first, so that no worker is left alone with it
+    # the longest file is begun first, so that no worker is left alone with it
+    items.sort(key=lambda item: item.path.name != 'test_pipeline.py')
 
 
-WORDS = 'the a of river stone house walks sees old green slowly near under people make time light cold music road'.split()
+WORDS = ('the a of river stone house walks sees old green slowly near under people make time light cold '
+         'music road').split()
 
 
 def make_text(folder: Path, documents: int = 80, seed: int = 0) -> Path:
@@ -24,7 +26,10 @@ def make_text(folder: Path, documents: int = 80, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     rng = random.Random(seed)
     for i in range(documents):
-        sentences = [' '.join(rng.choices(WORDS, k=rng.randint(4, 14))).capitalize() + '.' for _ in range(rng.randint(4, 12))]
+        sentences = []
+        for _ in range(rng.randint(4, 12)):
+            words = rng.choices(WORDS, k=rng.randint(4, 14))
+            sentences.append(' '.join(words).capitalize() + '.')
         (folder/f'{i:03}.txt').write_text(' '.join(sentences))
     return folder
 
@@ -36,7 +41,9 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def recipe(text):
-    return get_recipe('24hbert', 'tiny', [f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128', 'validation.max_sequences=64'])
+    settings = [f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128',
+                'validation.max_sequences=64']
+    return get_recipe('24hbert', 'tiny', settings)
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,4 @@
-"Run notebooks and keep what they show, without warnings and progress bars: python tests/execute.py NOTEBOOK …"
+"Run notebooks and keep what they show, but no warnings or progress bars: python tests/execute.py NOTEBOOK …"
 import os
 import sys
 

@@ -318,7 +318,7 @@ def curve(contender, setup, steps):
     for step in range(steps):
         set_lr(setup.optimizer, lr_factor(step/steps, setup.recipe.schedule.warmup))
         contender.passes(contender.batches(step))
-        loss, _, _ = setup.grads.all_reduce(World(), 0., False)
+        loss, *_ = setup.grads.all_reduce(World(), 0., False)
         losses.append(loss)
         update(setup.grads, setup.optimizer, OFF, setup.recipe.optim.clip)
     return np.array(losses)

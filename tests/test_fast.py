@@ -134,7 +134,8 @@ def test_validation_asks_once_however_many_batches_there_are(name, recipe, opene
 
 def foreseen_forms(r):
     "Whole sequences without a mask, and sequences cut at multiples of 16 with one"
-    B, S, K = r.batch.micro_batch_size, r.packing.seq_len, int(count_predictions(r.packing.seq_len, r.masking))
+    B, S = r.batch.micro_batch_size, r.packing.seq_len
+    K = int(count_predictions(S, r.masking))
     widths = {min(S, -(-w//16)*16) for w in range(1, S + 1)}
     shapes = [(torch.Size([B, S]), True), *((torch.Size([B, w]), False) for w in widths)]
     return {(shape, whole, torch.Size([B, K]), torch.Size([B, K])) for shape, whole in shapes}
@@ -144,9 +145,12 @@ def forms(batches):
     return {(b.input_ids.shape, b.attention_mask is None, b.positions.shape, b.labels.shape) for b in batches}
 
 
-@pytest.mark.parametrize('mode, seq_len', [('document', 24), ('document', 32), ('document', 50), ('stream', 24), ('stream', 32)])
+@pytest.mark.parametrize('mode, seq_len', [
+    ('document', 24), ('document', 32), ('document', 50), ('stream', 24), ('stream', 32),
+])
 def test_no_batch_has_a_shape_that_was_not_foreseen(mode, seq_len, recipe, data, tmp_path):
-    r = override(recipe, [f'packing.mode={mode}', f'packing.seq_len={seq_len}', f'tokenizer.path={data}/tokenizer', 'batch.micro_batch_size=4'])
+    r = override(recipe, [f'packing.mode={mode}', f'packing.seq_len={seq_len}',
+                          f'tokenizer.path={data}/tokenizer', 'batch.micro_batch_size=4'])
     prepare(r, tmp_path/'data')
     d, foreseen = open_data(tmp_path/'data'), foreseen_forms(r)
     batches = [b for step in range(40) for b in train_batches(d, r, step)]
@@ -190,7 +194,8 @@ def test_a_sequence_has_the_same_masks_and_scores_however_the_batch_is_cut(name,
 
 
 def test_documents_tokenised_whole_are_their_sentences_tokenised_one_by_one(text, data):
-    tok, docs = load_tokenizer(data/'tokenizer'), list(documents(str(text)))*3  # more than are taken at a time
+    tok = load_tokenizer(data/'tokenizer')
+    docs = list(documents(str(text)))*3  # more than are taken at a time
     expected = [[tok(s, add_special_tokens=False).input_ids for s in sentences(d.text)] for d in docs]
     got = list(encode_documents(docs, tok))
     assert len(docs) > 128 and [d for d, _ in got] == docs and [p for _, p in got] == expected
@@ -198,15 +203,21 @@ def test_documents_tokenised_whole_are_their_sentences_tokenised_one_by_one(text
 
 def test_a_text_may_name_special_tokens(data):
     tok = load_tokenizer(data/'tokenizer')
-    plain, named, last = ('The stone house. A river sees people.', 'The stone [SEP] house. A [SEP] river sees people.', 'Cold light.')
-    (_, a), (_, b), (_, c) = encode_documents([Document('0', plain), Document('1', named), Document('2', last)], tok)
-    assert [i for piece in a for i in piece] == [i for piece in b for i in piece], 'the separator is not part of any sentence'
+    plain = 'The stone house. A river sees people.'
+    named = 'The stone [SEP] house. A [SEP] river sees people.'
+    last = 'Cold light.'
+    docs = [Document('0', plain), Document('1', named), Document('2', last)]
+    (_, a), (_, b), (_, c) = encode_documents(docs, tok)
+    ids_plain = [i for piece in a for i in piece]
+    ids_named = [i for piece in b for i in piece]
+    assert ids_plain == ids_named, 'the separator is not part of any sentence'
     assert c == [tok(last, add_special_tokens=False).input_ids], 'what follows is not shifted'
 
 
 def test_a_tokenizer_that_would_truncate_does_not(recipe, data, tmp_path):
     tok = load_tokenizer(data/'tokenizer')
-    tok.backend_tokenizer.enable_truncation(8); tok.backend_tokenizer.enable_padding(length=500)
+    tok.backend_tokenizer.enable_truncation(8)
+    tok.backend_tokenizer.enable_padding(length=500)
     tok.backend_tokenizer.save(str(tmp_path/'tokenizer.json'))
     load_tokenizer(data/'tokenizer').save_pretrained(tmp_path/'cut')
     (tmp_path/'tokenizer.json').replace(tmp_path/'cut'/'tokenizer.json')

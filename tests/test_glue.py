@@ -1,4 +1,6 @@
 "GLUE files in both public forms, bad ones included; metrics, baselines, surrogate tasks"
+import json
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -78,7 +80,7 @@ def test_missing_file_and_column_are_named(tmp_path):
     with pytest.raises(CramlitError, match='no column sentence2'): load_glue('rte', str(without))
     file = next((make_parquet(tmp_path/'c', 'rte')/'rte').glob('validation-*'))
     file.write_bytes(b'PAR')
-    with pytest.raises(CramlitError, match='cannot read rte from'): load_glue('rte', str(tmp_path/'c'))
+    with pytest.raises(CramlitError, match='cannot read .*rte/valid'): load_glue('rte', str(tmp_path/'c'))
     file.unlink()
     missing = r'^[^ ]*/rte/validation-\*.parquet is missing$'
     with pytest.raises(CramlitError, match=missing): load_glue('rte', str(tmp_path/'c'))
@@ -134,6 +136,29 @@ def test_surrogate_tasks_keep_train_and_validation_apart(name):
     assert len(task.train) >= 1500
 
 
+def test_what_the_task_calls_next_is_next(monkeypatch):
+    "In articles with sentences that are not kept, and in editorials by the numbers of their source"
+    import cramlit.evaluation.surrogate_tasks as surrogate
+    from cramlit.data.corpus import Document
+    names = [f'{a} {b}' for a in ('old', 'red') for b in ('mill', 'river', 'road', 'hut')]
+    long = [f'The {name} was seen by nobody.' for name in names]
+    paragraphs = [' '.join([*long[i:i+2], 'Too short.', *long[i+2:i+4]]) for i in (0, 4)]
+    documents = [Document(str(i), '\n'.join(paragraphs)) for i in range(60)]
+    monkeypatch.setattr(surrogate, 'documents', lambda source: documents)
+    monkeypatch.setattr(surrogate, 'unique', lambda docs: docs)
+    monkeypatch.setattr(surrogate, 'holdout_position', lambda text: 0.)
+    rows = surrogate.continuations(surrogate._held_out_sentences(), 'article')
+    nexts = [f'{first} {second}' for _, first, second, label in rows if label == 0]
+    assert len(nexts) > 60 and all(any(n in p for p in paragraphs) for n in nexts)
+    places = {}
+    for number, _, text in surrogate.rated_sentences('nytEditorialSnippets'):
+        places.setdefault(text, []).append(tuple(map(int, number.split(' ')[1].split('_'))))
+    editorials = surrogate.continuations(surrogate._editorials(), 'editorial')
+    for _, first, second, label in editorials:
+        if label == 0: assert any((t, p + 1) in places[second] for t, p in places[first])
+    assert {label for *_, label in editorials} == {0, 1, 2}
+
+
 def test_surrogate_shapes_are_those_of_glue():
     tasks = {n: load_surrogate(n) for n in SURROGATE_TASKS}
     assert {t.num_labels for t in tasks.values()} == {1, 2, 3}
@@ -154,3 +179,6 @@ def test_glue_from_the_command_with_a_local_copy(tmp_path, data, recipe, capsys)
     out, err = capsys.readouterr()
     assert code == 0, err
     assert '"task": "mnli"' in out and '"split": "validation_mismatched"' in out
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert {r['pretraining_seed'] for r in rows} == {recipe.seed}
+    assert all(len(r['weights']) == 8 for r in rows)

@@ -153,7 +153,7 @@ def full_size_step(micro_batch_size):
     assert all((b.labels != IGNORE).all() for b in batches)
     for _ in range(2):  # the moments are made in the first
         accumulate(micro, [b.map(torch.Tensor.pin_memory) for b in batches], grads)
-        loss, _, _ = grads.all_reduce(World(device=device), 0., False)
+        loss, *_ = grads.all_reduce(World(device=device), 0., False)
         norm = update(grads, optimizer, scaler, r.optim.clip)
     assert 0 < norm < float('inf') and 8 < loss < 14
     return torch.cuda.max_memory_reserved()
@@ -170,7 +170,8 @@ def test_the_published_micro_batch_fits_into_12_gb(capsys):
             largest = size
         if size == 1024: break  # enough; the GPU is not the limit
     with capsys.disabled():
-        print(f'\n24hbert: 32 sequences take {peak/2**30:.1f} GiB; {largest} is the largest micro-batch in 12 GB')
+        print(f'\n24hbert: 32 sequences take {peak/2**30:.1f} GiB; '
+              f'{largest} is the largest micro-batch in 12 GB')
     assert largest >= 32
 
 

@@ -12,7 +12,7 @@ from cramlit.data.packing import prepare
 from cramlit.model.encoder import MaskedLM
 from cramlit.model.stock_models import family, from_stock, our_config, to_stock
 from cramlit.running.command import main
-from cramlit.training.checkpoints import checkpoints, export_run, load_run
+from cramlit.training.checkpoints import export_run, load_run
 from cramlit.training.training import pretrain
 
 SPECIAL = dict(pad=0, cls=2, sep=3)
@@ -127,7 +127,7 @@ def test_a_failed_export_keeps_the_old_one(run, data, model, tmp_path, monkeypat
     class Full:
         def save_pretrained(self, to): raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(checkpoints, 'to_stock', lambda *args: Full())
+    monkeypatch.setattr('cramlit.training.checkpoints.to_stock', lambda *args: Full())
     with pytest.raises(CramlitError, match='No space left'): export_run(run, data/'tokenizer', model)
     assert (model/'config.json').read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ['model']

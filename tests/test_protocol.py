@@ -1,24 +1,40 @@
 "Fine-tuning and reporting: repeatable, continued, honest about what is missing"
 import json
 import math
-import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from joblib import delayed, effective_n_jobs, parallel_config
+from joblib import cpu_count, delayed, effective_n_jobs, parallel_config
 from transformers import DataCollatorWithPadding
 
+import cramlit.evaluation.finetuning as finetuning
 import cramlit.evaluation.protocol as protocol
+from cramlit.core.devices import Precision
 from cramlit.core.recipes import CramlitError, UsageError
-from cramlit.core.results import write_rows
+from cramlit.core.results import read_rows, write_rows
 from cramlit.core.scales import Finetune
-from cramlit.evaluation.finetuning import check_length, classifier, encode, make_batches, padding_rows
-from cramlit.evaluation.glue import Examples, Task
-from cramlit.evaluation.protocol import average, best_runs, job_results, jobs, load_tasks, run_suite, summary
+from cramlit.evaluation.finetuning import (
+    check_length,
+    classifier,
+    encode,
+    make_batches,
+    padding_rows,
+    run_job,
+)
+from cramlit.evaluation.glue import Examples, Task, majority
+from cramlit.evaluation.protocol import (
+    average,
+    job_results,
+    jobs,
+    load_tasks,
+    median_run,
+    run_suite,
+    task_rows,
+)
 from cramlit.model.stock_models import load_parts
 from cramlit.reporting.tables import NINE, PUBLISHED, gain_from_pretraining, table4, write_table4
 from cramlit.running.command import main
@@ -65,15 +81,174 @@ def test_other_labels_or_another_model_are_other_jobs(model, tmp_path):
     assert len(list((tmp_path/'jobs').iterdir())) == 4
 
 
-def test_a_fine_tuning_that_diverges_has_no_score_and_does_not_win(model, tmp_path):
-    job, task = jobs(toy(), GRID, 1)[0], toy()
-    wild = replace(job, lr=1e35)
-    results = job_results(model, [task], [wild, job], tmp_path)
-    assert results[0]['scores'] == {'validation': None} and results[1]['scores']['validation']['accuracy'] > 0
-    assert best_runs(results) == results[1:] and best_runs(results[:1]) == []
-    none = summary(task, 'x', [], {})
-    assert [r['value'] for r in none] == [None, None] and none[0]['seeds'] == 0
-    assert average(none, {})[0]['value'] is None
+def test_a_fine_tuning_that_diverges_counts_as_the_majority_and_says_so(model, tmp_path):
+    skewed = Examples(toy().train.first, None, [int(i % 4 == 0) for i in range(64)])
+    task = replace(toy(), train=skewed, validation={'validation': skewed}, test={'test': skewed.sample(8)})
+    job = jobs(task, GRID, 1)[0]
+    wild = [replace(job, lr=1e35, seed=s) for s in (0, 1)]
+    results = job_results(model, [task], [*wild, job], tmp_path)
+    assert [r['diverged'] for r in results] == [True, True, False]
+    assert results[0]['scores'] == majority(task, GRID.max_eval)
+    assert results[0]['predictions'] == dict(validation=[0]*32, test=[0]*8)
+    tame = [dict(results[2], job=asdict(replace(wild[0], seed=2)), scores={'validation': {'accuracy': 99.}})]
+    rows = task_rows(task, [*results[:2], *tame], IDS)
+    runs, summaries = [r for r in rows if 'seed' in r], [r for r in rows if r.get('aggregate')]
+    assert [(r['diverged'], r['value']) for r in runs] == [
+        *[(True, majority(task, GRID.max_eval)['validation']['accuracy'])]*2, (False, 99.)]
+    for r in summaries:
+        assert (r['diverged'], r['diverged_seeds'], r['seeds'], r['spread_high']) == (True, 2, 3, 99.)
+    assert summaries[0]['value'] == runs[0]['value'] < 99
+    with pytest.raises(CramlitError, match='toy diverged: there is nothing'): median_run(results[:2])
+
+
+def test_logits_that_are_no_numbers_are_a_divergence_whatever_the_last_loss_was(model, monkeypatch):
+    real = finetuning.train_classifier
+
+    def spoil(network, *args):
+        losses = real(network, *args)
+        with torch.no_grad(): next(network.parameters()).fill_(float('nan'))
+        return losses
+    monkeypatch.setattr(finetuning, 'train_classifier', spoil)
+    result = run_job(jobs(toy(), GRID, 1)[0], model, toy())
+    assert result['diverged'] and result['scores'] == majority(toy(), GRID.max_eval)
+
+
+def stamp(results, monkeypatch, commit):
+    "As if the checkout and the machine were others from now on"
+    other = results.provenance() | dict(commit=commit, hardware='another machine')
+    for module in (results, protocol): monkeypatch.setattr(module, 'provenance', lambda: other)
+
+
+def test_results_are_stamped_when_they_are_measured_and_never_again(model, tmp_path, monkeypatch):
+    import cramlit.core.results as results
+    before = run_suite(model, [toy()], GRID, 2, tmp_path, IDS)
+    stamp(results, monkeypatch, 'tomorrow')
+    assert run_suite(model, [toy()], GRID, 2, tmp_path, IDS) == before
+    for path in (tmp_path/'jobs').iterdir():  # one seed is measured again, tomorrow
+        if json.loads(path.read_text())['job']['seed'] == 1: path.unlink()
+    with parallel_config('threading', n_jobs=1): mixed = run_suite(model, [toy()], GRID, 2, tmp_path, IDS)
+    assert values(mixed) == values(before)
+    today = before[0]['commit']
+    commits = {r.get('seed'): r['commit'] for r in mixed if r['variant'] == 'pretrained'}
+    assert commits == {0: today, 1: 'tomorrow', None: f'{today}, tomorrow'}
+    assert {r['commit'] for r in mixed if r['variant'] in ('majority', 'bag-of-words')} == {today}
+
+
+def test_baselines_are_computed_once(model, tmp_path, monkeypatch):
+    before = run_suite(model, [toy()], GRID, 1, tmp_path, IDS)
+
+    def no(*args): raise AssertionError('computed again')
+    for name in ('majority', 'bag_of_words'): monkeypatch.setattr(protocol, name, no)
+    assert run_suite(model, [toy()], GRID, 1, tmp_path, IDS) == before
+    with pytest.raises(AssertionError): run_suite(model, [toy(n=60)], GRID, 1, tmp_path, IDS)
+
+
+def changed_tokenizer(folder):
+    path = folder/'tokenizer_config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(model_max_length=31)))
+
+
+def changed_config(folder):
+    path = folder/'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(hidden_dropout_prob=.2)))
+
+
+@pytest.mark.parametrize('what', ['weights', changed_tokenizer, changed_config, 'data', 'settings', 'rules',
+                                  'padding', 'precision', 'versions'])
+def test_whatever_decides_a_result_is_in_its_key(what, model, tmp_path, monkeypatch):
+    folder, grid, task = tmp_path/'model', GRID, toy()
+    shutil.copytree(model, folder)
+
+    def keys():
+        found = protocol.job_keys(folder, [task], jobs(task, grid, 2))
+        return {json.dumps(k, sort_keys=True) for k in found}
+    before = keys()
+    assert keys() == before and len(before) == 4
+    (folder/'README.md').write_text('notes')
+    (folder/'cramlit.json').write_text('{}')
+    assert keys() == before
+    if what == 'weights': shutil.copy(stock_folder('bert', tmp_path/'other')/'model.safetensors', folder)
+    elif what == 'data': task = toy(n=60)
+    elif what == 'settings': grid = replace(GRID, weight_decay=.01)
+    elif what == 'rules': monkeypatch.setattr(protocol, 'FINETUNING_VERSION', 'next')
+    elif what == 'padding': monkeypatch.setattr(protocol, 'POOL', 0)
+    elif what == 'precision': monkeypatch.setattr(protocol, 'choose_precision', lambda device: HALF)
+    elif what == 'versions': monkeypatch.setattr(protocol, 'provenance', lambda: NEXT)
+    else: what(folder)
+    assert not keys() & before
+
+
+HALF = Precision(torch.half, '')
+NEXT = dict(versions=dict(torch='9', transformers='9', tokenizers='9'))
+
+
+def test_a_model_whose_tokenizer_is_a_list_of_words_is_another_with_another_list(model, tmp_path):
+    "As the first BERT came: vocab.txt, and no tokenizer.json"
+    folder, job = tmp_path/'model', jobs(toy(), GRID, 1)[:1]
+    shutil.copytree(model, folder)
+    words = json.loads((folder/'tokenizer.json').read_text())['model']['vocab']
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'):
+        (folder/name).unlink(missing_ok=True)
+    ordered = sorted(words, key=words.get)
+    for n, vocabulary in enumerate((ordered, [*ordered[:5], *ordered[:4:-1]]), 1):
+        (folder/'vocab.txt').write_text('\n'.join(vocabulary) + '\n')
+        job_results(folder, [toy()], job, tmp_path)
+        assert len(list((tmp_path/'jobs').iterdir())) == n
+
+
+def test_two_jobs_of_one_name_are_two_results(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(protocol, 'digest', lambda value: 'same')
+    work = jobs(toy(), GRID, 2)
+    with parallel_config('threading', n_jobs=1): found = job_results(model, [toy()], work, tmp_path)
+    assert [r['job'] for r in found] == [asdict(job) for job in work]
+    assert sorted(p.name for p in (tmp_path/'jobs').iterdir()) == [
+        'same-2.json', 'same-3.json', 'same-4.json', 'same.json']
+    assert job_results(model, [toy()], work, tmp_path) == found
+
+
+def test_a_damaged_result_is_measured_again_and_stays(model, tmp_path):
+    work = jobs(toy(), GRID, 1)
+    found = job_results(model, [toy()], work, tmp_path)
+    path, *_ = (tmp_path/'jobs').iterdir()
+    path.write_text('{"key": ')
+    again = job_results(model, [toy()], work, tmp_path)
+    assert [r['scores'] for r in again] == [r['scores'] for r in found]
+    assert path.read_text() == '{"key": ' and len(list((tmp_path/'jobs').iterdir())) == 3
+
+
+def test_rows_of_another_model_and_of_other_tasks_are_moved_aside_not_lost(model, tmp_path, capsys):
+    first = run_suite(model, [toy()], GRID, 1, tmp_path, IDS | dict(pretraining_seed=42, weights='a'))
+    assert run_suite(model, [toy()], GRID, 1, tmp_path, IDS | dict(pretraining_seed=42, weights='a')) == first
+    assert not (tmp_path/'superseded').exists()
+    second = run_suite(model, [toy()], GRID, 1, tmp_path, IDS | dict(pretraining_seed=43, weights='b'))
+    aside, = (tmp_path/'superseded').iterdir()
+    assert read_rows(aside) == first and read_rows(tmp_path) == second
+    assert aside.name in capsys.readouterr().err
+    run_suite(model, [toy('other')], GRID, 1, tmp_path, IDS | dict(pretraining_seed=43, weights='b'))
+    assert len(list((tmp_path/'superseded').iterdir())) == 2
+
+
+def test_a_folder_that_takes_no_files_is_one_line_before_any_training(model, tmp_path, monkeypatch, capsys):
+    (tmp_path/'file').write_text('in the way')
+    monkeypatch.setattr(protocol, 'run_and_save', lambda *args: pytest.fail('trained for nothing'))
+    options = ['--model', str(model), '--tasks', 'review_polarity', '--scale', 'tiny']
+    capsys.readouterr()
+    assert main(['glue', *options, '--out', str(tmp_path/'file'/'out')]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and 'cannot write' in said[0] and 'Not a directory' in said[0]
+
+
+def test_a_copy_of_glue_without_the_suite_is_refused(model, tmp_path, capsys):
+    options = '--model', str(model), '--glue-dir', str(tmp_path), '--out', str(tmp_path/'out')
+    assert main(['glue', *options]) == 2
+    assert '--glue-dir is for --suite glue' in capsys.readouterr().err
+
+
+def test_hundreds_of_failures_are_not_hundreds_of_lines():
+    calls = [delayed(str)(f'job {n} failed') for n in range(300)]
+    with parallel_config('threading', n_jobs=1), pytest.raises(CramlitError) as e:
+        protocol.run_parallel(calls, 300, 'fine-tunings')
+    assert '300 of 300' in str(e.value) and len(str(e.value).splitlines()) == 10
 
 
 def test_a_failing_job_is_tried_twice_and_the_others_go_on(model, tmp_path, monkeypatch):
@@ -139,7 +314,7 @@ STOCK = {  # architecture: settings, token id of padding, positions for text
     'modernbert': (SMALL | dict(max_position_embeddings=48, global_attn_every_n_layers=1), 0, 48)}
 
 
-def stock_folder(name, folder):
+def stock_folder(name, folder, **more):
     "A small random model as transformers saves it, with a tokenizer that pads as the model expects"
     from transformers import AutoConfig, AutoModelForMaskedLM, BertTokenizerFast
     settings, pad, _ = STOCK[name]
@@ -149,10 +324,79 @@ def stock_folder(name, folder):
     tok = BertTokenizerFast(vocab={w: i for i, w in enumerate(pieces)})
     ids = dict(pad_token_id=pad, bos_token_id=tok.cls_token_id, eos_token_id=tok.sep_token_id,
                cls_token_id=tok.cls_token_id, sep_token_id=tok.sep_token_id)
-    config = AutoConfig.for_model(name, vocab_size=len(tok), **ids, **settings)
+    config = AutoConfig.for_model(name, vocab_size=len(tok), **ids, **settings | more)
     AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
+
+
+def odd_folder(kind, folder):
+    "A stock BERT with one oddity that people's folders have"
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+    stock_folder('bert', folder, max_position_embeddings=64)
+    path, weights = folder/'model.safetensors', load_file(folder/'model.safetensors')
+    others = {'half precision': {n: w.half() for n, w in weights.items()},
+              'another prefix': {f'net.{n}': w for n, w in weights.items()},
+              'a layer is gone': {n: w for n, w in weights.items() if '.query.' not in n}}
+    if kind in others: save_file(others[kind], path, dict(format='pt'))
+    if kind == 'no head': AutoModel.from_pretrained(folder).save_pretrained(folder)
+    if kind == 'a head of three classes':
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).save_pretrained(folder)
+    if kind == 'no mask token':
+        settings = json.loads((folder/'tokenizer_config.json').read_text())
+        (folder/'tokenizer_config.json').write_text(json.dumps(settings | dict(mask_token=None)))
+    if kind == 'a list of words':
+        words = AutoTokenizer.from_pretrained(folder).get_vocab()
+        (folder/'vocab.txt').write_text('\n'.join(sorted(words, key=words.get)) + '\n')
+        for name in ('tokenizer.json', 'tokenizer_config.json'): (folder/name).unlink()
+    if 'added tokens' in kind:
+        tok = AutoTokenizer.from_pretrained(folder)
+        tok.add_tokens(['<a>', '<b>'])
+        tok.save_pretrained(folder)
+    if kind == 'added tokens':
+        model = AutoModel.from_pretrained(folder)
+        model.resize_token_embeddings(len(tok))
+        model.save_pretrained(folder)
+    if kind == 'a tokenizer of tomorrow':
+        state = json.loads((folder/'tokenizer.json').read_text())
+        state['model'] = dict(type='WordPieceV2')
+        (folder/'tokenizer.json').write_text(json.dumps(state))
+    if kind == 'a pickle':
+        torch.save(weights, folder/'pytorch_model.bin')
+        path.unlink()
+    return folder
+
+
+FINE = ('half precision', 'no head', 'a head of three classes', 'no mask token', 'a list of words',
+        'added tokens')
+ODD = {'another prefix': 'weights of its encoder',
+       'a layer is gone': 'bert.encoder.layer.0.attention.self.query.bias',
+       'added tokens, no rows': 'do not belong together', 'a tokenizer of tomorrow': 'cannot be loaded',
+       'a pickle': 'This converts it once: python -c'}
+
+
+@pytest.mark.parametrize('kind', FINE)
+def test_odd_folders_are_fine_tuned_in_float32(kind, tmp_path):
+    folder = odd_folder(kind, tmp_path/'a b [v1]')
+    network = classifier(folder, toy(), True, 0)
+    assert {p.dtype for p in network.parameters()} == {torch.float32} and network.config.num_labels == 2
+    result = run_job(jobs(toy(), replace(GRID, max_train=16), 1, ('pretrained',))[0], folder, toy())
+    assert not result['diverged']
+
+
+@pytest.mark.parametrize('kind', ODD)
+def test_folders_that_cannot_be_fine_tuned_are_one_line(kind, tmp_path, capsys):
+    folder = odd_folder(kind, tmp_path/'model')
+    capsys.readouterr()
+    code = main(['glue', '--model', str(folder), '--tasks', 'review_polarity', '--scale', 'tiny',
+                 '--out', str(tmp_path/'out')])
+    err = capsys.readouterr().err
+    said = [line for line in err.splitlines() if line.startswith('cramlit: ')]
+    assert code == 1 and len(said) == 1 and err.endswith(f'{said[0]}\n') and ODD[kind] in said[0]
+    if kind != 'a pickle': return
+    exec(said[0].split('python -c "')[1].removesuffix('"'))  # what the message says to run
+    assert (folder/'model.safetensors').exists() and classifier(folder, toy(), True, 0)
 
 
 @pytest.mark.parametrize('name', STOCK)
@@ -187,14 +431,17 @@ def test_a_tokenizer_without_padding_is_one_line(model, tmp_path, capsys):
 
 
 def test_all_cores_work_unless_the_user_says_otherwise():
-    with protocol.local_workers(): assert effective_n_jobs(None) == len(os.sched_getaffinity(0))
+    with protocol.local_workers(): assert effective_n_jobs(None) == cpu_count()
     with parallel_config('loky', n_jobs=1), protocol.local_workers(): assert effective_n_jobs(None) == 1
     with parallel_config('threading', n_jobs=3), protocol.local_workers(): assert effective_n_jobs(None) == 3
 
 
 def test_a_cluster_that_the_user_chose_does_the_work(model, tmp_path):
     "Through joblib on a dask cluster, with the results of local processes"
+    import dask
     from dask.distributed import Client, LocalCluster, get_task_stream
+    patience = dict.fromkeys(('connect', 'tcp'), '300s')  # on a machine that has other work as well
+    dask.config.set({f'distributed.comm.timeouts.{k}': v for k, v in patience.items()})
     here = run_suite(model, [toy()], GRID, 1, tmp_path/'here', IDS)
     local = dict(n_workers=2, threads_per_worker=1, dashboard_address=None)
     with LocalCluster(**local) as cluster, Client(cluster) as client, get_task_stream(client) as done:

@@ -1,5 +1,4 @@
 "GLUE submissions: from a folder in either public form to a valid zip, and refusals before any training"
-import json
 import zipfile
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from cramlit.core.recipes import CramlitError
 from cramlit.core.scales import get_scale
 from cramlit.evaluation.finetuning import run_job
 from cramlit.evaluation.glue import GLUE, SUBMISSION_FILES, Examples, check_submission, load_ax, load_glue
-from cramlit.evaluation.protocol import jobs
+from cramlit.evaluation.protocol import jobs, submit
 from cramlit.running.command import main
 from cramlit.training.checkpoints import export_run
 from cramlit.training.training import pretrain
@@ -42,6 +41,14 @@ def whole(make, root):
     return root
 
 
+COUNTS = {n: 3 if n == 'AX.tsv' else ROWS for n in SUBMISSION_FILES}  # of these files, not as published
+
+
+def answer(model, root, out, to, counts=COUNTS):
+    with parallel_config('threading', n_jobs=1):
+        return submit(model, out, get_scale('tiny'), to, str(root), 1, counts)
+
+
 def glue(model, root, out, *more):
     with parallel_config('threading', n_jobs=1):
         return main(['glue', '--model', str(model), '--suite', 'glue', '--glue-dir', str(root),
@@ -49,12 +56,11 @@ def glue(model, root, out, *more):
 
 
 @pytest.mark.parametrize('make', [make_tsv, make_parquet])
-def test_from_a_glue_folder_to_the_benchmarks_zip(make, model, tmp_path, capsys):
+def test_from_a_glue_folder_to_the_benchmarks_zip(make, model, tmp_path):
     root, to = whole(make, tmp_path/'glue'), tmp_path/'out.zip'
-    assert glue(model, root, tmp_path/'out', '--submit', str(to), '--json') == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = answer(model, root, tmp_path/'out', to)
     counts = {r['file']: r['value'] for r in rows if r['metric'] == 'answers'}
-    assert counts == {n: 3 if n == 'AX.tsv' else ROWS for n in SUBMISSION_FILES}
+    assert counts == COUNTS
     with zipfile.ZipFile(to) as z: files = {n: z.read(n).decode().splitlines() for n in z.namelist()}
     assert set(files) == set(SUBMISSION_FILES)
     assert all(lines[0] == 'index\tprediction' for lines in files.values())
@@ -68,7 +74,7 @@ def test_from_a_glue_folder_to_the_benchmarks_zip(make, model, tmp_path, capsys)
     kept = sorted((tmp_path/'out'/'jobs').iterdir())
     assert len(kept) == 2*9 + 9
     before, times = to.read_bytes(), [p.stat().st_mtime_ns for p in kept]
-    assert glue(model, root, tmp_path/'out', '--submit', str(to)) == 0
+    assert answer(model, root, tmp_path/'out', to) == rows
     assert to.read_bytes() == before
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path/'out'/'jobs').iterdir())] == times
 
@@ -78,8 +84,8 @@ def test_what_is_missing_is_named_before_any_training(model, tmp_path, capsys):
     for name in ('QNLI/test.tsv', 'MNLI/test_mismatched.tsv', 'WNLI/train.tsv', 'diagnostic/diagnostic.tsv'):
         (root/name).unlink()
     submission = '--submit', str(tmp_path/'out.zip')
-    assert glue(model, root, tmp_path/'out', *submission) == 1
-    err = capsys.readouterr().err
+    with pytest.raises(CramlitError) as e: answer(model, root, tmp_path/'out', tmp_path/'out.zip')
+    err = str(e.value)
     expected = 'qnli: no test set', 'mnli: no test_mismatched set', 'wnli: ', 'train.tsv is missing', 'AX: '
     for part in expected: assert part in err
     assert 'cola' not in err and not (tmp_path/'out').exists() and not (tmp_path/'out.zip').exists()
@@ -89,6 +95,18 @@ def test_what_is_missing_is_named_before_any_training(model, tmp_path, capsys):
     for more in (['--tasks', 'cola'], ['--suite', 'surrogate']):
         assert glue(model, root, tmp_path/'out', *submission, *more) == 2
         assert 'all tasks of GLUE' in capsys.readouterr().err
+
+
+def test_a_test_set_that_was_cut_short_is_refused_before_any_training(model, tmp_path, capsys):
+    root = whole(make_parquet, tmp_path/'glue')
+    assert glue(model, root, tmp_path/'out', '--submit', str(tmp_path/'out.zip')) == 1
+    err = capsys.readouterr().err
+    assert 'CoLA.tsv: the test set has 4 examples, 1,063 are published' in err
+    assert 'AX.tsv: the ax set has 3 examples, 1,104 are published' in err
+    for name in SUBMISSION_FILES: assert name in err
+    assert not (tmp_path/'out').exists() and not (tmp_path/'out.zip').exists()
+    with pytest.raises(CramlitError, match='QNLI.tsv: the test set has 4 examples, 5 are published'):
+        answer(model, root, tmp_path/'out', tmp_path/'out.zip', COUNTS | {'QNLI.tsv': 5})
 
 
 def test_no_line_of_a_test_set_goes_missing(tmp_path, capsys):

@@ -75,7 +75,8 @@ def scalars(folder):
 
 def test_tensorboard_has_every_line_once_though_the_run_was_broken_off(often, data, tmp_path, monkeypatch):
     break_off_at(monkeypatch, 8)
-    with pytest.raises(KeyboardInterrupt): train.pretrain(often, data, tmp_path/'run', steps=12, track='tensorboard')
+    with pytest.raises(KeyboardInterrupt):
+        train.pretrain(often, data, tmp_path/'run', steps=12, track='tensorboard')
     train.pretrain(often, data, tmp_path/'run', steps=12, track='tensorboard')
     seen, log = scalars(tmp_path/'run'/'tensorboard'), lines(tmp_path/'run'/'metrics.jsonl')
     got = [(e.step, e.value) for e in seen.Scalars('validation_loss')]
@@ -85,18 +86,29 @@ def test_tensorboard_has_every_line_once_though_the_run_was_broken_off(often, da
 
 
 def test_steps_that_are_taken_again_are_not_logged_again(often, data, tmp_path, monkeypatch):
-    "The log goes beyond the last checkpoint when the run dies: its lines are dropped, but the tracker has them"
+    "The log is past the last checkpoint when the run dies: its lines are dropped, but the tracker has them"
     often = override(often, ['checkpoint.every=0.5'])
     break_off_at(monkeypatch, 11)
-    with pytest.raises(KeyboardInterrupt): train.pretrain(often, data, tmp_path/'run', steps=12, track='tensorboard')
+    with pytest.raises(KeyboardInterrupt):
+        train.pretrain(often, data, tmp_path/'run', steps=12, track='tensorboard')
     for name in ('metrics.jsonl', 'samples.jsonl'):
         with open(tmp_path/'run'/name, 'a') as f: f.write('{"step": 10, "sec')  # what a kill may leave
     train.pretrain(often, data, tmp_path/'run', steps=12, track='tensorboard')
     steps = [e.step for e in scalars(tmp_path/'run'/'tensorboard').Scalars('validation_loss')]
     assert steps == [0, 3, 6, 9, 12]
-    samples = [x['step'] for x in lines(tmp_path/'run'/'samples.jsonl')]
-    assert samples == sorted(samples) and len(samples) == 5*len(set(map(str, (x['tokens'] for x in lines(tmp_path/'run'/'samples.jsonl')))))
+    samples = lines(tmp_path/'run'/'samples.jsonl')
+    sample_steps = [x['step'] for x in samples]
+    sentences = {str(x['tokens']) for x in samples}
+    assert sample_steps == sorted(sample_steps) and len(samples) == 5*len(sentences)
 
+
+TRAIN_WITH_TRACKIO = '''
+import json, sys
+from cramlit.core.recipes import recipe_from_dict
+from cramlit.training.training import pretrain
+recipe, data, out = sys.argv[1:]
+pretrain(recipe_from_dict(json.load(open(recipe))), data, out, steps=12, track='trackio')
+'''
 
 READ_TRACKIO = '''
 import json, trackio
@@ -108,19 +120,28 @@ print(json.dumps([(r.name, r.config, SQLiteStorage.get_logs('cramlit', r.name, r
 
 def test_trackio_continues_one_run(often, data, tmp_path):
     pytest.importorskip('trackio')
-    env = os.environ | dict(TRACKIO_DIR=str(tmp_path/'trackio'), HF_HUB_OFFLINE='1', HF_TOKEN='hf_' + 'secret'*5)
-    code = (f'from cramlit.training.training import pretrain; from cramlit.core.recipes import recipe_from_dict; import json, sys; '
-            f'pretrain(recipe_from_dict(json.load(open({str(tmp_path/"recipe.json")!r}))), {str(data)!r}, {str(tmp_path/"run")!r}, steps=12, track="trackio")')
+    own = dict(TRACKIO_DIR=str(tmp_path/'trackio'), HF_HUB_OFFLINE='1', HF_TOKEN='hf_' + 'secret'*5)
+
+    def python(code, *args):
+        command = [sys.executable, '-c', code, *map(str, args)]
+        return subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+
+    def losses(log):
+        return [(x['step'], x['validation_loss']) for x in log if 'validation_loss' in x]
     (tmp_path/'recipe.json').write_text(json.dumps(asdict(often)))
-    (tmp_path/'run').mkdir(); (tmp_path/'run'/'stop').touch()  # the wish to stop after the first step
-    first = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'stop').touch()  # the wish to stop after the first step
+    first = python(TRAIN_WITH_TRACKIO, tmp_path/'recipe.json', data, tmp_path/'run')
     assert 'Interrupted' in first.stderr and first.stdout == ''
-    second = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    second = python(TRAIN_WITH_TRACKIO, tmp_path/'recipe.json', data, tmp_path/'run')
     assert second.returncode == 0 and second.stdout == '', second.stderr
-    (name, config, logs), = json.loads(subprocess.run([sys.executable, '-c', READ_TRACKIO], env=env, capture_output=True, text=True, check=True).stdout)
-    assert name.startswith('run-') and config['recipe']['optim']['lr'] == often.optim.lr and 'secret' not in str(config)
-    want = [(x['step'], x['validation_loss']) for x in lines(tmp_path/'run'/'metrics.jsonl') if 'validation_loss' in x]
-    assert [(x['step'], x['validation_loss']) for x in logs if 'validation_loss' in x] == want and len(want) == 5
+    kept = python(READ_TRACKIO)
+    assert kept.returncode == 0, kept.stderr
+    (name, config, logs), = json.loads(kept.stdout)
+    assert name.startswith('run-') and 'secret' not in str(config)
+    assert config['recipe']['optim']['lr'] == often.optim.lr
+    want = losses(lines(tmp_path/'run'/'metrics.jsonl'))
+    assert losses(logs) == want and len(want) == 5
 
 
 FAKE_WANDB = '''
@@ -140,18 +161,24 @@ def test_wandb_is_offline_and_keeps_its_id(often, data, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, 'wandb', raising=False)
     break_off_at(monkeypatch, 8)
-    with pytest.raises(KeyboardInterrupt): train.pretrain(often, data, tmp_path/'run', steps=12, track='wandb')
+    with pytest.raises(KeyboardInterrupt):
+        train.pretrain(often, data, tmp_path/'run', steps=12, track='wandb')
     train.pretrain(often, data, tmp_path/'run', steps=12, track='wandb')
     import wandb
     begun = [c[1] for c in wandb.calls if c[0] == 'init']
-    assert len(begun) == 2 and begun[0]['id'] == begun[1]['id'] and {b['mode'] for b in begun} == {'offline'} and begun[0]['config']['steps'] == 12
+    assert len(begun) == 2 and begun[0]['id'] == begun[1]['id']
+    assert {b['mode'] for b in begun} == {'offline'} and begun[0]['config']['steps'] == 12
     assert [c[1] for c in wandb.calls if c[0] == 'log' and 'validation_loss' in c[2]] == [0, 3, 6, 9, 12]
     assert [c[0] for c in wandb.calls].count('finish') == 2
     monkeypatch.delitem(sys.modules, 'wandb')
 
 
-@pytest.mark.parametrize('given, says', [('trackoi', "Did you mean 'trackio'?"), ('wandb', 'pip install wandb')])
-def test_a_tracker_that_is_not_there_is_a_mistake_before_anything_is_done(given, says, data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('given, says', [
+    ('trackoi', "Did you mean 'trackio'?"),
+    ('wandb', 'pip install wandb'),
+])
+def test_a_tracker_that_is_not_there_is_a_mistake_before_anything_is_done(
+        given, says, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(track, 'find_spec', lambda name: None)
     assert main(['pretrain', '--data', str(data), '--out', str(tmp_path/'run'), '--track', given]) == 2
     assert says in capsys.readouterr().err and not (tmp_path/'run').exists()
@@ -166,7 +193,8 @@ def test_trackio_shall_not_send_anything_away(monkeypatch):
 
 
 def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path, monkeypatch):
-    (tmp_path/'wandb'/'offline-run-1').mkdir(parents=True)  # what an earlier run leaves in the working directory
+    # what an earlier run leaves in the working directory
+    (tmp_path/'wandb'/'offline-run-1').mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     installed = [p for p in sys.path if p and not os.path.exists(os.path.join(p, 'wandb'))]
     monkeypatch.setattr(sys, 'path', ['', *installed])
@@ -176,13 +204,21 @@ def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('when', ['open', 'write', 'close'])
-def test_a_failing_tracker_is_said_once_and_training_goes_on(when, often, data, tmp_path, monkeypatch, capsys):
+def test_a_failing_tracker_is_said_once_and_training_goes_on(
+        when, often, data, tmp_path, monkeypatch, capsys):
     def fail(*args): raise OSError(28, 'No space left on device')
-    nothing = lambda *args: None
-    opener = fail if when == 'open' else lambda *args: (fail if when == 'write' else nothing, fail if when == 'close' else nothing)
+
+    def nothing(*args): pass
+
+    def opener(*args):
+        if when == 'open': fail()
+        write = fail if when == 'write' else nothing
+        close = fail if when == 'close' else nothing
+        return write, close
     monkeypatch.setitem(track.TRACKERS, 'tensorboard', opener)
     rows = train.pretrain(often, data, tmp_path/'run', steps=4, track='tensorboard')
-    assert capsys.readouterr().err.count('tensorboard failed (OSError: [Errno 28] No space left on device)') == 1
+    failure = 'tensorboard failed (OSError: [Errno 28] No space left on device)'
+    assert capsys.readouterr().err.count(failure) == 1
     assert next(r['value'] for r in rows if r['metric'] == 'steps') == 4
 
 
@@ -204,7 +240,8 @@ def test_only_the_main_process_logs_and_is_tracked(often, data, tmp_path, monkey
 def test_predicting_changes_no_weight(done, often, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'prediction_writer', lambda *args: lambda line: None)
     train.pretrain(often, data, tmp_path/'unseen', steps=40, scale='tiny')
-    a, b = (load_file(checkpoints(r/'checkpoints')[-1]/'model.safetensors') for r in (done, tmp_path/'unseen'))
+    last = [checkpoints(r/'checkpoints')[-1] for r in (done, tmp_path/'unseen')]
+    a, b = (load_file(checkpoint/'model.safetensors') for checkpoint in last)
     assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path/'unseen'/'samples.jsonl').exists()
 
 
@@ -215,8 +252,11 @@ def test_predictions_are_about_held_out_sentences(done, data, text):
     assert [s['step'] for s in samples[::6]] == [0, 10, 20, 30, 40]
     for s in samples:
         words = iter(s['words'])
-        assert ' '.join(next(words) if t == '[MASK]' else t for t in s['tokens']).replace(' ##', '').replace(' .', '.') in held
-        assert all(1 >= sum(p for _, p in g) > 0 and [p for _, p in g] == sorted((p for _, p in g), reverse=True) for g in s['guesses'])
+        sentence = ' '.join(next(words) if t == '[MASK]' else t for t in s['tokens'])
+        assert sentence.replace(' ##', '').replace(' .', '.') in held
+        for guesses in s['guesses']:
+            shares = [p for _, p in guesses]
+            assert 1 >= sum(shares) > 0 and shares == sorted(shares, reverse=True)
 
 
 class Structure(HTMLParser):
@@ -391,7 +431,8 @@ def test_rows_and_the_page_by_command(done, capsys):
     capsys.readouterr()
     assert main(['watch', str(done), '--json']) == 0
     rows = {r['metric']: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert rows['step']['value'] == 40 and rows['step']['state'] == 'finished' and rows['budget_spent']['value'] == 1
+    assert rows['step']['value'] == 40 and rows['step']['state'] == 'finished'
+    assert rows['budget_spent']['value'] == 1
 
 
 @pytest.fixture
@@ -401,7 +442,8 @@ def terminal():
     def start(*args, **env):
         command = ['-m', 'cramlit.running.command', 'watch', *map(str, args)]
         env = {k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm-256color') | env
-        child = pexpect.spawn(sys.executable, command, dimensions=(30, 90), timeout=600, encoding='utf-8', env=env)
+        child = pexpect.spawn(sys.executable, command, dimensions=(30, 90), timeout=600,
+                              encoding='utf-8', env=env)
         children.append(child)
         return child
     yield start
@@ -421,7 +463,8 @@ def test_on_a_terminal_it_follows_the_run_and_ctrl_c_leaves(going, terminal):
     child.sendintr()
     child.expect(pexpect.EOF)
     child.wait()
-    assert child.exitstatus == 0 and 'Traceback' not in child.before and '\x1b[?1049l' in child.before, 'the screen is given back'
+    assert child.exitstatus == 0 and 'Traceback' not in child.before
+    assert '\x1b[?1049l' in child.before, 'the screen is given back'
 
 
 def test_on_a_terminal_it_ends_with_the_run(going, done, terminal):

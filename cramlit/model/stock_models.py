@@ -276,6 +276,8 @@ def load_parts(
         except Exception as e:  # torch, pickle and zipfile have a dozen kinds
             raise CramlitError(f'{p}: the weights are damaged or not tensors alone ({_first_line(e)}). '
                                'Export or fetch them again') from None
+    if not hasattr(config, 'vocab_size'):
+        raise CramlitError(f'{folder} is a {config.model_type} model, not one of text')
     largest = max(tok.get_vocab().values())
     if largest >= config.vocab_size:
         raise CramlitError(f'{folder}: the tokenizer has ids up to {largest}, the model '
