@@ -516,7 +516,7 @@ def _text_file(path: Path, split: str) -> Iterator[Document]:
         for text in filter(str.strip, whole + parts):
             n += 1
             yield Document(f'{path.name}:{n}', text)
-    yield Document(f'{path.name}:{n + 1}' if n else path.name, rest)
+    yield Document(f'{path.name}:{n + 1}' if n else path.name, rest.strip() if between else rest)
 
 # %% ../../nbs/data/10_corpus.ipynb #d9b37a15
 _EXTRACTED = re.compile(r'\s*<doc [^>]*title="([^"]*)"[^>]*>\s*(.*)', re.S)
