@@ -203,15 +203,10 @@ def test_documents_tokenised_whole_are_their_sentences_tokenised_one_by_one(text
 
 def test_a_text_may_name_special_tokens(data):
     tok = load_tokenizer(data/'tokenizer')
-    plain = 'The stone house. A river sees people.'
-    named = 'The stone [SEP] house. A [SEP] river sees people.'
-    last = 'Cold light.'
-    docs = [Document('0', plain), Document('1', named), Document('2', last)]
-    (_, a), (_, b), (_, c) = encode_documents(docs, tok)
-    ids_plain = [i for piece in a for i in piece]
-    ids_named = [i for piece in b for i in piece]
-    assert ids_plain == ids_named, 'the separator is not part of any sentence'
-    assert c == [tok(last, add_special_tokens=False).input_ids], 'what follows is not shifted'
+    named, last = 'The stone [SEP] house. A [MASK] river sees people.', 'Cold light.'
+    (_, a), (_, b) = encode_documents([Document('0', named), Document('1', last)], tok)
+    assert not {2, 3, 4} & {i for piece in a for i in piece}, 'they are words'
+    assert b == [tok(last, add_special_tokens=False).input_ids], 'what follows is not shifted'
 
 
 def test_a_tokenizer_that_would_truncate_does_not(recipe, data, tmp_path):

@@ -128,6 +128,20 @@ def test_shards_are_cut_and_numbered_through(tmp_path, monkeypatch):
     assert write_shards([], tmp_path, 'empty', 4, IDS, 100) == dict(rows=0, tokens=0, files=[])
 
 
+def test_rows_are_numbered_like_an_array(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, 'SHARD_ROWS', 3)
+    split = write_shards([[i] for i in range(10, 18)], tmp_path, 'train', 4, IDS, 100)
+    rows = packing.Rows(tmp_path, split, 4)
+    whole = np.concatenate([np.load(tmp_path/f['name']) for f in split['files']]).astype(np.int64)
+    for index in (0, -1, 7, np.int64(3), [-8, 7, 0], [], slice(2, -1), slice(None, None, -2), range(8),
+                  whole[:, 1] > 14, np.array([[1, 2], [3, -4]]), np.uint8([7])):
+        assert np.array_equal(rows[index], whole[index]), index
+        assert rows[index].dtype == np.int64
+    for index in (8, -9, [0, 8], [2**40], 1.5, [True, False], 'a', np.uint64([2**63 + 5])):
+        with pytest.raises(IndexError): rows[index]
+    assert [row[1] for row in rows] == list(range(10, 18))
+
+
 def test_held_out_documents_are_never_trained_on(recipe, data):
     held = {d.text for d in read_documents(data/'holdout.jsonl.gz')}
     everything = {d.text for d in documents(recipe.corpus.source)}
@@ -177,4 +191,4 @@ def test_sentences(text, parts):
 
 
 def test_manifest_is_plain_json(data):
-    assert json.loads((data/'manifest.json').read_text())['format'] == 1
+    assert json.loads((data/'manifest.json').read_text())['format'] == packing.FORMAT

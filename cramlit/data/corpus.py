@@ -490,7 +490,8 @@ def _decoded(path: Path) -> Iterator[str]:
     "A text file in pieces, with \\n for all ends of lines; raises `CramlitError` naming the byte at fault"
     with reading(path), open_unpacked(path) as f:
         encoding, read = _encoding(f), 0
-        if encoding == 'utf-8' and f.peek(3)[:3] == codecs.BOM_UTF8: read = len(f.read(3))  # type: ignore[attr-defined]
+        begins = f.peek(3)[:3]  # type: ignore[attr-defined]
+        if encoding == 'utf-8' and begins == codecs.BOM_UTF8: read = len(f.read(3))
         decoder = codecs.getincrementaldecoder(encoding)()
         lines, piece = io.IncrementalNewlineDecoder(decoder, translate=True), b' '
         while piece:
@@ -515,7 +516,7 @@ def _text_file(path: Path, split: str) -> Iterator[Document]:
         for text in filter(str.strip, whole + parts):
             n += 1
             yield Document(f'{path.name}:{n}', text)
-    yield Document(f'{path.name}:{n + 1}' if n else path.name, rest)
+    yield Document(f'{path.name}:{n + 1}' if n else path.name, rest.strip() if between else rest)
 
 # %% ../../nbs/data/10_corpus.ipynb #d9b37a15
 _EXTRACTED = re.compile(r'\s*<doc [^>]*title="([^"]*)"[^>]*>\s*(.*)', re.S)
