@@ -251,7 +251,7 @@ def test_suffixes(tmp_path):
 
 
 def test_zstd_is_read_or_the_package_is_named(tmp_path):
-    try: import zstandard
+    try: import zstandard  # noqa: I001
     except ImportError:
         write(tmp_path/'a.txt.zst', b'\x28\xb5\x2f\xfd')
         with pytest.raises(CramlitError, match='install the package zstandard'):
