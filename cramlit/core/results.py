@@ -14,8 +14,6 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from .recipes import CramlitError, UsageError
 
 # %% ../../nbs/core/02_results.ipynb #7c1d2ee0
@@ -108,6 +106,7 @@ def locked(
     wait: bool = False,  # for another process that has it, else raise `UsageError`
 ):
     "Have a folder for this process alone"
+    from filelock import FileLock, Timeout  # here: help and errors need no other package
     folder = Path(folder)
     lock, seconds = FileLock(folder/'.lock', fallback_to_soft=False), 0
     while not lock.is_locked:
