@@ -180,6 +180,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'cramlit.data.packing._progress': ('data/packing.html#_progress', 'cramlit/data/packing.py'),
                                       'cramlit.data.packing._read_manifest': ( 'data/packing.html#_read_manifest',
                                                                                'cramlit/data/packing.py'),
+                                      'cramlit.data.packing._read_sources': ('data/packing.html#_read_sources', 'cramlit/data/packing.py'),
                                       'cramlit.data.packing._save_tokenizer': ( 'data/packing.html#_save_tokenizer',
                                                                                 'cramlit/data/packing.py'),
                                       'cramlit.data.packing._settings': ('data/packing.html#_settings', 'cramlit/data/packing.py'),

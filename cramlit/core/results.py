@@ -59,7 +59,7 @@ def cannot_read(
     "Why a file could not be read, and what to do about this reason"
     if _dangles(path): advice = 'It is a link to nothing: mend or remove it'
     elif e.errno in (errno.EACCES, errno.EPERM): advice = 'Ask for the right to read it, or leave it out'
-    else: advice = 'Look after the file, or leave it out'
+    else: advice = 'Mend it, or leave it out'
     return CramlitError(f"cannot read {path}: {e.strerror or e}. {advice}")
 
 # %% ../../nbs/core/02_results.ipynb #b8b946a0

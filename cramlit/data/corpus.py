@@ -116,8 +116,11 @@ class _Zstd(io.RawIOBase):
 def _open_zip(path: Path) -> IO[bytes]:
     z = zipfile.ZipFile(path)
     members = [m for m in z.infolist() if not m.is_dir()]
-    if len(members) == 1: return z.open(members[0])
-    raise CramlitError(f'{path} holds {len(members)} files where one is expected: unpack it into a folder')
+    if len(members) != 1:
+        raise CramlitError(f'{path} holds {len(members)} files where one is expected: unpack them')
+    try: return z.open(members[0])
+    except (RuntimeError, NotImplementedError) as e:  # a password, or a method that Python does not know
+        raise CramlitError(f'{path} cannot be unpacked here ({e}): unpack it yourself') from None
 
 _UNPACK = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zip': _open_zip,
            '.zst': lambda path: io.BufferedReader(_Zstd(path), 1 << 16)}
@@ -317,7 +320,7 @@ def wikipedia(
         else: yield Document(title, text)
 
 # %% ../../nbs/data/10_corpus.ipynb #a5876428
-_SUFFIXES = {'.txt': 'text', '.jsonl': 'json', '.ndjson': 'json', '.parquet': 'parquet'}
+_SUFFIXES = {'.txt': 'text', '.text': 'text', '.jsonl': 'json', '.ndjson': 'json', '.parquet': 'parquet'}
 _EXPECTED = ', '.join(_SUFFIXES) + ' (packed or not), WikiExtractor\'s files or a dump of Wikipedia'
 
 def _is_records(line: bytes, field: str) -> bool:
@@ -354,6 +357,9 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
+        if {'manifest.json', 'holdout.jsonl.gz'} <= set(names):  # prepared data is no text to prepare
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith(('.', '__MACOSX')))
         yield from (Path(place)/name for name in names if not name.startswith('.'))
 
@@ -370,7 +376,8 @@ def source_files(
         raise UsageError(f'{path} {what}: give enwik8, hub:NAME[:CONFIG], or files and folders') from None
     except OSError as e: raise cannot_read(path, e) from None
     if not path.is_dir():
-        if kind := file_kind(path): return {path: kind}
+        kind = file_kind(path) or path.suffix.lower() == '.json' and 'json'
+        if kind: return {path: kind}
         raise UsageError(f'{path} is of no known kind: expected {_EXPECTED}. Plain text is named .txt')
     found = dict[Path, str]()
     for p in sorted(_walk(path)):
@@ -483,7 +490,7 @@ def guess_split(
         widths = [len(line) for line in inner]
         broken = max(widths) <= 120 and np.median(widths) >= 45 and ended < .3  # at a fixed width
         return 'file' if broken else 'blank'
-    long = len(blocks) == 1 and len(lines) >= enough and np.median([len(line) for line in lines]) >= 200
+    long = len(blocks) == 1 and len(lines) >= enough and np.median([len(line) for line in lines]) >= 400
     return 'line' if long else 'file'
 
 def _decoded(path: Path) -> Iterator[str]:
@@ -502,8 +509,9 @@ def _decoded(path: Path) -> Iterator[str]:
             waiting = len(decoder.getstate()[0])
             try: text = lines.decode(piece, final=not piece)
             except UnicodeDecodeError as e:
-                raise CramlitError(f'{path} is not {encoding.upper()} at byte {read - waiting + e.start}: '
-                                   'convert it, say with iconv -f LATIN1 -t UTF-8') from None
+                advice = 'convert it, say with iconv -f LATIN1 -t UTF-8' if encoding == 'utf-8' else 'mend it'
+                where = read - waiting + e.start
+                raise CramlitError(f'{path} is not {encoding.upper()} at byte {where}: {advice}') from None
             read += len(piece)
             yield text
 
@@ -622,13 +630,13 @@ def source_state(
 ) -> dict[str, list[int]]:  # file → its size in bytes, and when it was changed, in nanoseconds
     "What tells whether local files have changed; empty for enwik8 and what is on the hub"
     found = list[Path]()
-    for part in same_source(source):
+    for part in split_source(source):
         name = _hub_parts(part)[0] if part.startswith('hub:') else ''
         if os.path.isdir(name): found += sorted(_walk(Path(name)))
         elif part != 'enwik8' and not name: found += source_files(part, field)
     state = {}
     for path in found:
-        with reading(path): state[str(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
+        with reading(path): state[os.path.realpath(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
     return state
 
 def _clean(text: str, counts: Counter) -> str:
