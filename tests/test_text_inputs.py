@@ -180,7 +180,8 @@ def test_a_link_to_another_file_is_a_change(own, tmp_path, capsys):
     assert prepare(link, tmp_path/'data') == 0 == prepare(link, tmp_path/'data')
     link.unlink()
     link.symlink_to(other)
-    assert prepare(link, tmp_path/'data') == 2 and 'and 1 more are not as they were' in capsys.readouterr().err
+    assert prepare(link, tmp_path/'data') == 2
+    assert 'and 1 more are not as they were' in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_has_changed_is_refused(own, tmp_path, capsys):

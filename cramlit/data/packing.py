@@ -435,8 +435,8 @@ def _kept(recipe: Recipe, out: Path) -> dict:
     if other: raise UsageError(f'{out} was prepared with other settings ({other}): {anew}')
     sources = _read_sources(out)
     if manifest['format'] < DATA_FORMAT or not sources:
-        raise UsageError(f'{out} was prepared by an earlier version, which read text otherwise, or has lost its '
-                         f'sources.json. It can still be trained on; to prepare it anew, {anew}')
+        raise UsageError(f'{out} was prepared by an earlier version, which read text otherwise, or has lost '
+                         f'its sources.json. It can still be trained on; to prepare it anew, {anew}')
     if changed := _changed(sources['files'], _sources(recipe)['files']):
         raise UsageError(f'since {out} was prepared, {changed}: {anew}')
     return manifest
