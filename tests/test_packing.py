@@ -191,4 +191,4 @@ def test_sentences(text, parts):
 
 
 def test_manifest_is_plain_json(data):
-    assert json.loads((data/'manifest.json').read_text())['format'] == packing.DATA_FORMAT
+    assert json.loads((data/'manifest.json').read_text())['format'] == packing.FORMAT
