@@ -820,7 +820,9 @@ def test_no_home(tmp_path, monkeypatch, capsys):
 
 
 def test_a_hub_that_cannot_keep_its_files(monkeypatch):
-    def refuse(*args, **kwargs): raise PermissionError(errno.EACCES, 'Permission denied', '/home/nobody/.cache')
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, 'Permission denied', '/home/nobody/.cache')
+
     monkeypatch.setattr('datasets.load_dataset', refuse)
     with pytest.raises(CramlitError, match='Set HF_HOME to a folder that can be written'):
         texts_of('hub:some/set')
