@@ -633,6 +633,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'cramlit/experiments/search.py'),
                                             'cramlit.experiments.search.trial_ids': ( 'experiments/search.html#trial_ids',
                                                                                       'cramlit/experiments/search.py'),
+                                            'cramlit.experiments.search.trial_key': ( 'experiments/search.html#trial_key',
+                                                                                      'cramlit/experiments/search.py'),
                                             'cramlit.experiments.search.trial_rows': ( 'experiments/search.html#trial_rows',
                                                                                        'cramlit/experiments/search.py'),
                                             'cramlit.experiments.search.trial_table': ( 'experiments/search.html#trial_table',
