@@ -32,7 +32,7 @@ def check_build(
     oldest, index = min(built_for), 'https://download.pytorch.org/whl/cu126'
     advice = 'take a newer torch'
     if capability < oldest:
-        advice = f'take the build for CUDA 12.6: make env TORCH=cu126, or pip install torch --index-url {index}'
+        advice = f'make env TORCH=cu126, or pip install torch --index-url {index}, has the build that knows it'
     name, (major, minor) = torch.cuda.get_device_name(device), capability
     raise CramlitError(f'{name} has compute capability {major}.{minor}, and torch {torch.__version__} '
                        f'is built for {oldest[0]}.{oldest[1]} and newer: {advice}')
