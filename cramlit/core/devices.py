@@ -29,10 +29,10 @@ def check_build(
         if made_for <= capability and same_or_portable: return
         built_for.append(made_for)
     if not built_for: return  # not CUDA
-    oldest, index = min(built_for), 'https://download.pytorch.org/whl/cu126'
-    advice = 'take a newer torch'
+    oldest, advice = min(built_for), 'take a newer torch'
     if capability < oldest:
-        advice = f'make env TORCH=cu126, or pip install torch --index-url {index}, has the build that knows it'
+        advice = ('take the build for CUDA 12.6, with make env TORCH=cu126, '
+                  'or pip install torch --index-url https://download.pytorch.org/whl/cu126')
     name, (major, minor) = torch.cuda.get_device_name(device), capability
     raise CramlitError(f'{name} has compute capability {major}.{minor}, and torch {torch.__version__} '
                        f'is built for {oldest[0]}.{oldest[1]} and newer: {advice}')
