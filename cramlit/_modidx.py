@@ -5,6 +5,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'cramlit.core.devices.Precision.scaled': ( 'core/devices.html#precision.scaled',
                                                                                  'cramlit/core/devices.py'),
                                       'cramlit.core.devices.autocast': ('core/devices.html#autocast', 'cramlit/core/devices.py'),
+                                      'cramlit.core.devices.check_build': ('core/devices.html#check_build', 'cramlit/core/devices.py'),
                                       'cramlit.core.devices.choose_precision': ( 'core/devices.html#choose_precision',
                                                                                  'cramlit/core/devices.py'),
                                       'cramlit.core.devices.keep_memory': ('core/devices.html#keep_memory', 'cramlit/core/devices.py'),
