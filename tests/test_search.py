@@ -155,7 +155,8 @@ def test_a_trial_says_where_it_was_measured_and_not_where_it_is_read(text, data,
     monkeypatch.setattr(s, 'check_length', lambda model, length: None)
     monkeypatch.setattr(s, 'run_grid', lambda *args: [score])
     with parallel_config('threading', n_jobs=1):
-        rows = run_trials(trials_of(text, (1e-3,)), 'grid', data, tmp_path, replace(TRIALS, tasks=('acceptability',)))
+        t = replace(TRIALS, tasks=('acceptability',))
+        rows = run_trials(trials_of(text, (1e-3,)), 'grid', data, tmp_path, t)
     assert [r['metric'] for r in rows] == ['validation_loss', 'headline']
     assert all({k: r[k] for k in STAMP} == STAMP for r in rows)
 
@@ -173,7 +174,8 @@ def test_a_trial_is_run_again_when_anything_that_decides_its_result_is_another(
     manifest = json.loads((other/'manifest.json').read_text())
     (other/'manifest.json').write_text(json.dumps(manifest | dict(unigram_entropy=1.)))
     def loss(data=data, t=TRIALS, nproc=1):
-        trials = [replace(x, settings=(*x.settings, 'batch.micro_batch_size=8')) for x in trials_of(text, (1e-3,))]
+        trial, = trials_of(text, (1e-3,))
+        trials = [replace(trial, settings=(*trial.settings, 'batch.micro_batch_size=8'))]
         row, = run_trials(trials, 'grid', data, tmp_path/'out', t, nproc)
         return row['value']
     scored = replace(TRIALS, tasks=('continuation',))
