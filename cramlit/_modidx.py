@@ -35,6 +35,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'cramlit.core.recipes._check_field': ('core/recipes.html#_check_field', 'cramlit/core/recipes.py'),
                                       'cramlit.core.recipes._check_model': ('core/recipes.html#_check_model', 'cramlit/core/recipes.py'),
                                       'cramlit.core.recipes._convert': ('core/recipes.html#_convert', 'cramlit/core/recipes.py'),
+                                      'cramlit.core.recipes._is_kind': ('core/recipes.html#_is_kind', 'cramlit/core/recipes.py'),
                                       'cramlit.core.recipes._replace_at': ('core/recipes.html#_replace_at', 'cramlit/core/recipes.py'),
                                       'cramlit.core.recipes.differences': ('core/recipes.html#differences', 'cramlit/core/recipes.py'),
                                       'cramlit.core.recipes.digest': ('core/recipes.html#digest', 'cramlit/core/recipes.py'),
