@@ -208,7 +208,7 @@ def test_each_text_has_its_own_unigram_baseline(tmp_path):
     rows = []
     for name, entropy in (('a', 6.), ('b', 6.5)):
         made = make_run(tmp_path, name, 1, [7, 6, 5], '')
-        rows += [*made, result_row('unigram_entropy', entropy, '', **{k: made[0][k] for k in ('trial', 'seed')})]
+        rows += [*made, made[0] | dict(metric='unigram_entropy', value=entropy)]
     t = trial_table(rows)
     lines = figure_by_time(trial_runs(rows, tmp_path), unigram_baselines(t)).axes[0].lines
     found = {line.get_label(): line.get_ydata()[0] for line in lines if 'unigram' in line.get_label()}

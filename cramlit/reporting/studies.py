@@ -313,7 +313,7 @@ def figure_by_time(
     ax.axhline(mark, lw=.8, color='0.6')
     draw_unigram(ax, entropies, dict(zip(runs, COLOURS, strict=False)))
     low, high = min(loss for _, loss in points) - .1, max(*entropies.values(), mark) + .3
-    ax.set(xlabel=f'time, {unit}', ylabel='validation loss, nats', ylim=(low, high))  # above: the first seconds
+    ax.set(xlabel=f'time, {unit}', ylabel='validation loss, nats', ylim=(low, high))  # above: first seconds
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
