@@ -7,12 +7,12 @@ __all__ = ['Needed', 'Settings', 'COMMANDS', 'TRAINING', 'EXTRAS', 'prepare', 'S
            'reproduce', 'report', 'plan', 'search', 'bench', 'watch', 'verify', 'main']
 
 # %% ../../nbs/running/81_command.ipynb #898f686f
-import inspect, io, json, os, sys
+import inspect, io, json, os, shlex, sys
 from pathlib import Path
 from typing import Annotated
 
-from ..core.recipes import CramlitError, Interrupted, UsageError, unknown
-from ..core.results import result_row
+from ..core.recipes import CramlitError, Interrupted, UsageError, differences, unknown
+from ..core.results import note, result_row
 from ..core.scales import get_recipe, get_scale
 
 # %% ../../nbs/running/81_command.ipynb #32825e13
@@ -23,7 +23,8 @@ Settings = Annotated[str, {'action': 'append', 'metavar': 'PATH=VALUE'}]
 def prepare(
     source: Annotated[str, {'nargs': '+'}] = None,  # enwik8 | hub:NAME[:CONFIG] | files, folders
     recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
-    scale: str = 'laptop',    # tiny | laptop | gpu | paper
+    scale: str = 'laptop',    # tiny | laptop | gpu | paper: sequences of 32, 32, 128 or 128 tokens
+    split_documents: str = '',  # where documents of a .txt end: blank | line | file; default: by looking
     init: str = '',           # folder of a stock model to go on from later: its tokenizer and its shape count
     out: Needed = None,       # folder to make
     Override: Settings = None,  # change one setting, such as -o packing.seq_len=64
@@ -32,6 +33,7 @@ def prepare(
     from cramlit.data.packing import prepare as pack
     from cramlit.model.stock_models import recipe_from
     settings = [f'corpus.source={os.pathsep.join(source)}'] if source else []
+    if split_documents: settings.append(f'corpus.split={split_documents}')
     settings += Override or []
     if init: r = recipe_from(init, get_recipe(recipe, scale), settings)
     else: r = get_recipe(recipe, scale, settings)
@@ -72,6 +74,7 @@ def pretrain(
     Override: Settings = None,  # change one setting, such as -o optim.lr=1e-3
 ) -> list[dict]:
     "Train a recipe for a budget, and save it as a stock transformers model, OUT/model, with OUT/report.html"
+    from cramlit.data.packing import as_prepared, open_data
     from cramlit.model.stock_models import family, init_from
     from cramlit.training.distributed import processes
     from cramlit.training.schedule import run_length
@@ -83,6 +86,10 @@ def pretrain(
     if init: r, weights = init_from(init, data, r, settings)
     if not bare: family(r.model)  # raises when there is no stock model to save it as
     seconds, n_steps = run_length(budget, steps, get_scale(scale))
+    asked, r = r, as_prepared(r, open_data(data), settings)
+    taken = {k: v for k, v in differences(asked, r).items() if not k.startswith('corpus.')}
+    if taken and 'TORCHELASTIC_RUN_ID' not in os.environ:
+        note(f'as {data} was prepared: ' + ', '.join(f'{k}={v}' for k, v in taken.items()))
     rank, size = processes(nproc or get_scale(scale).processes)
     if rank is None:  # the processes are still to be started, with the same arguments
         given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=n_steps,
@@ -122,7 +129,7 @@ def export(
     "Make a folder of a run that others can load, and send it to the hub"
     from cramlit.reporting.model_card import export_with_card, push as send
     folder = export_with_card(run, to, scores, push)
-    print(send(folder, push, private) if push else folder, file=sys.stderr)
+    if push: print(send(folder, push, private), file=sys.stderr)
     return [result_row('files_written', len(list(folder.iterdir())), 'files', stage='export', sent_to=push)]
 
 # %% ../../nbs/running/81_command.ipynb #72912ce2
@@ -259,6 +266,32 @@ def _show(rows: list[dict], as_json: bool):
         if r.get('seed') is None or r.get('stage') not in ('glue', 'trial'): table.add_row(*_cells(r))
     if table.row_count: Console(stderr=True, width=None if sys.stderr.isatty() else 160).print(table)
 
+def _next(name: str, given: dict) -> list[str]:
+    "Where a command has left its results, and what can be done with them, as lines for a person"
+    def call(*words) -> str: return 'next: ' + shlex.join(['cramlit', *map(str, words)])
+    g, out = given, given.get('out')
+    if name in ('plan', 'prepare'): same = '--recipe', g['recipe'], '--scale', g['scale']
+    if name == 'plan': return [call('prepare', *same, '--out', 'data')]
+    if name == 'prepare':
+        of_data = 'corpus.', 'tokenizer.', 'packing.'  # what the data says itself
+        rest = [word for s in g['Override'] or [] if not s.startswith(of_data) for word in ('-o', s)]
+        init = ['--init', g['init']] if g['init'] else []
+        return [f'the text is in {out}', call('pretrain', *same, *init, *rest, '--data', out, '--out', 'run')]
+    if name == 'pretrain':
+        if g['bare']: return [f'the course of the run is in {out}/report.html']
+        return [f'the model is in {out}/model, the course of the run in {out}/report.html',
+                call('glue', '--model', f'{out}/model', '--scale', g['scale'], '--out', 'scores')]
+    if name == 'glue':
+        run = Path(g['model']).parent
+        lines = [f'the scores are in {out}/rows.jsonl']
+        if not (run/'run.json').exists(): return lines
+        return [*lines, call('export', '--run', run, '--scores', out, '--to', 'gift')]
+    if name == 'export':
+        use = f"from transformers import pipeline; pipeline('fill-mask', {g['to']!r})"
+        return [f"the model is in {g['to']}", f'next, in Python: {use}']
+    if name in ('search', 'bench', 'report'): return [f'tables and figures are in {out}']
+    return []
+
 TRAINING = ('pretrain', 'glue', 'search', 'bench')  # commands in which networks are trained, in this process
 
 def _run(name: str, args: list[str]):
@@ -275,6 +308,8 @@ def _run(name: str, args: list[str]):
         keep_memory()
     rows = command(**{k: v for k, v in given.items() if k in names})
     if given['json'] or name != 'reproduce': _show(rows, given['json'])
+    if rows and 'TORCHELASTIC_RUN_ID' not in os.environ:  # once, and not by each process
+        print(*_next(name, given), sep='\n', file=sys.stderr)
 
 # %% ../../nbs/running/81_command.ipynb #a1b2c406
 EXTRAS = dict(  # extra → modules that it brings
