@@ -190,7 +190,8 @@ def trial_rows(
     work = [job for task in tasks for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',))]
     for score in run_grid(model, tasks, work, folder, {}):
         if score['metric'] != 'headline': continue
-        rows.append(result_row('headline', score['value'], '%', **ids, task=score['task']))
+        rows.append(result_row('headline', score['value'], '%', **ids, task=score['task'],
+                               resampled=score['resampled']))
     return rows
 
 def run_trial(
@@ -239,13 +240,14 @@ _SETTINGS = ('trial', 'versus', 'recipe', 'seed', 'global_batch_size', 'lr', 'wa
 
 def trial_table(
     rows: list[dict],   # of trials
-) -> pd.DataFrame:      # a line for each trial: what was set, loss, steps, scores of the tasks
+) -> pd.DataFrame:      # a line for each trial: what was set, loss, steps, scores and draws of the tasks
     "Rows as a table, a trial a line"
     lines: dict[tuple, dict] = {}
     for r in rows:
         line = lines.setdefault((r['trial'], r['seed']), {k: r[k] for k in _SETTINGS if k in r})
         name = r['task'] if r['metric'] == 'headline' else r['metric']
         line[name] = float('nan') if r['value'] is None else float(r['value'])
+        if 'resampled' in r: line[f'{name}, draws'] = r['resampled']
     return pd.DataFrame(list(lines.values()))
 
 def best(
