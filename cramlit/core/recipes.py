@@ -67,11 +67,12 @@ class Tokenizer:
 @dataclass(frozen=True)
 class Packing:
     "How documents become sequences of equal length"
-    mode: str = limited('document', among=('document', 'stream'))
-    # document: whole sentences of one document | stream: full sequences, across documents
+    mode: str = limited('document', among=('paper', 'document', 'stream'))
+    # sentences of one document, cut at both ends as the official code does (paper) or at one of them
+    # (document) | stream: full sequences, across documents
     seq_len: int = limited(128, at_least=8)  # tokens a sequence, [CLS] and [SEP] included
     short_seq_prob: float = limited(0.1, at_least=0, below=1)
-    # probability that a document is packed to a random shorter length (document mode)
+    # probability that a document is packed to a random shorter length (not with stream)
 
 @dataclass(frozen=True)
 class Masking:
@@ -151,8 +152,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Recipe:
-    "Everything that decides what is trained; the defaults are 24hBERT as published"
-    name: str = '24hbert'
+    "Everything that decides what is trained"
+    name: str = 'custom'
     corpus: Corpus = field(default_factory=Corpus)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     packing: Packing = field(default_factory=Packing)
@@ -236,12 +237,13 @@ def validate(
 
 # %% ../../nbs/core/00_recipes.ipynb #245a6ae9
 _BERT_POST: dict[str, Any] = dict(norm='post', embedding_norm=True)
-_BERT_OPTIM = Optim(lr=1e-4, beta2=0.999)
+_BERT_OPTIM = Optim(lr=1e-4, beta2=0.999, clip=1.)
 _MODERN: dict[str, Any] = dict(first_norm=False, position='rotary', ffn='geglu', rope_theta=10_000.)
 # theta as for short sequences; ModernBERT's 160,000 is for 8,192 tokens
 
 RECIPES = {r.name: r for r in (
-    Recipe(),
+    Recipe('24hbert', packing=Packing('paper')),
+    Recipe('24hbert-document'),  # the same with our packing
     Recipe('bert-base', model=Model(12, 768, 12, 3072, **_BERT_POST), optim=_BERT_OPTIM,
            schedule=Schedule(0.01), batch=Batch(256, 32)),
     Recipe('bert-large', model=Model(24, 1024, 16, 4096, **_BERT_POST), optim=_BERT_OPTIM,

@@ -110,7 +110,8 @@ def choices(
         'twice the batch': _batch_settings(recipe, 2*batch),
         'no LayerNorm after the embeddings': ('model.embedding_norm=false',) if m.norm == 'pre' else (),
         'LayerNorm after each block': ('model.norm=post', 'model.embedding_norm=true'),
-        'base instead of large': smaller}
+        'base instead of large': smaller,
+        'sequences cut at one end': ('packing.mode=document',) if recipe.packing.mode == 'paper' else ()}
 
 def choice_trials(
     base: str,     # name of a recipe
