@@ -1,6 +1,7 @@
-"""What the official code of the paper does, and that ours does the same: against values computed from it once
+"""What the official code of the paper does, and that ours does the same
 
-tests/data/official.json holds what its functions returned, at commit 52adf225 of IntelLabs/academic-budget-bert.
+tests/data/official.json holds what its functions returned, run once, at commit 52adf225 of
+IntelLabs/academic-budget-bert.
 """
 import json
 from pathlib import Path
