@@ -68,10 +68,9 @@ def test_the_curve_does_not_depend_on_the_number_of_processes(text, data, tmp_pa
 
 
 @pytest.mark.parametrize('message', ['bfloat16', pytest.param('float16', marks=pytest.mark.slow)])
-def test_messages_in_16_bits_change_the_curve_by_a_thousandth(text, data, tmp_path, alone, message):
+def test_messages_in_16_bits_move_the_curve_by_less_than_1e_4(text, data, tmp_path, alone, message):
     run(2, options(text, data, tmp_path/'run', '--steps', '50', settings=NO_DROPOUT), MESSAGE=message)
-    same(log(tmp_path/'run', 'loss'), log(alone, 'loss'), 1e-3)
-    with pytest.raises(AssertionError): same(log(tmp_path/'run', 'loss'), log(alone, 'loss'))
+    for key in ('loss', 'validation_loss'): same(log(tmp_path/'run', key), log(alone, key), 1e-4)
 
 
 def test_nor_on_the_micro_batch(text, data, tmp_path, alone):
