@@ -29,7 +29,14 @@ from cramlit.experiments.comparison import (
     with_data,
 )
 from cramlit.experiments.search import Trial, has_stock, run_trials, trial_table
-from cramlit.reporting.studies import ablation_table, comparison_table, trial_runs
+from cramlit.reporting.studies import (
+    ablation_table,
+    choices_table,
+    comparison_table,
+    figure_by_time,
+    trial_runs,
+    unigram_baselines,
+)
 
 SPECIAL = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 
@@ -170,13 +177,39 @@ def make_run(folder, name, seed, losses, versus):
     return [result_row(m, v, '', **ids) for m, v in values.items()]
 
 
-def test_a_mark_that_is_never_reached_is_said_so(tmp_path):
+def test_a_mark_that_is_never_reached_is_said_so_and_is_later_than_all_others(tmp_path):
     rows = make_run(tmp_path, 'a', 1, [7, 6, 5], '')
     rows += make_run(tmp_path, 'b', 1, [7, 5, 4], 'a') + make_run(tmp_path, 'b', 2, [7, 7, 6], 'a')
     assert evaluations(tmp_path/'b1'/'run') == [(0, 7), (10, 5), (20, 4)]
     assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25)
     assert np.isnan(reached(tmp_path/'b2'/'run', 5.))
+    column = 'part of its time to the loss of a'
     t = trial_table(rows)
-    table = comparison_table(t, [], trial_runs(rows, tmp_path))
-    assert table.loc['b', 'part of its time to the loss of a'] == '50% (1 of 2 never)'
+    assert comparison_table(t, [], trial_runs(rows, tmp_path)).loc['b', column] == 'never (1 of 2)'
     assert ablation_table(t).loc['b', 'change'] == '+0.000' and ablation_table(t).loc['a', 'change'] == ''
+    rows += make_run(tmp_path, 'b', 3, [7, 7, 5], 'a')
+    table = comparison_table(trial_table(rows), [], trial_runs(rows, tmp_path))
+    assert table.loc['b', column] == '100% (1 of 3 never)'  # of 50 %, 100 % and never
+
+
+def test_a_run_that_was_stopped_early_is_in_no_mean_and_its_trial_in_no_comparison(tmp_path):
+    rows = [r for s in (1, 2) for r in make_run(tmp_path, 'a', s, [7, 6, 5 + s/10], '')]
+    rows += [r for s in (1, 2, 3) for r in make_run(tmp_path, 'b', s, [7, 5, 4 + s/10], 'a')]
+    for r in rows[-4:]: r['stopped'] = 'too slow'
+    t = trial_table(rows)
+    for table in (comparison_table(t, [], trial_runs(rows, tmp_path)), ablation_table(t)):
+        assert table.loc['b', 'MLM loss, nats'] == '4.150 ± 0.071' and table.loc['b', 'change'] == ''
+    choices = choices_table(t, [])
+    assert choices.loc['b', 'MLM loss, nats'] == '4.15 (4.10–4.20)'
+    assert choices.loc['b', 'stopped early'] == '1 of 3' and choices.loc['a', 'stopped early'] == ''
+
+
+def test_each_text_has_its_own_unigram_baseline(tmp_path):
+    rows = []
+    for name, entropy in (('a', 6.), ('b', 6.5)):
+        made = make_run(tmp_path, name, 1, [7, 6, 5], '')
+        rows += [*made, made[0] | dict(metric='unigram_entropy', value=entropy)]
+    t = trial_table(rows)
+    lines = figure_by_time(trial_runs(rows, tmp_path), unigram_baselines(t)).axes[0].lines
+    found = {line.get_label(): line.get_ydata()[0] for line in lines if 'unigram' in line.get_label()}
+    assert found == {'a, unigram baseline': 6., 'b, unigram baseline': 6.5}
