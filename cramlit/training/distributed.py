@@ -314,8 +314,9 @@ def launch(
     threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, usable_cpus()//nproc))
     (out/'stop').unlink(missing_ok=True)
     command = [sys.executable, '-m', *torchrun, '-m', 'cramlit', 'pretrain', *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True,
-                               env=os.environ | dict(OMP_NUM_THREADS=threads))
+    # what it prints is printed again from its rows
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS=threads))
     signals = list[int]()
     def request_stop(number, frame):
         if signals: os.killpg(process.pid, signal.SIGKILL)

@@ -38,7 +38,7 @@ from .checkpoints import read_checkpoint, settle
 from .distributed import Gradients, World, catch_stop_signals, join_world, keep_share
 from .distributed import launch, step_together, whole_state
 from .optimizers import make_optimizer, set_lr
-from .schedule import Clock, lr_factor
+from .schedule import Clock, lr_factor, parse_budget
 from .tracking import Tracker, append_lines, check_tracker, prediction_writer
 
 # %% ../../nbs/training/35_training.ipynb #3f9927cc
@@ -580,7 +580,7 @@ def pretrain(
     recipe: Recipe,
     data: str|Path,       # folder made by `prepare`
     out: str|Path,        # the run's folder
-    budget: float = 0.,   # seconds from the first step on, validation and saving included
+    budget: float|str = 0.,  # seconds from the first step on, or such as '6m', validation and saving included
     steps: int = 0,       # optimizer steps instead; the clock is not asked then
     scale: str = '',      # for the record
     track: str = '',      # trackio | tensorboard | wandb: a tracker that sees the log too
@@ -589,8 +589,9 @@ def pretrain(
 ) -> list[dict]:          # result rows, also in out/rows.jsonl
     "Train a recipe for a budget, or go on where an interrupted run stopped; a finished run is not run again"
     check_tracker(track)
+    seconds = parse_budget(budget) if isinstance(budget, str) else budget
     with join_world() as world:
-        run = Run(recipe, open_data(data), Path(out), Clock(budget, steps), scale, world,
+        run = Run(recipe, open_data(data), Path(out), Clock(seconds, steps), scale, world,
                   init=fingerprint(weights) if weights else '')
         check_run(run)
         provenance()  # is remembered; whatever could fail in it fails before anything is paid for
