@@ -242,7 +242,7 @@ def test_nothing_moves_in_memory(method, recipe, opened, tmp_path):
 
     def step(n, clip=0., spoil=False):
         accumulate(micro, train_batches(opened, r, n), grads)
-        grads.all_reduce(World(), 0., False)
+        grads.all_reduce(0., False)
         if spoil: grads.flat[0] = float('nan')
         return update(grads, optimizer, OFF, clip)
     step(0)
@@ -360,7 +360,7 @@ def two_ranks(rank, folder, recipe):
 
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)
-    grads, scaler = Gradients(model), train.make_scaler(recipe, HALF, CPU)
+    grads, scaler = Gradients(model, world), train.make_scaler(recipe, HALF, CPU)
     optimizer = torch.optim.AdamW(model.parameters(), lr=.1, fused=True)
     found['scale'], found['weights'] = [scaler.get_scale()], [train.fingerprint(model.state_dict())]
     for step in range(3):
@@ -368,7 +368,7 @@ def two_ranks(rank, folder, recipe):
         scaler.scale(model(torch.randn(4, 8)).square().mean()).backward()
         if step == 1 and rank == 1: grads.flat[5] = float('inf')
         grads.totals[1] = 1.
-        grads.all_reduce(world, 0., False)
+        grads.all_reduce(0., False)
         update(grads, optimizer, scaler, 0.)
         found['scale'].append(scaler.get_scale())
         found['weights'].append(train.fingerprint(model.state_dict()))
