@@ -1143,6 +1143,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'cramlit/training/distributed.py'),
                                               'cramlit.training.distributed.Gradients.norm': ( 'training/distributed.html#gradients.norm',
                                                                                                'cramlit/training/distributed.py'),
+                                              'cramlit.training.distributed.Gradients.owns': ( 'training/distributed.html#gradients.owns',
+                                                                                               'cramlit/training/distributed.py'),
                                               'cramlit.training.distributed.World': ( 'training/distributed.html#world',
                                                                                       'cramlit/training/distributed.py'),
                                               'cramlit.training.distributed.World.all_reduce': ( 'training/distributed.html#world.all_reduce',
