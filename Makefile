@@ -3,8 +3,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# which build of torch: empty = the package index's; TORCH=cu126 for GPUs before compute capability 7.5, TORCH=cpu for none
+TORCH  ?=
 # by content, not by date: nbdev-export touches pyproject.toml
-STAMP  := $(BIN)/.env-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
+STAMP  := $(BIN)/.env-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)$(TORCH:%=-%)
 OUT    ?= runs/laptop
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
@@ -17,12 +19,12 @@ help:  ## list the targets
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "cramlit needs Python 3.11 or newer: make PYTHON=python3.12 env"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.lock)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.lock)$(TORCH:%=+%) $(TORCH:%=--index-url https://download.pytorch.org/whl/%)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
-env: $(STAMP)  ## create .venv with everything in it
+env: $(STAMP)  ## create .venv with everything in it; make env TORCH=cu126 for a Titan V or V100
 
 reproduce: env  ## raw text to table and figures at scale laptop, 20 minutes on 2 cores
 	$(BIN)/cramlit reproduce --scale laptop --headline --out $(OUT) --figures paper_figures/laptop

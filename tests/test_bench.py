@@ -291,6 +291,10 @@ def test_parts_of_a_step_are_found_by_scope_and_name():
     def part(*names): return bench._part_of(event(*names))
     assert part('aten::mm') == 'matrix products' and part('aten::mm', 'update') == 'update'
     assert part('aten::softmax') == 'attention' and part('aten::softmax', '_SummedCrossEntropy') == 'loss'
+    kernels = dict(nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT='matrix products',
+                   cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7='attention',
+                   triton_per_fused_add_native_layer_norm_3='fused by the compiler')
+    assert {name: part(name) for name in kernels} == kernels
     assert part('aten::native_layer_norm') == 'norms and activations' and part('aten::foo') == 'other'
 
 

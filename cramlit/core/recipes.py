@@ -13,7 +13,7 @@ import hashlib, json, math, operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_origin
 
 # %% ../../nbs/core/00_recipes.ipynb #db76e2ab
 class CramlitError(Exception):
@@ -59,7 +59,7 @@ class Corpus:
 @dataclass(frozen=True)
 class Tokenizer:
     "WordPiece, as BERT has it"
-    vocab_size: int = limited(30522, at_least=64)  # entries, special tokens included
+    vocab_size: int = limited(30522, at_least=64, at_most=10**7)  # entries, special tokens included
     lowercase: bool = True
     strip_accents: str = limited('auto', among=('auto', 'true', 'false'))  # auto = if lowercase, as BERT does
     path: str = ''            # an existing tokenizer folder to use instead of training one
@@ -67,11 +67,12 @@ class Tokenizer:
 @dataclass(frozen=True)
 class Packing:
     "How documents become sequences of equal length"
-    mode: str = limited('document', among=('document', 'stream'))
-    # document: whole sentences of one document | stream: full sequences, across documents
+    mode: str = limited('document', among=('paper', 'document', 'stream'))
+    # sentences of one document, cut at both ends as the official code does (paper) or at one of them
+    # (document) | stream: full sequences, across documents
     seq_len: int = limited(128, at_least=8)  # tokens a sequence, [CLS] and [SEP] included
     short_seq_prob: float = limited(0.1, at_least=0, below=1)
-    # probability that a document is packed to a random shorter length (document mode)
+    # probability that a document is packed to a random shorter length (not with stream)
 
 @dataclass(frozen=True)
 class Masking:
@@ -85,13 +86,13 @@ class Masking:
 @dataclass(frozen=True)
 class Model:
     "An encoder; the defaults are BERT-large's shape with LayerNorm before each block"
-    num_layers: int = limited(24, at_least=1)
-    hidden_size: int = limited(1024, at_least=1)
+    num_layers: int = limited(24, at_least=1, at_most=1000)
+    hidden_size: int = limited(1024, at_least=1, at_most=10**5)
     num_heads: int = limited(16, at_least=1)
-    intermediate_size: int = limited(4096, at_least=1)
+    intermediate_size: int = limited(4096, at_least=1, at_most=10**6)
     norm: str = limited('pre', among=('pre', 'post'))  # pre: x + f(LN(x)) | post: LN(x + f(x))
     embedding_norm: bool = True  # LayerNorm after the embeddings; always on with norm=post, as in BERT
-    max_positions: int = limited(512, at_least=8)      # tokens of the longest sequence there can be
+    max_positions: int = limited(512, at_least=8, at_most=10**6)  # tokens of the longest sequence
     dropout: float = limited(0.1, at_least=0, below=1)
     attention_dropout: float = limited(0.1, at_least=0, below=1)
     layer_norm_eps: float = limited(1e-12, above=0)
@@ -110,14 +111,14 @@ class Model:
 @dataclass(frozen=True)
 class Optim:
     "AdamW, or Muon for the matrices in the blocks and AdamW for the rest; no decay on biases, LayerNorms"
-    lr: float = limited(2e-3, above=0)    # peak; the paper's grid also has 1e-3 and 5e-4
+    lr: float = limited(2e-3, above=0, at_most=1e6)  # peak; the paper's grid also has 1e-3 and 5e-4
     beta1: float = limited(0.9, at_least=0, below=1)
     beta2: float = limited(0.98, at_least=0, below=1)
     eps: float = limited(1e-6, above=0)
-    weight_decay: float = limited(0.01, at_least=0)
+    weight_decay: float = limited(0.01, at_least=0, at_most=1e6)
     clip: float = limited(0., at_least=0)  # gradient norm to clip to; 0 = never, as published
     method: str = limited('adamw', among=('adamw', 'muon'))
-    muon_lr: float = limited(5e-3, above=0)  # Muon's own peak; the rms of a step is 0.2 times this
+    muon_lr: float = limited(5e-3, above=0, at_most=1e6)  # Muon's own peak; a step's rms is 0.2 times this
     momentum: float = limited(0.95, at_least=0, below=1)  # of Muon
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Batch:
 @dataclass(frozen=True)
 class Validation:
     "When to evaluate, and when to stop early"
-    every: float = limited(1/48, above=0, below=1)     # fraction of the budget: half an hour of 24 h
+    every: float = limited(1/48, at_least=1e-9, below=1)  # fraction of the budget: half an hour of 24 h
     max_sequences: int = limited(4096, at_least=1)     # held-out sequences, the same ones each time
     stop_loss: float = limited(6., at_least=0)  # nats; above it after `stop_after` a run stops. 0 = never
     stop_after: float = limited(1/8, at_least=0, at_most=1)  # fraction of the budget: 3 h of 24 h
@@ -144,15 +145,15 @@ class Validation:
 @dataclass(frozen=True)
 class Checkpoint:
     "What is saved of a run on its way"
-    every: float = limited(1/144, above=0, below=1)    # fraction of the budget: 10 minutes of 24 h
+    every: float = limited(1/144, at_least=1e-9, below=1)  # fraction of the budget: 10 minutes of 24 h
     keep: int = limited(2, at_least=1)    # the newest so many stay, so that one that is damaged does no harm
     milestones: tuple[float, ...] = limited((), above=0, below=1)
     # fractions of the budget at which the weights are kept for good, to be fine-tuned
 
 @dataclass(frozen=True)
 class Recipe:
-    "Everything that decides what is trained; the defaults are 24hBERT as published"
-    name: str = '24hbert'
+    "Everything that decides what is trained"
+    name: str = 'custom'
     corpus: Corpus = field(default_factory=Corpus)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     packing: Packing = field(default_factory=Packing)
@@ -169,13 +170,13 @@ class Recipe:
 def flat_fields(
     obj,              # a recipe, or a part of one
     prefix: str = '',
-) -> dict[str, tuple[Any, dict]]:  # path → value and limits, such as 'optim.lr': (0.002, {'above': 0})
+) -> dict[str, tuple[Any, dict]]:  # path → value and limits: 'seed': (42, {'kind': int, 'at_least': 0})
     "Every field that can be set, by its path; the name is not one of them"
     found: dict[str, tuple[Any, dict]] = {}
     for f in fields(obj):
         value, path = getattr(obj, f.name), prefix + f.name
         if is_dataclass(value): found |= flat_fields(value, path + '.')
-        elif path != 'name': found[path] = (value, dict(f.metadata))
+        elif path != 'name': found[path] = (value, dict(kind=get_origin(f.type) or f.type, **f.metadata))
     return found
 
 def settings_of(
@@ -193,14 +194,25 @@ _LIMITS = {
 def _check(ok: bool, path: str, value, want: str):
     if not ok: raise UsageError(f"{path}={value} is not possible: {want}")
 
+_KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 'a text',
+          tuple: 'numbers with commas between them'}
+_LARGEST = {int: 10**15, float: 1e30}  # where a field has no upper limit; float32 ends at 3e38
+
+def _is_kind(value, kind: type) -> bool:
+    "Has a value a field's type? A whole number will do for a float, but True is no number"
+    return type(value) is int or isinstance(value, float) if kind is float else type(value) is kind
+
 def _check_field(path: str, value, limits: dict):
-    "One field, or each number of a tuple, against its limits"
-    if isinstance(value, tuple):
-        for x in value: _check_field(path, x, limits)
+    "One field, or each number of a tuple, against its type and limits"
+    kind = limits['kind']
+    _check(_is_kind(value, kind), path, value, _KINDS[kind])
+    if kind is tuple:
+        for x in value: _check_field(path, x, limits | dict(kind=float))
         return
     if isinstance(value, float): _check(math.isfinite(value), path, value, 'a finite number')
     if 'among' in limits: _check(value in limits['among'], path, value, ' or '.join(limits['among']))
     bounds = {name: bound for name, bound in limits.items() if name in _LIMITS}
+    if kind in _LARGEST and not {'below', 'at_most'} & set(bounds): bounds['at_most'] = _LARGEST[kind]
     want = ' and '.join(f'{_LIMITS[name][1]} {bound:g}' for name, bound in bounds.items())
     for name, bound in bounds.items(): _check(_LIMITS[name][0](value, bound), path, value, want)
 
@@ -236,12 +248,13 @@ def validate(
 
 # %% ../../nbs/core/00_recipes.ipynb #245a6ae9
 _BERT_POST: dict[str, Any] = dict(norm='post', embedding_norm=True)
-_BERT_OPTIM = Optim(lr=1e-4, beta2=0.999)
+_BERT_OPTIM = Optim(lr=1e-4, beta2=0.999, clip=1.)
 _MODERN: dict[str, Any] = dict(first_norm=False, position='rotary', ffn='geglu', rope_theta=10_000.)
 # theta as for short sequences; ModernBERT's 160,000 is for 8,192 tokens
 
 RECIPES = {r.name: r for r in (
-    Recipe(),
+    Recipe('24hbert', packing=Packing('paper')),
+    Recipe('24hbert-document'),  # the same with our packing
     Recipe('bert-base', model=Model(12, 768, 12, 3072, **_BERT_POST), optim=_BERT_OPTIM,
            schedule=Schedule(0.01), batch=Batch(256, 32)),
     Recipe('bert-large', model=Model(24, 1024, 16, 4096, **_BERT_POST), optim=_BERT_OPTIM,
@@ -272,9 +285,7 @@ def _convert(text: str, like, path: str):
         if isinstance(like, tuple): return tuple(float(x) for x in text.split(',') if x)
         return type(like)(text)
     except (KeyError, ValueError):
-        kinds = {bool: 'true or false', int: 'a whole number', float: 'a number',
-                 tuple: 'numbers with commas between them'}
-        raise UsageError(f"{path}={text}: expected {kinds[type(like)]}, as in {path}={like}") from None
+        raise UsageError(f"{path}={text}: expected {_KINDS[type(like)]}, as in {path}={like}") from None
 
 def _replace_at(obj, path: str, value):
     "The same tree of dataclasses with one field replaced"

@@ -144,7 +144,7 @@ def get_scale(
     return SCALES[name]
 
 def get_recipe(
-    name: str,                        # 24hbert | bert-base | bert-large | modern | cramming | mosaicbert
+    name: str,                        # 24hbert | 24hbert-document | bert-base | modern | … one of `RECIPES`
     scale: str = 'paper',             # how much of it
     overrides: Iterable[str] = (),    # applied last, so that the user has the last word
 ) -> Recipe:

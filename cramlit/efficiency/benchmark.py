@@ -263,9 +263,10 @@ def ceiling(
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #b4d562c9
 INSIDE = {'update': 'update', 'loss': 'cross_?entropy|nll'}  # scopes: all that is done inside belongs to them
-PARTS = INSIDE | {  # the first whose pattern is found in an operation's name
-    'attention': 'scaled_dot|flash|softmax', 'dropout': 'dropout|bernoulli|random_|aten::ge$',
-    'matrix products': 'mm$|mm_|gemm|linear|cutlass|mkldnn', 'norms and activations': 'layer_norm|gelu',
+PARTS = INSIDE | {  # the first whose pattern is found in the name of an operation, or of a GPU's kernel
+    'fused by the compiler': '^triton_', 'attention': 'scaled_dot|flash|fmha|cudnn_generated|softmax',
+    'dropout': 'dropout|bernoulli|random_|aten::ge$',
+    'matrix products': 'mm$|mm_|gemm|linear|cutlass|nvjet|mkldnn', 'norms and activations': 'layer_norm|gelu',
     'embeddings': 'embedding|index|gather|scatter', 'zeroing': 'zero|fill',
     'casts and copies': 'copy|cat|_to|clone'}
 

@@ -274,9 +274,10 @@ def _figures(run: Snapshot) -> list[tuple[str, str]]:
     "Captions, and the curves as addresses that hold their SVG"
     from cramlit.reporting.figures import STYLE, figure_loss, figure_lr, figure_rate, matplotlib
     if run.last('validation_loss') is None: return []
-    curves = {run.info['recipe']['name']: run.folder}
-    figures = {'Loss': figure_loss(curves, run.result('unigram_entropy')), 'Learning rate': figure_lr(curves),
-               'Tokens a second': figure_rate(curves)}
+    name, entropy = run.info['recipe']['name'], run.result('unigram_entropy')
+    curves = {name: run.folder}
+    figures = {'Loss': figure_loss(curves, {} if entropy is None else {name: entropy}),
+               'Learning rate': figure_lr(curves), 'Tokens a second': figure_rate(curves)}
     found = []
     for caption, fig in figures.items():
         fig.set_size_inches(4.4, 2.6)

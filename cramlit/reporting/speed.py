@@ -178,8 +178,8 @@ def figure_bench(
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(6, 2.2))
         ax, left = fig.subplots(), np.zeros(2)
-        shades = [*COLOURS, '0.2', '0.45', '0.65', '0.85']
-        for (part, shares), colour in zip(parts.iterrows(), shades, strict=True):
+        shades = [*COLOURS, '0.15', '0.35', '0.55', '0.75', '0.9']
+        for (part, shares), colour in zip(parts.iterrows(), shades, strict=False):
             widths = np.array([shares[name]*ms[name] for name in ('ours', 'stock_default')])
             ax.barh(['ours', 'stock default'], widths, left=left, color=colour, label=part)
             left = left + widths

@@ -32,7 +32,8 @@ def adamw(
     cfg: Optim,          # learning rate, betas, eps
 ) -> torch.optim.AdamW:
     "Fused AdamW"
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+    betas = float(cfg.beta1), float(cfg.beta2)  # torch takes no whole 0
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
 
 # %% ../../nbs/training/30_optimizers.ipynb #a24ebccc
 def newton_schulz(
