@@ -83,8 +83,10 @@ def as_batch(
     "Masked sequences as tensors, without the columns that are padding in all of them"
     text = masked.input_ids != pad
     width = min(text.shape[1], -(-int(text.sum(1).max())//WIDTH)*WIDTH)
-    mask = None if width == text.shape[1] and text.all() else torch.from_numpy(text[:, :width])
-    return Batch(torch.from_numpy(masked.input_ids[:, :width]), mask,
+    # contiguous: what is cut out of a wider table could not be copied to a GPU without waiting
+    ids, text = np.ascontiguousarray(masked.input_ids[:, :width]), np.ascontiguousarray(text[:, :width])
+    mask = None if width == masked.input_ids.shape[1] and text.all() else torch.from_numpy(text)
+    return Batch(torch.from_numpy(ids), mask,
                  torch.from_numpy(masked.positions), torch.from_numpy(masked.labels))
 
 # %% ../../nbs/data/14_batches.ipynb #79f7db70
@@ -186,4 +188,3 @@ def validation_batches(
         raise CramlitError(f'the hold-out of {data.folder} is too small, no token of it is predicted: '
                            'prepare more text, or with a larger corpus.holdout')
     for part in parts: yield as_batch(part, special['pad'])
-

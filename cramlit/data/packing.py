@@ -408,7 +408,6 @@ def _ruler_of_older(folder: Path, manifest: dict) -> dict[str, np.ndarray]:
     rows = {half: ruler_sequences(folder, half, tok, seq_len) for half in HALVES}
     return {half: _shard(r, seq_len, manifest['special_ids'], np.int64) for half, r in rows.items()}
 
-
 # %% ../../nbs/data/12_packing.ipynb #211417a5
 def _settings(recipe: Recipe) -> dict:
     "What decides the content of a prepared folder"
