@@ -149,6 +149,7 @@ def reproduce(
     for path in sorted(ws.figures.glob('*')): print(os.path.relpath(path), file=sys.stderr)
     table = ws.figures/'table4_glue.md'
     if table.exists(): print('\n' + table.read_text(), file=sys.stderr)
+    print(f'All tables and figures on one page: {os.path.relpath(ws.figures/"README.md")}', file=sys.stderr)
     return rows
 
 def report(
