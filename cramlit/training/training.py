@@ -31,7 +31,8 @@ from ..core.recipes import CramlitError, Interrupted, Recipe, UsageError
 from ..core.recipes import differences, digest, recipe_from_dict, recipe_hash
 from ..core.results import atomic, cannot_write, provenance
 from ..core.results import read_json_lines, read_rows, result_row, write_rows
-from ..data.batches import WIDTH, Batch, Prefetcher, rank_slice, train_batches, validation_batches
+from ..data.batches import RULERS, WIDTH, Batch, Prefetcher, rank_slice, train_batches
+from ..data.batches import validation_batches, validation_rows
 from ..data.masking import IGNORE, count_predictions
 from ..data.packing import Data, open_data, unlike, verify
 from ..model.encoder import MaskedLM
@@ -203,11 +204,12 @@ def validate(
     recipe: Recipe,       # says how many held-out sequences are taken
     precision: Precision,
     world: World,         # the processes that share the work
+    ruler: str = 'tune',  # tune | report | paper
 ) -> float:               # mean cross-entropy of the masked tokens, nats
     "The loss on held-out text; dropout is off meanwhile"
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, predictions
-    for batch in islice(validation_batches(data, recipe), world.rank, None, world.size):
+    for batch in islice(validation_batches(data, recipe, ruler), world.rank, None, world.size):
         loss, count = summed_loss(model, batch.to(world.device), precision)
         sums += torch.stack([loss.double(), count])
     model.train()
@@ -460,22 +462,24 @@ def warm_up(
 def first_evaluation(
     run: Run,           # its clock gets its `reserve`, and starts
     model: MaskedLM,
-    evaluate: Callable[[], float],
+    evaluate: Callable[[str], float],  # by a ruler
     save: Callable[[], None],
 ) -> float:             # fraction of the budget spent
     "Evaluate, set aside the time for the end, start the clock; `UsageError` when a new run has no time"
     clock, world, recipe = run.clock, run.world, run.recipe
     began, fraction = clock.now(), clock.fraction(run.step)
-    loss = evaluate()
+    loss = evaluate('tune')
+    sequences = {ruler: len(validation_rows(run.data, recipe, ruler)) for ruler in RULERS}
+    others = (clock.now() - began)*(sum(sequences.values())/sequences['tune'] - 1)  # the other rulers' time
     if fraction < 1 and passes_multiple(run.done, fraction, recipe.validation.every):
         run.log(validation_loss=loss)
-        if run.step: run.stopped = run.stopped or should_stop_early(loss, fraction, recipe)
+        if run.step: run.stopped = run.stopped or should_stop_early(loss, fraction, recipe, evaluate)
     save_milestones(run, model, fraction)
     if fraction < 1: run.done = max(run.done, fraction)
     if run.step == 0:
         save()
         run.saver.wait()
-    took = clock.now() - began
+    took = clock.now() - began + others
     clock.reserve = world.broadcast(max(clock.reserve, 1.5*took))  # half as long again, to be safe
     if run.step == 0 and not clock.steps and clock.reserve >= clock.budget:
         raise UsageError(f'a budget of {clock.budget:g} s is too short for a single step: validation and '
@@ -491,7 +495,7 @@ def train(
     precision: Precision,
     hook: Hook|None = None,  # what an experiment changes; with one, the model is not compiled
     log_every: int = 20,   # steps between training losses in the log
-) -> float:                # validation loss at the end, nats
+) -> dict[str, float]:     # ruler → validation loss at the end, nats
     "Train until the budget is spent; raises `Interrupted` when a signal stopped it, after saving"
     # what a step works with
     recipe, clock, world = run.recipe, run.clock, run.world
@@ -507,9 +511,9 @@ def train(
     prefetch = Prefetcher(batches_of, world.device)  # makes the next step's batches during this step
 
     # what is done now and then
-    def evaluate() -> float:
+    def evaluate(ruler: str) -> float:
         check_same_weights(model, world)
-        return validate(model, run.data, recipe, precision, world)
+        return validate(model, run.data, recipe, precision, world, ruler)
     def save(): save_checkpoint(run, model, optimizer, scaler, grads)
 
     resume(run, model, optimizer, scaler)
@@ -552,9 +556,9 @@ def train(
 
             if fraction >= 1: break
             if passes_multiple(run.done, fraction, recipe.validation.every):
-                loss = evaluate()
+                loss = evaluate('tune')
                 run.log(validation_loss=loss)
-                run.stopped = run.stopped or should_stop_early(loss, fraction, recipe)
+                run.stopped = run.stopped or should_stop_early(loss, fraction, recipe, evaluate)
             save_is_due = passes_multiple(run.done, fraction, recipe.checkpoint.every)
             run.done = fraction
             if save_is_due: save()
@@ -562,22 +566,24 @@ def train(
         # a run may have been interrupted between its last save and its rows
         ended, run.done = run.done == 1, 1.
         if not ended: changes.before_final_evaluation(model)
-        loss = evaluate()
-        if not ended: run.log(validation_loss=loss, **(dict(stopped=run.stopped) if run.stopped else {}))
+        losses = {ruler: evaluate(ruler) for ruler in RULERS}
+        if not ended:
+            run.log(validation_loss=losses['tune'], **(dict(stopped=run.stopped) if run.stopped else {}))
         save()
         run.saver.wait()
-    return loss
+    return losses
 
 # %% ../../nbs/training/35_training.ipynb #26f036d7
 def should_stop_early(
     loss: float,      # validation loss, nats
     fraction: float,  # of the budget spent
     recipe: Recipe,   # its `validation.stop_loss` and `stop_after`
+    evaluate: Callable[[str], float],  # by a ruler; the paper's is the one that `stop_loss` is meant by
 ) -> str:             # the reason to stop; '' to go on
     "Is there no hope for this run?"
     v = recipe.validation
     if not math.isfinite(loss): return f'the validation loss is {loss}'
-    if v.stop_loss and fraction > v.stop_after and loss > v.stop_loss:
+    if v.stop_loss and fraction > v.stop_after and (loss := evaluate('paper')) > v.stop_loss:
         return f'validation loss {loss:.2f} is above {v.stop_loss} after {fraction:.0%} of the budget'
     return ''
 
@@ -612,7 +618,7 @@ def count_skips(
 # %% ../../nbs/training/35_training.ipynb #e05d6187
 def result_rows(
     run: Run,     # finished
-    loss: float,  # validation loss at the end, nats
+    losses: dict[str, float],  # ruler → validation loss at the end, nats
     precision: Precision,
 ) -> list[dict]:
     "What a run found, as rows"
@@ -622,7 +628,9 @@ def result_rows(
                stopped=run.stopped)
     if run.init: ids['init'] = run.init
     return [
-        result_row('validation_loss', loss, 'nats', **ids),
+        result_row('validation_loss', losses['report'], 'nats', **ids, ruler=run.data.ruler_id),
+        result_row('tuning_loss', losses['tune'], 'nats', **ids, ruler=run.data.ruler_id),  # for choices
+        result_row('paper_loss', losses['paper'], 'nats', **ids),  # comparable with the official code's alone
         result_row('unigram_entropy', run.data.manifest['unigram_entropy'], 'nats', **ids),
         result_row('tokens_per_second', run.tokens/max(seconds, 1e-9), 'tokens/s', **ids),
         result_row('tokens', run.tokens, 'tokens', **ids),  # padding is in neither of the two
