@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import ttest_ind
 
 from cramlit.core.recipes import RECIPES, CramlitError, UsageError, override
 from cramlit.core.results import result_row
@@ -19,13 +18,11 @@ from cramlit.experiments.comparison import (
     best_rates,
     compare,
     evaluations,
-    holm,
     rate_trials,
     reached,
     recipe_trials,
     recipes_to_compare,
     steps_between,
-    welch,
     with_data,
 )
 from cramlit.experiments.search import Trial, has_stock, run_trials, trial_table
@@ -128,40 +125,31 @@ def test_a_network_without_a_stock_class_is_compared_by_its_loss(text, tmp_path)
     assert not (runs['a gate']/'model').exists() and (runs['plain']/'model'/'model.safetensors').exists()
 
 
-def test_welch_is_scipys_with_its_interval():
-    a, b = pd.Series([4.9, 5.1, 5.0, None]), pd.Series([5.4, 5.6, 5.9])
-    test = ttest_ind(a.dropna(), b, equal_var=False)
-    d = welch(a, b)
-    assert d.change == pytest.approx(a.mean() - b.mean()) and d.p == test.pvalue
-    assert (d.low, d.high) == pytest.approx(tuple(test.confidence_interval())) and d.low < d.change < d.high
-    for alone in (welch(pd.Series([1.]), b), welch(pd.Series([1., 1.]), pd.Series([2., 2.]))):
-        assert np.isnan([alone.low, alone.high, alone.p]).all() and not np.isnan(alone.change)
-
-
-def test_holms_correction():
-    p = pd.Series([.04, .001, float('nan'), .03, .9], index=list('abcde'))
-    corrected = holm(p)
-    assert list(corrected.dropna()) == pytest.approx([.09, .004, .09, .9])
-    assert list(corrected.index) == list('abcde')
-    assert list(holm(pd.Series([.6, .7]))) == [1., 1.] and holm(pd.Series([float('nan')])).isna().all()
-
-
-def test_equal_things_are_rarely_found_different():
-    "The probability of any false discovery among ten comparisons is five per cent, and not twenty"
-    rng, found, uncorrected = np.random.default_rng(0), 0, 0
-    for _ in range(200):
-        seeds = rng.normal(size=(11, 5))
-        p = pd.Series([welch(pd.Series(s), pd.Series(seeds[0])).p for s in seeds[1:]])
-        found, uncorrected = found + (holm(p) < .05).any(), uncorrected + (p < .05).any()
-    assert found <= 18 < 30 < uncorrected
-
-
 def test_trials_are_compared_with_what_they_name():
     trials = ('a', '', 5), ('b', 'a', 4), ('c', 'b', 4.5)
     lines = [dict(trial=n, versus=v, validation_loss=mean + e) for n, v, mean in trials for e in (-.1, 0, .1)]
     found = compare(pd.DataFrame(lines))
     assert list(found.index) == ['b', 'c'] and list(found.change) == pytest.approx([-1, .5])
     assert compare(pd.DataFrame(lines[:3])).empty
+
+
+def test_trials_are_compared_by_pairs_of_seeds_and_with_the_error_of_their_test_examples():
+    rng = np.random.default_rng(0)
+    lines = []
+    for name, versus, gain in (('a', '', 0.), ('b', 'a', .1)):
+        for seed in range(3):
+            loss, score = 5 - gain + seed + .01*rng.normal(), 50 + gain + seed/10 + .01*rng.normal()
+            lines.append(dict(trial=name, versus=versus, seed=seed, validation_loss=loss, task=score))
+    found = compare(pd.DataFrame(lines), 'validation_loss', 'task')
+    assert list(found.value) == ['validation_loss', 'task'] and (found.p < .05).all()
+    alone = compare(pd.DataFrame(lines))
+    assert alone.p['b'] < found.p.iloc[0]  # two lines in one table, corrected together
+    assert compare(pd.DataFrame(lines).drop(columns='seed')).p['b'] > .8  # the scatter that seeds share
+    for line in lines: line['task, draws'] = list(line['task'] + rng.normal(size=100))
+    drawn = compare(pd.DataFrame(lines), 'task')
+    assert drawn.p['b'] > .5 and drawn.high['b'] - drawn.low['b'] > 1
+    lines[-1]['task'] = float('nan')  # stopped early: the pair is gone, and the rest is compared as it is
+    assert compare(pd.DataFrame(lines), 'task').change['b'] == pytest.approx(.1, abs=.1)
 
 
 def make_run(folder, name, seed, losses, versus):

@@ -141,7 +141,7 @@ def test_baselines_are_computed_once(model, tmp_path, monkeypatch):
     before = run_suite(model, [toy()], GRID, 1, tmp_path, IDS)
 
     def no(*args): raise AssertionError('computed again')
-    for name in ('majority', 'bag_of_words'): monkeypatch.setattr(protocol, name, no)
+    for name in ('always_the_same', 'linear_model'): monkeypatch.setattr(protocol, name, no)
     assert run_suite(model, [toy()], GRID, 1, tmp_path, IDS) == before
     with pytest.raises(AssertionError): run_suite(model, [toy(n=60)], GRID, 1, tmp_path, IDS)
 

@@ -112,7 +112,8 @@ def choices(
         'twice the batch': _batch_settings(recipe, 2*batch),
         'no LayerNorm after the embeddings': ('model.embedding_norm=false',) if m.norm == 'pre' else (),
         'LayerNorm after each block': ('model.norm=post', 'model.embedding_norm=true'),
-        'base instead of large': smaller}
+        'base instead of large': smaller,
+        'sequences cut at one end': ('packing.mode=document',) if recipe.packing.mode == 'paper' else ()}
 
 def choice_trials(
     base: str,     # name of a recipe
@@ -192,7 +193,8 @@ def trial_rows(
     work = [job for task in tasks for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',))]
     for score in run_grid(model, tasks, work, folder, {}):
         if score['metric'] != 'headline': continue
-        row = result_row('headline', score['value'], '%', **ids, task=score['task'])
+        about = ids | dict(task=score['task'], resampled=score['resampled'])
+        row = result_row('headline', score['value'], '%', **about)
         rows.append(row | common_provenance([score]))  # it may have been measured long ago
     return rows
 
@@ -258,13 +260,14 @@ _SETTINGS = ('trial', 'versus', 'recipe', 'seed', 'global_batch_size', 'lr', 'wa
 
 def trial_table(
     rows: list[dict],   # of trials
-) -> pd.DataFrame:      # a line for each trial: what was set, loss, steps, scores of the tasks
+) -> pd.DataFrame:      # a line for each trial: what was set, loss, steps, scores and draws of the tasks
     "Rows as a table, a trial a line"
     lines: dict[tuple, dict] = {}
     for r in rows:
         line = lines.setdefault((r['trial'], r['seed']), {k: r[k] for k in _SETTINGS if k in r})
         name = r['task'] if r['metric'] == 'headline' else r['metric']
         line[name] = float('nan') if r['value'] is None else float(r['value'])
+        if 'resampled' in r: line[f'{name}, draws'] = r['resampled']
     return pd.DataFrame(list(lines.values()))
 
 def best(
