@@ -536,7 +536,7 @@ def test_a_task_may_start_from_the_network_that_learned_mnli(model, tmp_path, ca
     from test_glue import make_tsv
     for name in ('mnli', 'rte', 'cola'): make_tsv(tmp_path/'glue', name)
     names, out, tiny = ['mnli', 'rte', 'cola'], tmp_path/'out', get_scale('tiny')
-    scale = replace(tiny, finetune=replace(tiny.finetune, batch_sizes=(2,)))  # two steps; the first has rate 0
+    scale = replace(tiny, finetune=replace(tiny.finetune, batch_sizes=(2,)))  # two steps, the first at rate 0
 
     def run(**how):
         with parallel_config('threading', n_jobs=1):
