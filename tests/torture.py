@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ def launch(data, out, length, settings, **env):
     command = [sys.executable, '-m', 'cramlit', 'pretrain', '--scale', 'tiny', *length]
     command += ['--data', str(data), '--out', str(out)]
     for s in settings: command += ['-o', s]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | env)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f'{out}.log', 'ab') as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | env)
 
 
 def start(data, out, steps, every, settings):
@@ -110,16 +113,23 @@ def stop_near_the_end(data, out, budget, moment, settings=(), kill=False, **env)
         code = process.wait()
         if (out/'rows.jsonl').exists() and code == 0: return part
         if code not in (75, *([-signal.SIGKILL, -signal.SIGTERM] if part == 1 else [])): break
-    raise RuntimeError(f'the run in {out} cannot be finished: code {code} in part {part}')
+    said = Path(f'{out}.log').read_text(encoding='utf-8', errors='replace')[-2000:]
+    raise RuntimeError(f'the run in {out} cannot be finished: code {code} in part {part}: {said}')
 
 
-def torture_by_the_clock(moments, out, settings=(), budget=6.):
-    "Runs that are stopped near their end, half of them by SIGKILL, with no git to be found; all must finish"
+def torture_by_the_clock(moments, out, settings=(), budget=8.):
+    """Runs that are stopped near their end, half of them by SIGKILL, with no git to be found; all must finish
+
+    Two at a time, since most of it is waiting. A part takes the budget, and what a process needs to start.
+    """
     data, nowhere = out/'data', out/'no-programs'
     prepare(get_recipe('24hbert', 'tiny', settings), data)
     nowhere.mkdir()
-    return [stop_near_the_end(data, out/f'run-{n}', budget, budget*(.7 + .3*n/moments), settings, n % 2 == 1,
-                              PATH=str(nowhere)) for n in range(moments)]
+
+    def stop(n):
+        moment, kill = budget*(.7 + .3*n/moments), n % 2 == 1
+        return stop_near_the_end(data, out/f'run-{n}', budget, moment, settings, kill, PATH=str(nowhere))
+    with ThreadPoolExecutor(2) as pool: return list(pool.map(stop, range(moments)))
 
 
 def seconds_to_first_step(step, data, out, settings):
