@@ -87,7 +87,7 @@ STEPS = {  # name → the settings of a recipe that belong to it
     'rotary positions': ('model.position', 'model.rope_theta', 'model.local_rope_theta', 'model.window',
                          'model.global_every'),
     'fewer norms, no biases': ('model.norm', 'model.embedding_norm', 'model.first_norm',
-                               'model.layer_norm_eps', 'model.bias'),
+                               'model.layer_norm_eps', 'model.bias', 'model.decoder_bias', 'model.init'),
     'gated feed-forward': ('model.ffn', 'model.intermediate_size'),
     'no dropout': ('model.dropout', 'model.attention_dropout'),
     'more masks, all [MASK]': ('masking.rate', 'masking.replace_mask', 'masking.replace_random',
