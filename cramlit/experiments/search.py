@@ -193,7 +193,8 @@ def trial_rows(
     work = [job for task in tasks for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',))]
     for score in run_grid(model, tasks, work, folder, {}):
         if score['metric'] != 'headline': continue
-        row = result_row('headline', score['value'], '%', **ids, task=score['task'])
+        about = ids | dict(task=score['task'], resampled=score['resampled'])
+        row = result_row('headline', score['value'], '%', **about)
         rows.append(row | common_provenance([score]))  # it may have been measured long ago
     return rows
 
@@ -259,13 +260,14 @@ _SETTINGS = ('trial', 'versus', 'recipe', 'seed', 'global_batch_size', 'lr', 'wa
 
 def trial_table(
     rows: list[dict],   # of trials
-) -> pd.DataFrame:      # a line for each trial: what was set, loss, steps, scores of the tasks
+) -> pd.DataFrame:      # a line for each trial: what was set, loss, steps, scores and draws of the tasks
     "Rows as a table, a trial a line"
     lines: dict[tuple, dict] = {}
     for r in rows:
         line = lines.setdefault((r['trial'], r['seed']), {k: r[k] for k in _SETTINGS if k in r})
         name = r['task'] if r['metric'] == 'headline' else r['metric']
         line[name] = float('nan') if r['value'] is None else float(r['value'])
+        if 'resampled' in r: line[f'{name}, draws'] = r['resampled']
     return pd.DataFrame(list(lines.values()))
 
 def best(
@@ -275,9 +277,9 @@ def best(
     "The best line of each batch size, by loss and by the task"
     lines, judges = [], []
     for _, group in table.groupby('global_batch_size'):
-        for judge in ('validation_loss', task):
+        for judge in ('tuning_loss', task):  # of the half of the held-out text that is for choices
             if judge not in group or group[judge].isna().all(): continue
-            lines.append(group[judge].idxmin() if judge == 'validation_loss' else group[judge].idxmax())
+            lines.append(group[judge].idxmin() if judge == 'tuning_loss' else group[judge].idxmax())
             judges.append(judge)
     return table.loc[lines].assign(best_by=judges)
 
@@ -302,8 +304,8 @@ def search(
     rows = run_trials(trials, 'grid', data or Path(out)/'data', out, t, nproc, glue_dir)
     for line in best(trial_table(rows), t.tasks[0]).to_dict('records'):
         judge = line['best_by']
-        unit = 'nats' if judge == 'validation_loss' else '%'
+        value, unit = (line['validation_loss'], 'nats') if judge == 'tuning_loss' else (line[judge], '%')
         ids = dict(stage='search', recipe=base, scale=scale, trial=line['trial'], best_by=judge)
-        row = result_row('best', line[judge], unit, **ids, global_batch_size=line['global_batch_size'])
+        row = result_row('best', value, unit, **ids, global_batch_size=line['global_batch_size'])
         rows.append(row | common_provenance([r for r in rows if r['trial'] == line['trial']]))
     return rows
