@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'FEW', 'RESERVED', 'GPUS', 'MFU', 'forward_flops', 'training_flops', 'replace_modules', 'ByteDropout',
-           'step_memory', 'peak_memory', 'room_for', 'GPU', 'get_gpu', 'measured_rate', 'needs', 'micro_batch_for',
-           'plan']
+           'step_memory', 'peak_memory', 'room_for', 'GPU', 'get_gpu', 'gpu_called', 'measured_rate', 'needs',
+           'micro_batch_for', 'plan']
 
 # %% ../../nbs/efficiency/50_planner.ipynb #502c4198
 import statistics
@@ -154,6 +154,13 @@ def get_gpu(
     "A GPU by its name; raises `UsageError` when it is not in the table"
     if name not in GPUS: raise unknown('GPU', name, GPUS)
     return GPUS[name]
+
+def gpu_called(
+    hardware: str,  # as a driver says it, such as 'NVIDIA TITAN V'
+) -> GPU|None:      # None = it is not in the table
+    "The GPU of the table that a machine has"
+    found = hardware.lower().replace(' ', '')
+    return next((g for g in GPUS.values() if g.name.replace('-', '') in found), None)
 
 # %% ../../nbs/efficiency/50_planner.ipynb #19e3fbe6
 MFU = 0.28  # share of the peak, a little below what the paper's own code reached
