@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import ttest_ind
 
 from cramlit.core.recipes import RECIPES, CramlitError, UsageError, override
 from cramlit.core.results import result_row
@@ -19,17 +18,22 @@ from cramlit.experiments.comparison import (
     best_rates,
     compare,
     evaluations,
-    holm,
     rate_trials,
     reached,
     recipe_trials,
     recipes_to_compare,
     steps_between,
-    welch,
     with_data,
 )
 from cramlit.experiments.search import Trial, has_stock, run_trials, trial_table
-from cramlit.reporting.studies import ablation_table, comparison_table, trial_runs
+from cramlit.reporting.studies import (
+    ablation_table,
+    choices_table,
+    comparison_table,
+    figure_by_time,
+    trial_runs,
+    unigram_baselines,
+)
 
 SPECIAL = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
 
@@ -121,40 +125,31 @@ def test_a_network_without_a_stock_class_is_compared_by_its_loss(text, tmp_path)
     assert not (runs['a gate']/'model').exists() and (runs['plain']/'model'/'model.safetensors').exists()
 
 
-def test_welch_is_scipys_with_its_interval():
-    a, b = pd.Series([4.9, 5.1, 5.0, None]), pd.Series([5.4, 5.6, 5.9])
-    test = ttest_ind(a.dropna(), b, equal_var=False)
-    d = welch(a, b)
-    assert d.change == pytest.approx(a.mean() - b.mean()) and d.p == test.pvalue
-    assert (d.low, d.high) == pytest.approx(tuple(test.confidence_interval())) and d.low < d.change < d.high
-    for alone in (welch(pd.Series([1.]), b), welch(pd.Series([1., 1.]), pd.Series([2., 2.]))):
-        assert np.isnan([alone.low, alone.high, alone.p]).all() and not np.isnan(alone.change)
-
-
-def test_holms_correction():
-    p = pd.Series([.04, .001, float('nan'), .03, .9], index=list('abcde'))
-    corrected = holm(p)
-    assert list(corrected.dropna()) == pytest.approx([.09, .004, .09, .9])
-    assert list(corrected.index) == list('abcde')
-    assert list(holm(pd.Series([.6, .7]))) == [1., 1.] and holm(pd.Series([float('nan')])).isna().all()
-
-
-def test_equal_things_are_rarely_found_different():
-    "The probability of any false discovery among ten comparisons is five per cent, and not twenty"
-    rng, found, uncorrected = np.random.default_rng(0), 0, 0
-    for _ in range(200):
-        seeds = rng.normal(size=(11, 5))
-        p = pd.Series([welch(pd.Series(s), pd.Series(seeds[0])).p for s in seeds[1:]])
-        found, uncorrected = found + (holm(p) < .05).any(), uncorrected + (p < .05).any()
-    assert found <= 18 < 30 < uncorrected
-
-
 def test_trials_are_compared_with_what_they_name():
     trials = ('a', '', 5), ('b', 'a', 4), ('c', 'b', 4.5)
     lines = [dict(trial=n, versus=v, validation_loss=mean + e) for n, v, mean in trials for e in (-.1, 0, .1)]
     found = compare(pd.DataFrame(lines))
     assert list(found.index) == ['b', 'c'] and list(found.change) == pytest.approx([-1, .5])
     assert compare(pd.DataFrame(lines[:3])).empty
+
+
+def test_trials_are_compared_by_pairs_of_seeds_and_with_the_error_of_their_test_examples():
+    rng = np.random.default_rng(0)
+    lines = []
+    for name, versus, gain in (('a', '', 0.), ('b', 'a', .1)):
+        for seed in range(3):
+            loss, score = 5 - gain + seed + .01*rng.normal(), 50 + gain + seed/10 + .01*rng.normal()
+            lines.append(dict(trial=name, versus=versus, seed=seed, validation_loss=loss, task=score))
+    found = compare(pd.DataFrame(lines), 'validation_loss', 'task')
+    assert list(found.value) == ['validation_loss', 'task'] and (found.p < .05).all()
+    alone = compare(pd.DataFrame(lines))
+    assert alone.p['b'] < found.p.iloc[0]  # two lines in one table, corrected together
+    assert compare(pd.DataFrame(lines).drop(columns='seed')).p['b'] > .8  # the scatter that seeds share
+    for line in lines: line['task, draws'] = list(line['task'] + rng.normal(size=100))
+    drawn = compare(pd.DataFrame(lines), 'task')
+    assert drawn.p['b'] > .5 and drawn.high['b'] - drawn.low['b'] > 1
+    lines[-1]['task'] = float('nan')  # stopped early: the pair is gone, and the rest is compared as it is
+    assert compare(pd.DataFrame(lines), 'task').change['b'] == pytest.approx(.1, abs=.1)
 
 
 def make_run(folder, name, seed, losses, versus):
@@ -170,13 +165,39 @@ def make_run(folder, name, seed, losses, versus):
     return [result_row(m, v, '', **ids) for m, v in values.items()]
 
 
-def test_a_mark_that_is_never_reached_is_said_so(tmp_path):
+def test_a_mark_that_is_never_reached_is_said_so_and_is_later_than_all_others(tmp_path):
     rows = make_run(tmp_path, 'a', 1, [7, 6, 5], '')
     rows += make_run(tmp_path, 'b', 1, [7, 5, 4], 'a') + make_run(tmp_path, 'b', 2, [7, 7, 6], 'a')
     assert evaluations(tmp_path/'b1'/'run') == [(0, 7), (10, 5), (20, 4)]
     assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25)
     assert np.isnan(reached(tmp_path/'b2'/'run', 5.))
+    column = 'part of its time to the loss of a'
     t = trial_table(rows)
-    table = comparison_table(t, [], trial_runs(rows, tmp_path))
-    assert table.loc['b', 'part of its time to the loss of a'] == '50% (1 of 2 never)'
+    assert comparison_table(t, [], trial_runs(rows, tmp_path)).loc['b', column] == 'never (1 of 2)'
     assert ablation_table(t).loc['b', 'change'] == '+0.000' and ablation_table(t).loc['a', 'change'] == ''
+    rows += make_run(tmp_path, 'b', 3, [7, 7, 5], 'a')
+    table = comparison_table(trial_table(rows), [], trial_runs(rows, tmp_path))
+    assert table.loc['b', column] == '100% (1 of 3 never)'  # of 50 %, 100 % and never
+
+
+def test_a_run_that_was_stopped_early_is_in_no_mean_and_its_trial_in_no_comparison(tmp_path):
+    rows = [r for s in (1, 2) for r in make_run(tmp_path, 'a', s, [7, 6, 5 + s/10], '')]
+    rows += [r for s in (1, 2, 3) for r in make_run(tmp_path, 'b', s, [7, 5, 4 + s/10], 'a')]
+    for r in rows[-4:]: r['stopped'] = 'too slow'
+    t = trial_table(rows)
+    for table in (comparison_table(t, [], trial_runs(rows, tmp_path)), ablation_table(t)):
+        assert table.loc['b', 'MLM loss, nats'] == '4.150 ± 0.071' and table.loc['b', 'change'] == ''
+    choices = choices_table(t, [])
+    assert choices.loc['b', 'MLM loss, nats'] == '4.15 (4.10–4.20)'
+    assert choices.loc['b', 'stopped early'] == '1 of 3' and choices.loc['a', 'stopped early'] == ''
+
+
+def test_each_text_has_its_own_unigram_baseline(tmp_path):
+    rows = []
+    for name, entropy in (('a', 6.), ('b', 6.5)):
+        made = make_run(tmp_path, name, 1, [7, 6, 5], '')
+        rows += [*made, made[0] | dict(metric='unigram_entropy', value=entropy)]
+    t = trial_table(rows)
+    lines = figure_by_time(trial_runs(rows, tmp_path), unigram_baselines(t)).axes[0].lines
+    found = {line.get_label(): line.get_ydata()[0] for line in lines if 'unigram' in line.get_label()}
+    assert found == {'a, unigram baseline': 6., 'b, unigram baseline': 6.5}

@@ -65,7 +65,7 @@ def test_executed_notebooks_are_there_to_be_read(finished):
         assert outputs and not {'error', 'stderr'} & {o.get('name', o['output_type']) for o in outputs}
     given = ''.join(json.loads(copies['pretrain_modern'].read_text())['cells'][2]['source'])
     assert 'out = "runs/tiny"' in given and 'recipe = "modern"' in given
-    assert 'image/png' in copies['figure_pretraining'].read_text()
+    assert 'image/svg+xml' in copies['figure_pretraining'].read_text()
 
 
 def test_the_kinds_of_numbers_are_told_apart(finished):

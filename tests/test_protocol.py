@@ -138,7 +138,7 @@ def test_baselines_are_computed_once(model, tmp_path, monkeypatch):
     before = run_suite(model, [toy()], GRID, 1, tmp_path, IDS)
 
     def no(*args): raise AssertionError('computed again')
-    for name in ('majority', 'bag_of_words'): monkeypatch.setattr(protocol, name, no)
+    for name in ('always_the_same', 'linear_model'): monkeypatch.setattr(protocol, name, no)
     assert run_suite(model, [toy()], GRID, 1, tmp_path, IDS) == before
     with pytest.raises(AssertionError): run_suite(model, [toy(n=60)], GRID, 1, tmp_path, IDS)
 
@@ -510,6 +510,29 @@ def test_two_recipes_have_rows_of_their_own():
         rows += [*mine, *average(mine, IDS | dict(recipe=recipe))]
     columns = {'majority', '24hbert, pretrained', 'bert-base, pretrained', 'bert-base, from-scratch'}
     assert set(table4(rows).columns) >= columns
+
+
+def test_two_models_of_one_recipe_have_columns_of_their_own(tmp_path):
+    rows = []
+    for seed, weights, value in ((42, 'a', 60.), (43, 'b', 70.), (43, 'c', 80.)):
+        some = headline('x', 'from-scratch', 50., 50., 50.) + headline('x', 'pretrained', value, value, value)
+        rows += [r | dict(pretraining_seed=seed, weights=weights) for r in some]
+    table = table4(rows).loc['x accuracy']
+    names = '24hbert (seed 42)', '24hbert (seed 43, weights b)', '24hbert (seed 43, weights c)'
+    assert [table[f'{n}, pretrained'] for n in names] == [f'{x:.1f} ({x:.1f}–{x:.1f})' for x in (60, 70, 80)]
+    text = write_table4(rows, tmp_path)[0].read_text()
+    for name, gain in zip(names, (10, 20, 30), strict=True):
+        assert f'{name}: the median' in text and f'+{gain}.0' in text
+
+
+def test_a_score_with_diverged_seeds_is_marked(tmp_path):
+    rows = [r | dict(diverged=True, diverged_seeds=2) for r in headline('x', 'pretrained', 60., 50., 70.)]
+    rows += headline('y', 'pretrained', 60., 50., 70.)
+    table = table4(rows)['24hbert, pretrained']
+    assert table['x accuracy'].endswith(' ‡') and not table['y accuracy'].endswith('‡')
+    text = write_table4(rows, tmp_path)[0].read_text()
+    assert '‡ Seeds that diverged' in text and 'x, 24hbert pretrained: 2 of 3' in text
+    assert r'$\ddagger$' in (tmp_path/'table4_glue.tex').read_text()
 
 
 def test_report_of_nothing_and_of_broken_rows(tmp_path, capsys):

@@ -1,5 +1,6 @@
 "The search: trials from text to the best, continued, stopped early, failed; and their tables and figures"
 import json
+import shutil
 from dataclasses import replace
 
 import pandas as pd
@@ -140,6 +141,51 @@ def test_a_finished_trial_is_read_under_whatever_name_it_has_today(text, data, t
     labels = 'study', 'trial', 'versus'
     assert [{k: v for k, v in r.items() if k not in labels} for r in after] == \
         [{k: v for k, v in r.items() if k not in labels} for r in before]
+
+
+STAMP = dict(commit='measured', dirty=False, versions={}, hardware='another machine')
+
+
+def test_a_trial_says_where_it_was_measured_and_not_where_it_is_read(text, data, tmp_path, monkeypatch):
+    found = result_row('validation_loss', 3., 'nats', stopped='') | STAMP
+    score = result_row('headline', 60., '%', task='continuation') | STAMP
+    monkeypatch.setattr(s, 'train_trial', lambda trial, study, run: (run/'checkpoints').mkdir(parents=True)
+                        or [found])
+    monkeypatch.setattr(s, 'export_all', lambda run, tokenizer: run/'model')
+    monkeypatch.setattr(s, 'check_length', lambda model, length: None)
+    monkeypatch.setattr(s, 'run_grid', lambda *args: [score])
+    with parallel_config('threading', n_jobs=1):
+        t = replace(TRIALS, tasks=('acceptability',))
+        rows = run_trials(trials_of(text, (1e-3,)), 'grid', data, tmp_path, t)
+    assert [r['metric'] for r in rows] == ['validation_loss', 'headline']
+    assert all({k: r[k] for k in STAMP} == STAMP for r in rows)
+
+
+def test_a_trial_is_run_again_when_anything_that_decides_its_result_is_another(
+        text, data, tmp_path, monkeypatch):
+    ran = []
+    def trial_rows(trial, study, folder):
+        (folder/'run'/'checkpoints').mkdir(parents=True)
+        ran.append(folder)
+        return [result_row('validation_loss', float(len(ran)), 'nats')]
+    monkeypatch.setattr(s, 'trial_rows', trial_rows)
+    other = tmp_path/'other'
+    shutil.copytree(data, other)
+    manifest = json.loads((other/'manifest.json').read_text())
+    (other/'manifest.json').write_text(json.dumps(manifest | dict(unigram_entropy=1.)))
+    def loss(data=data, t=TRIALS, nproc=1):
+        trial, = trials_of(text, (1e-3,))
+        trials = [replace(trial, settings=(*trial.settings, 'batch.micro_batch_size=8'))]
+        row, = run_trials(trials, 'grid', data, tmp_path/'out', t, nproc)
+        return row['value']
+    scored = replace(TRIALS, tasks=('continuation',))
+    changed = [dict(data=other), dict(nproc=2), dict(t=replace(TRIALS, steps=3)), dict(t=scored),
+               dict(t=replace(scored, tasks=('acceptability',))),
+               dict(t=replace(scored, finetune=replace(scored.finetune, max_train=7)))]
+    with parallel_config('threading', n_jobs=1):
+        assert [loss(), loss()] == [1., 1.]
+        for n, change in enumerate(changed, 2): assert [loss(**change), loss(**change)] == [n, n]
+        assert loss() == 1. and len(set(ran)) == len(ran)
 
 
 def test_choices_change_what_they_say():

@@ -87,14 +87,14 @@ def own(tmp_path): return write(tmp_path/'in'/'own.jsonl', json_lines(make_texts
 def test_control_tokens_in_a_text_are_words(tmp_path):
     docs = [t.replace('river', '[PAD] [MASK] and [CLS] or [SEP]') for t in make_texts(100)]
     source = write(tmp_path/'howto.jsonl', json_lines(docs))
-    for mode in ('document', 'stream'):
+    for mode in ('paper', 'stream'):
         assert prepare(source, tmp_path/mode, '-o', f'packing.mode={mode}') == 0
         data = open_data(tmp_path/mode)
         special, rows = data.manifest['special_ids'], data.train[np.arange(len(data.train))]
         length = (rows != special['pad']).sum(1)
         assert all((row[:n] != special['pad']).all() for row, n in zip(rows, length, strict=True))
         assert not (rows == special['mask']).any() and not (rows[:, 1:] == special['cls']).any()
-    train = ['--data', str(tmp_path/'document'), '--out', str(tmp_path/'run'), '--steps', '4']
+    train = ['--data', str(tmp_path/'paper'), '--out', str(tmp_path/'run'), '--steps', '4']
     assert main(['pretrain', *SMALL, '-o', f'corpus.source={source}', *train]) == 0
 
 

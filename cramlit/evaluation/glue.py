@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GLUE', 'AX', 'NOT_AVERAGED', 'Row', 'SUBMISSION_FILES', 'TEST_EXAMPLES', 'Examples', 'Task', 'score', 'headline',
-           'constant', 'majority', 'bag_of_words', 'Source', 'load_glue', 'load_ax', 'format_prediction',
-           'submission_zip', 'check_submission', 'load_submission_tasks']
+           'constant', 'always_the_same', 'linear_model', 'majority', 'bag_of_words', 'Source', 'load_glue', 'load_ax',
+           'format_prediction', 'submission_zip', 'check_submission', 'load_submission_tasks']
 
 # %% ../../nbs/evaluation/40_glue.ipynb #177995e3
 import codecs, errno, io, math, re, sys, zipfile, zlib
@@ -90,26 +90,24 @@ def constant(
     y = np.asarray(task.train.labels)
     return float(y.mean()) if task.num_labels == 1 else int(np.bincount(y).argmax())
 
-def majority(
+def always_the_same(
     task: Task,
-    max_eval: int,  # validation examples; 0 = all
-) -> dict:          # scores by validation set
-    "What always saying the same scores"
-    return _score_validation(task, max_eval, lambda e: np.full(len(e), constant(task)))
+) -> Callable[[Examples], np.ndarray]:  # examples → classes or scores
+    "A predictor that says `constant` whatever it is asked"
+    return lambda e: np.full(len(e), constant(task))
 
-def bag_of_words(
+def linear_model(
     task: Task,
     max_train: int,  # training examples; 0 = all
-    max_eval: int,   # validation examples; 0 = all
-) -> dict:           # scores by validation set
-    "A linear model on words and pairs of neighbouring words; where there is one class or no word, `majority`"
+) -> Callable[[Examples], np.ndarray]:  # examples → classes or scores
+    "A linear model on words and pairs of neighbouring words; a constant where there is one class or no word"
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
     train = task.train.sample(max_train)
     texts = train.first + (train.second or [])
     classes = len(set(train.labels))
-    if classes == 1 or not any(re.search(r'\w', t) for t in texts): return majority(task, max_eval)
+    if classes == 1 or not any(re.search(r'\w', t) for t in texts): return always_the_same(task)
     bag = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r'\w+')
     bag.fit(texts)
 
@@ -120,7 +118,22 @@ def bag_of_words(
         return hstack([a, b, a.multiply(b), abs(a - b)]).tocsr()
     linear = Ridge() if task.num_labels == 1 else LogisticRegression(C=10, max_iter=300)
     linear.fit(features(train), train.labels)
-    return _score_validation(task, max_eval, lambda e: linear.predict(features(e)))
+    return lambda e: linear.predict(features(e))
+
+def majority(
+    task: Task,
+    max_eval: int,  # validation examples; 0 = all
+) -> dict:          # scores by validation set
+    "What always saying the same scores"
+    return _score_validation(task, max_eval, always_the_same(task))
+
+def bag_of_words(
+    task: Task,
+    max_train: int,  # training examples; 0 = all
+    max_eval: int,   # validation examples; 0 = all
+) -> dict:           # scores by validation set
+    "What a linear model on words scores"
+    return _score_validation(task, max_eval, linear_model(task, max_train))
 
 # %% ../../nbs/evaluation/40_glue.ipynb #82691c50
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SELDOM', 'STEPS', 'shared_validation', 'with_rate', 'rate_trials', 'recipe_trials', 'best_rates', 'differences',
            'steps_between', 'ablation_trials', 'with_data', 'trial_settings', 'recipes_to_compare', 'compare_recipes',
-           'run_ablation', 'evaluations', 'reached', 'Difference', 'welch', 'holm', 'compare']
+           'run_ablation', 'evaluations', 'reached', 'compare']
 
 # %% ../../nbs/experiments/61_comparison.ipynb #c265cd16
 import json
@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
 from ..core.recipes import CramlitError, Recipe, UsageError, digest
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.packing import prepare
+from ..evaluation.statistics import Difference, difference, holm, sampling_error
 from .search import Trial, run_trials
 
 # %% ../../nbs/experiments/61_comparison.ipynb #1fd86c6a
@@ -228,41 +228,24 @@ def reached(
     return float('nan')
 
 # %% ../../nbs/experiments/61_comparison.ipynb #57ce2264
-class Difference(NamedTuple):
-    "Of two means over seeds"
-    change: float  # the first less the second
-    low: float     # 95 % interval of the change
-    high: float
-    p: float       # of Welch's two-sided t-test; NaN, like the interval, where one has fewer than two seeds
-
-def welch(
-    a: pd.Series,  # a value a seed
-    b: pd.Series,
-) -> Difference:
-    "The difference of two means, and how certain it is: Welch (1947), through scipy"
-    from scipy.stats import ttest_ind
-    a, b, unknown = a.dropna(), b.dropna(), float('nan')
-    change = float(a.mean() - b.mean())
-    if min(len(a), len(b)) < 2 or a.std() + b.std() == 0: return Difference(change, unknown, unknown, unknown)
-    test = ttest_ind(a, b, equal_var=False)
-    low, high = test.confidence_interval()
-    return Difference(change, float(low), float(high), float(test.pvalue))
-
-def holm(
-    p: pd.Series,  # p-values of one family; NaN where there is none
-) -> pd.Series:
-    "p-values corrected for how many there are: Holm (1979)"
-    known = p.dropna().sort_values()
-    return (known*list(range(len(known), 0, -1))).cummax().clip(upper=1.).reindex(p.index)
+def _of_trial(table: pd.DataFrame, name: str, value: str) -> tuple[pd.Series, list]:
+    "A trial's values by seed, and the draws of its test examples"
+    mine = table[table.trial == name].dropna(subset=value)
+    if 'seed' in mine: mine = mine.set_index('seed')
+    return mine[value], mine.get(f'{value}, draws', pd.Series(dtype=object)).tolist()
 
 def compare(
-    table: pd.DataFrame,           # as `trial_table` gives it
-    value: str = 'validation_loss',  # the column that is compared
-) -> pd.DataFrame:  # trial × change, low, high, p; the p-values are corrected for the number of trials
+    table: pd.DataFrame,  # as `trial_table` gives it; without a column `seed` nothing is compared by pairs
+    *values: str,         # the columns that are compared; none = validation_loss
+) -> pd.DataFrame:  # trial × value, change, low, high, p; the p-values are corrected for all lines together
     "Every trial beside the one it is compared with, over their seeds"
-    lines = {}
-    for name, versus in table[['trial', 'versus']].drop_duplicates().itertuples(index=False):
-        mine, theirs = (table.loc[table.trial == n, value] for n in (name, versus))
-        if versus: lines[name] = welch(mine, theirs)
-    found = pd.DataFrame.from_dict(lines, orient='index', columns=Difference._fields)
+    lines, names = [], []
+    for value in values or ('validation_loss',):
+        for name, versus in table[['trial', 'versus']].drop_duplicates().itertuples(index=False):
+            if not versus: continue
+            (mine, draws), (theirs, their_draws) = (_of_trial(table, n, value) for n in (name, versus))
+            error = sampling_error(draws, their_draws) if draws and their_draws else 0.
+            lines.append((value, *difference(mine, theirs, error)))
+            names.append(name)
+    found = pd.DataFrame(lines, index=names, columns=('value', *Difference._fields))
     return found.assign(p=holm(found.p))

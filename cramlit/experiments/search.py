@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Trial', 'grid_trials', 'parse_grid', 'choices', 'choice_trials', 'Study', 'has_stock', 'trial_ids', 'train_trial',
-           'trial_rows', 'run_trial', 'run_trials', 'trial_table', 'best', 'search']
+           'trial_rows', 'trial_key', 'run_trial', 'run_trials', 'trial_table', 'best', 'search']
 
 # %% ../../nbs/experiments/60_search.ipynb #3f3ecdc5
-import shutil
+import hashlib, json, shutil
 from contextlib import redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ import pandas as pd
 import torch
 from joblib import delayed
 
-from ..core.recipes import Model, Recipe, UsageError, digest, recipe_hash, unknown
-from ..core.results import read_rows, result_row, write_rows
+from ..core.recipes import Model, Recipe, UsageError, recipe_hash, unknown
+from ..core.results import result_row, sha256, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.batches import rank_slice
-from ..data.packing import prepare
-from ..evaluation.finetuning import check_length
-from ..evaluation.protocol import jobs, load_tasks, run_grid, run_parallel, with_retry
+from ..data.packing import open_data, prepare
+from ..evaluation.finetuning import FINETUNING_VERSION, check_length
+from ..evaluation.glue import Task
+from ..evaluation.protocol import (
+    common_provenance, find_result, jobs, load_tasks, run_grid, run_parallel, save_result, with_retry)
 from ..model.stock_models import family
 from ..training.checkpoints import export_all
 from ..training.training import pretrain, pretrain_in
@@ -110,7 +112,8 @@ def choices(
         'twice the batch': _batch_settings(recipe, 2*batch),
         'no LayerNorm after the embeddings': ('model.embedding_norm=false',) if m.norm == 'pre' else (),
         'LayerNorm after each block': ('model.norm=post', 'model.embedding_norm=true'),
-        'base instead of large': smaller}
+        'base instead of large': smaller,
+        'sequences cut at one end': ('packing.mode=document',) if recipe.packing.mode == 'paper' else ()}
 
 def choice_trials(
     base: str,     # name of a recipe
@@ -190,17 +193,35 @@ def trial_rows(
     work = [job for task in tasks for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',))]
     for score in run_grid(model, tasks, work, folder, {}):
         if score['metric'] != 'headline': continue
-        rows.append(result_row('headline', score['value'], '%', **ids, task=score['task']))
+        about = ids | dict(task=score['task'], resampled=score['resampled'])
+        row = result_row('headline', score['value'], '%', **about)
+        rows.append(row | common_provenance([score]))  # it may have been measured long ago
     return rows
+
+def trial_key(
+    trial: Trial,
+    study: Study,
+    tasks: list[Task],  # that each trial is fine-tuned on
+) -> dict:              # as JSON has it
+    "All that decides what a trial finds"
+    t, data = study.trials, open_data(trial.data or study.data).folder
+    key = dict(recipe=asdict(trial.recipe), data=sha256(data/'manifest.json'), budget=t.budget, steps=t.steps,
+               processes=study.nproc, finetune={})
+    if tasks:
+        text = json.dumps([asdict(task) for task in tasks], sort_keys=True)
+        key['finetune'] = dict(tasks=hashlib.sha256(text.encode()).hexdigest(), rules=FINETUNING_VERSION,
+                               **asdict(t.finetune))
+    return json.loads(json.dumps(key))  # lists for tuples
 
 def run_trial(
     trial: Trial,
     study: Study,
-    folder: Path,   # of the trial
+    folder: Path,   # of the trial; beside it goes the file that says that it is finished, and what it found
+    key: dict,      # the trial's
 ) -> str:           # '' or why it failed, twice
-    "A trial from its recipe to its rows.jsonl; what it prints goes to log.txt"
+    "A trial from its recipe to its rows; what it prints goes to log.txt"
     def work():
-        write_rows(folder/'rows.jsonl', trial_rows(trial, study, folder))
+        save_result(folder.parent, key, lambda: dict(rows=trial_rows(trial, study, folder)))
         shutil.rmtree(folder/'run'/'checkpoints')  # the model is kept; the optimizer's state is larger
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'log.txt', 'a', buffering=1) as log, redirect_stderr(log):
@@ -211,26 +232,26 @@ def run_trials(
     trials: list[Trial],
     name: str,      # of the study: grid | choices | rates | recipes | ablation | scaling
     data: str|Path, # prepared, for trials that have none of their own
-    out: str|Path,  # holds trials/NAME for each, and rows.jsonl of all
+    out: str|Path,  # holds trials/NAME and trials/NAME.json for each, and rows.jsonl of all
     t: Trials,
     nproc: int = 0, # processes a trial; 0 = one for each GPU, one on a CPU
     glue_dir: str = '',  # a local copy of GLUE; empty: the hub
 ) -> list[dict]:    # rows of all trials
     "Run what is missing; raises `UsageError` for impossible settings, `CramlitError` for what failed twice"
-    out, study = Path(out), Study(name, Path(data), t, nproc or max(1, torch.cuda.device_count()), glue_dir)
-    folders, missing = [], []
-    for trial in trials:
-        rank_slice(trial.recipe, 0, 0, study.nproc)  # refuses a batch that cannot be divided
-        folder = out/'trials'/digest([recipe_hash(trial.recipe), trial.seed, t.budget, t.steps])
-        folders.append(folder)
-        if not (folder/'rows.jsonl').exists(): missing.append(delayed(run_trial)(trial, study, folder))
-    if missing and t.tasks: load_tasks(get_scale(trials[0].scale).suite, list(t.tasks), glue_dir)
+    study = Study(name, Path(data), t, nproc or max(1, torch.cuda.device_count()), glue_dir)
+    place = Path(out)/'trials'
+    for trial in trials: rank_slice(trial.recipe, 0, 0, study.nproc)  # refuses a batch that cannot be divided
+    tasks = load_tasks(get_scale(trials[0].scale).suite, list(t.tasks), glue_dir) if t.tasks else []
+    keys, missing = [trial_key(trial, study, tasks) for trial in trials], []
+    for trial, key in zip(trials, keys, strict=True):
+        path, found = find_result(place, key)
+        if not found: missing.append(delayed(run_trial)(trial, study, path.with_suffix(''), key))
     run_parallel(missing, len(trials), 'trials', one_by_one=study.nproc > 1)
     rows = []
-    for trial, folder in zip(trials, folders, strict=True):
+    for trial, key in zip(trials, keys, strict=True):
         ids = trial_ids(trial, study)
-        rows += [row | ids for row in read_rows(folder/'rows.jsonl')]
-    write_rows(out/'rows.jsonl', rows)
+        rows += [row | ids for row in find_result(place, key)[1]['rows']]
+    write_rows(Path(out)/'rows.jsonl', rows)
     return rows
 
 # %% ../../nbs/experiments/60_search.ipynb #8cc5a760
@@ -239,13 +260,14 @@ _SETTINGS = ('trial', 'versus', 'recipe', 'seed', 'global_batch_size', 'lr', 'wa
 
 def trial_table(
     rows: list[dict],   # of trials
-) -> pd.DataFrame:      # a line for each trial: what was set, loss, steps, scores of the tasks
+) -> pd.DataFrame:      # a line for each trial: what was set, loss, steps, scores and draws of the tasks
     "Rows as a table, a trial a line"
     lines: dict[tuple, dict] = {}
     for r in rows:
         line = lines.setdefault((r['trial'], r['seed']), {k: r[k] for k in _SETTINGS if k in r})
         name = r['task'] if r['metric'] == 'headline' else r['metric']
         line[name] = float('nan') if r['value'] is None else float(r['value'])
+        if 'resampled' in r: line[f'{name}, draws'] = r['resampled']
     return pd.DataFrame(list(lines.values()))
 
 def best(
@@ -284,5 +306,6 @@ def search(
         judge = line['best_by']
         unit = 'nats' if judge == 'validation_loss' else '%'
         ids = dict(stage='search', recipe=base, scale=scale, trial=line['trial'], best_by=judge)
-        rows.append(result_row('best', line[judge], unit, **ids, global_batch_size=line['global_batch_size']))
+        row = result_row('best', line[judge], unit, **ids, global_batch_size=line['global_batch_size'])
+        rows.append(row | common_provenance([r for r in rows if r['trial'] == line['trial']]))
     return rows

@@ -136,7 +136,7 @@ classifier = AutoModelForSequenceClassification.from_pretrained('{{ name }}', nu
 {{ percent(k.rate) }} of the tokens of a sequence are predicted, at most {{ k.max_predictions }};
 {{ percent(k.replace_mask) }} of them are replaced by the mask token, {{ percent(k.replace_random) }} by
 a random token. Sequences have {{ recipe.packing.seq_len }} tokens
-({{ 'whole sentences of one document' if recipe.packing.mode == 'document' else 'full, across documents' }}),
+({{ 'full, across documents' if recipe.packing.mode == 'stream' else 'sentences of one document' }}),
 and {{ number(recipe.batch.global_batch_size) }} of them make a step.
 {% if m.max_positions > recipe.packing.seq_len -%}
 The network has {{ number(m.max_positions) }} positions, and **only the first

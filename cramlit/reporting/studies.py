@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'POOR', 'FEW', 'mean_and_deviation', 'median_and_range', 'p_text',
-           'seeds_and_seconds', 'difference_cells', 'stopped_early', 'best_table', 'figure_grid', 'write_search',
-           'tasks_of_rows', 'choices_table', 'trial_runs', 'figure_choices', 'figure_schedules', 'figure_loss_task',
-           'write_choices', 'comparison_table', 'figure_by_time', 'write_comparison', 'ablation_table',
-           'write_ablation', 'scaling_table', 'figure_by_compute', 'write_scaling']
+           'seeds_and_seconds', 'difference_cells', 'stopped_early', 'whole_runs', 'best_table', 'figure_grid',
+           'write_search', 'tasks_of_rows', 'choices_table', 'trial_runs', 'figure_choices', 'figure_schedules',
+           'figure_loss_task', 'write_choices', 'comparison_table', 'unigram_baselines', 'figure_by_time',
+           'write_comparison', 'ablation_table', 'write_ablation', 'scaling_table', 'figure_by_compute',
+           'write_scaling']
 
 # %% ../../nbs/reporting/75_studies.ipynb #1996b438
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +24,7 @@ from ..core.scales import get_scale
 from ..experiments.comparison import compare, evaluations, reached
 from ..experiments.scaling import RESAMPLES, Fit, fit_runs
 from ..experiments.search import best, trial_table
-from .figures import COLOURS, STYLE, time_unit, write_figure
+from .figures import COLOURS, STYLE, draw_unigram, time_unit, write_figure
 from .tables import needed, write_table
 from ..training.schedule import lr_factor
 
@@ -81,19 +83,28 @@ def stopped_early(
     "Which trials were stopped early, and why: their loss is that of the moment, and they have no scores"
     return [f'Stopped early: {r.trial}, seed {r.seed}: {r.stopped}.' for r in t[t.stopped != ''].itertuples()]
 
+def whole_runs(
+    t: pd.DataFrame,  # as `trial_table` gives it
+) -> pd.DataFrame:    # its lines of trials of which every seed came to its end
+    "What may be compared: the seeds that are left of a trial are its better ones"
+    return t[~t.trial.isin(t.trial[t.stopped != ''])]
+
 def best_table(
     t: pd.DataFrame,  # of the grid, as `trial_table` gives it
     task: str,        # the one that judges
 ) -> pd.DataFrame:    # texts: batch and judge × settings, loss, score
-    "The best configuration of each batch size, by loss and by the task"
+    "The best configuration of each batch size and length of the schedule, by loss and by the task"
     lines = {}
-    for _, r in best(t, task).iterrows():
-        line = {'peak LR': f'{r.lr:g}', 'warm-up': f'{r.warmup:.0%}',
-                'schedule, budgets': f'{r.schedule_length:g}', 'steps': f'{r.steps:,.0f}',
-                'MLM loss, nats': f'{r.validation_loss:.3f}'}
+    several = t.schedule_length.nunique() > 1
+    for r in pd.concat([best(mine, task) for _, mine in t.groupby('schedule_length')]).to_dict('records'):
+        stopped = ' (stopped early)' if r['stopped'] else ''
+        line = {'peak LR': f'{r["lr"]:g}', 'warm-up': f'{r["warmup"]:.0%}',
+                'schedule, budgets': f'{r["schedule_length"]:g}', 'steps': f'{r["steps"]:,.0f}',
+                'MLM loss, nats': f'{r["validation_loss"]:.3f}{stopped}'}
         if task in r: line[f'{task}, %'] = '' if pd.isna(r[task]) else f'{r[task]:.1f}'
-        judge = 'loss' if r.best_by == 'validation_loss' else task
-        lines[f'batch {r.global_batch_size}, best by {judge}'] = line
+        judge = 'loss' if r['best_by'] == 'validation_loss' else task
+        length = f', schedule {r["schedule_length"]:g} budgets long' if several else ''
+        lines[f'batch {r["global_batch_size"]}{length}, best by {judge}'] = line
     return pd.DataFrame(lines).T
 
 # %% ../../nbs/reporting/75_studies.ipynb #8041cfee
@@ -101,21 +112,26 @@ def best_table(
 def figure_grid(
     table: pd.DataFrame,  # as `trial_table` gives it
 ) -> Figure:
-    "The loss of every combination; the best over schedules where there are several"
-    sizes = sorted(table.global_batch_size.unique())
+    "The loss of every combination, a panel for each batch size and length of the schedule"
+    sizes, lengths = (sorted(table[name].unique()) for name in ('global_batch_size', 'schedule_length'))
     low, high = table.validation_loss.min(), table.validation_loss.max()
-    fig = Figure(figsize=(1 + 2*len(sizes), 1.2 + .45*table.warmup.nunique()), layout='constrained')
-    for ax, size in zip(fig.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-        mine = table[table.global_batch_size == size]
-        field = mine.pivot_table(index='warmup', columns='lr', values='validation_loss', aggfunc='min')
+    height = len(lengths)*(1.2 + .45*table.warmup.nunique())
+    fig = Figure(figsize=(1 + 2*len(sizes), height), layout='constrained')
+    axes = fig.subplots(len(lengths), len(sizes), squeeze=False).ravel()
+    for ax, (length, size) in zip(axes, product(lengths, sizes), strict=True):
+        mine = table[(table.global_batch_size == size) & (table.schedule_length == length)]
+        field, stopped = (mine.pivot(index='warmup', columns='lr', values=values)
+                          for values in ('validation_loss', 'stopped'))
         image = ax.imshow(field, cmap='cividis_r', vmin=low, vmax=high, aspect='auto', origin='lower')
         for y, line in enumerate(field.to_numpy()):
             for x, loss in enumerate(line):
                 color = 'white' if loss > (low + high)/2 else 'black'
-                ax.text(x, y, f'{loss:.2f}', ha='center', va='center', color=color)
+                text = f'{loss:.2f}' + '†'*bool(stopped.iloc[y, x])
+                ax.text(x, y, text, ha='center', va='center', color=color)
         ax.set_xticks(range(len(field.columns)), [f'{lr:g}' for lr in field.columns])
         ax.set_yticks(range(len(field)), [f'{w:.0%}' for w in field.index])
-        ax.set(xlabel='peak learning rate', title=f'batch {size}')
+        title = f'batch {size}' + (f', schedule × {length:g}' if len(lengths) > 1 else '')
+        ax.set(xlabel='peak learning rate', title=title)
         if size == sizes[0]: ax.set_ylabel('warm-up')
         ax.tick_params(length=0)
     fig.colorbar(image, ax=fig.axes, label='MLM loss, nats')
@@ -133,8 +149,8 @@ def write_search(
     about = (f'{len(t)} trials of {t.seconds.median():.0f} s each (median); {len(early)} stopped early. '
              'One seed each, so small differences mean little.')
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
-    table = best_table(t, task).assign(published='')
-    return [*write_table(table, folder/'table3_search', caption, [about, *early, NOT_RECOVERED], mine),
+    notes = [about, VALIDATION, *early, NOT_RECOVERED]
+    return [*write_table(best_table(t, task), folder/'table3_search', caption, notes, mine),
             *write_figure(figure_grid(t), folder/'search_grid', mine)]
 
 # %% ../../nbs/reporting/75_studies.ipynb #674cc9a8
@@ -147,12 +163,14 @@ def choices_table(
     tasks: list[str],  # columns of it
 ) -> pd.DataFrame:     # texts: choice × loss, difference, steps, scores of the tasks
     "Single choices over their seeds, in the order in which they were tried"
-    early = t[t.stopped != ''].trial
-    found, lines = compare(t[~t.trial.isin(early)]), {}
+    found, lines = compare(whole_runs(t)), {}
     for name, group in t.groupby('trial', sort=False):
-        lines[name] = {'MLM loss, nats': median_and_range(group.validation_loss, 2),
-                       **difference_cells(found, name), 'steps': f'{group.steps.median():,.0f}'}
-        for task in tasks: lines[name][f'{task}, %'] = median_and_range(group[task], 1)
+        whole, stopped = group[group.stopped == ''], (group.stopped != '').sum()
+        lines[name] = {'MLM loss, nats': median_and_range(whole.validation_loss, 2),
+                       **difference_cells(found, name),
+                       'steps': '' if whole.empty else f'{whole.steps.median():,.0f}',
+                       'stopped early': f'{stopped} of {len(group)}' if stopped else ''}
+        for task in tasks: lines[name][f'{task}, %'] = median_and_range(whole[task], 1)
     return pd.DataFrame(lines).T
 
 # %% ../../nbs/reporting/75_studies.ipynb #c54fa75a
@@ -232,11 +250,10 @@ def write_choices(
     t, tasks, first = trial_table(mine), tasks_of_rows(mine), mine[0]
     notes = [f'One change at a time, {seeds_and_seconds(t)}. Median over seeds, lowest and highest in '
              'parentheses. Base instead of large takes half the layers and three quarters of the width.',
-             f'{SIGNIFICANCE} A choice of which a run was stopped early is not compared.', *stopped_early(t),
-             NOT_RECOVERED]
+             f'{SIGNIFICANCE} A choice of which a run was stopped early is not compared, and its median is '
+             'that of the others.', VALIDATION, *stopped_early(t), NOT_RECOVERED]
     caption = f"Table 5. Which choices matter, {first['recipe']} at scale {first['scale']}."
-    table = choices_table(t, tasks).assign(published='')
-    return [*write_table(table, folder/'table5_choices', caption, notes, mine),
+    return [*write_table(choices_table(t, tasks), folder/'table5_choices', caption, notes, mine),
             *write_figure(figure_schedules(t), folder/'schedules', mine),
             *write_figure(figure_choices(trial_runs(mine, trials)), folder/'choices_by_time', mine),
             *write_figure(figure_loss_task(t, tasks), folder/'loss_against_task', mine)]
@@ -249,11 +266,14 @@ def comparison_table(
 ) -> pd.DataFrame:     # texts: recipe × loss, difference, time to the first one's loss, tasks
     "What each recipe came to in the same time"
     t, lines, first = t.assign(average=t[tasks].mean(axis=1, skipna=False)), {}, t.trial[0]
-    mark, by_loss, by_average = t.validation_loss[t.trial == first].mean(), compare(t), compare(t, 'average')
-    for name, group in t.groupby('trial', sort=False):
+    whole, ended = whole_runs(t), t[t.stopped == '']
+    mark = ended.validation_loss[ended.trial == first].mean()
+    by_loss, by_average = compare(whole), compare(whole, 'average')
+    for name, group in ended.groupby('trial', sort=False):
         times = pd.Series([reached(run, mark) for run in runs[name]])
-        part = f'{times.mean():.0%}' if times.notna().any() else ''
-        if times.isna().any(): part += f' ({times.isna().sum()} of {len(times)} never)'
+        middle, never = times.fillna(np.inf).median(), times.isna().sum()  # never is later than all others
+        part = f'{middle:.0%}' if np.isfinite(middle) else 'never'
+        if never: part += f" ({never} of {len(times)}{' never'*(part != 'never')})"
         if name == first: part = ''
         line = {'peak LR': f'{group.lr.iloc[0]:g}',
                 'MLM loss, nats': mean_and_deviation(group.validation_loss, 3),
@@ -265,10 +285,16 @@ def comparison_table(
         lines[name] = line | difference_cells(by_average, name, 1, ', average')
     return pd.DataFrame(lines).T
 
+def unigram_baselines(
+    t: pd.DataFrame,    # as `trial_table` gives it
+) -> dict[str, float]:  # trial → nats
+    "The unigram baseline of each trial's text"
+    return t.groupby('trial', sort=False).unigram_entropy.first().to_dict()
+
 @matplotlib.rc_context(STYLE)
 def figure_by_time(
     runs: dict[str, list[Path]],  # recipe → run folders, one a seed; the first sets the mark
-    entropy: float,               # of the held-out text under token frequencies, nats
+    entropies: dict[str, float],  # recipe → its unigram baseline, nats
 ) -> Figure:
     "Validation loss by time, a thin line a seed; where the others come down to the first one's final loss"
     first, *_ = runs
@@ -285,9 +311,9 @@ def figure_by_time(
             ax.plot(seconds, losses, linestyle=style, lw=.8, color=colour, label='' if i else name)
             if name != first: ax.plot(reached(run, mark)*seconds[-1], mark, 'v', ms=5, color=colour)
     ax.axhline(mark, lw=.8, color='0.6')
-    ax.axhline(entropy, ls='--', color='0.4', lw=1, label='unigram baseline')
-    low, high = min(loss for _, loss in points) - .1, max(entropy, mark) + .3  # above are the first seconds
-    ax.set(xlabel=f'time, {unit}', ylabel='validation loss, nats', ylim=(low, high))
+    draw_unigram(ax, entropies, dict(zip(runs, COLOURS, strict=False)))
+    low, high = min(loss for _, loss in points) - .1, max(*entropies.values(), mark) + .3
+    ax.set(xlabel=f'time, {unit}', ylabel='validation loss, nats', ylim=(low, high))  # above: first seconds
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
@@ -306,18 +332,19 @@ def write_comparison(
     if edge: tried += f' The best lies at the edge, and a better one perhaps outside, for {", ".join(edge)}.'
     scale, table = mine[0]['scale'], comparison_table(t, tasks_of_rows(mine), runs)
     notes = [f'{seeds_and_seconds(t)}, in turns on the same machine. '
-             f'Mean ± standard deviation over seeds. {VALIDATION}', tried, SIGNIFICANCE]
+             'Mean ± standard deviation over seeds; of the part of its time the median, a seed that never '
+             f'gets there being later than all others. {VALIDATION}', tried, SIGNIFICANCE, *stopped_early(t)]
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
     return [*write_table(table, folder/'comparison', f'Recipes at equal time, scale {scale}.', notes, mine),
-            *write_figure(figure_by_time(runs, t.unigram_entropy[0]), folder/'comparison_by_time', mine)]
+            *write_figure(figure_by_time(runs, unigram_baselines(t)), folder/'comparison_by_time', mine)]
 
 # %% ../../nbs/reporting/75_studies.ipynb #433e9726
 def ablation_table(
     t: pd.DataFrame,  # of the ablation, as `trial_table` gives it
 ) -> pd.DataFrame:    # texts: trial × loss, difference, steps, time of a step, tokens/s
     "The ablation, cumulative and leave-one-out"
-    found, lines = compare(t), {}
-    for name, group in t.groupby('trial', sort=False):
+    found, lines = compare(whole_runs(t)), {}
+    for name, group in t[t.stopped == ''].groupby('trial', sort=False):
         lines[name] = {'compared with': group.versus.iloc[0],
                        'MLM loss, nats': mean_and_deviation(group.validation_loss, 3),
                        **difference_cells(found, name), 'steps': f'{group.steps.mean():,.0f}',
@@ -334,7 +361,8 @@ def write_ablation(
     t = trial_table(mine)
     notes = [f'{seeds_and_seconds(t)}. Mean ± standard deviation over seeds. A negative change is a gain '
              f'over what it is compared with. {VALIDATION}', SIGNIFICANCE,
-             'Learning rates are those of the two recipes at this scale; nothing in between was tuned.']
+             'Learning rates are those of the two recipes at this scale; nothing in between was tuned.',
+             *stopped_early(t)]
     caption = f"What each change does in the same time, scale {mine[0]['scale']}."
     return write_table(ablation_table(t), folder/'ablation', caption, notes, mine)
 

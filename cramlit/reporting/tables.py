@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'KINDS', 'VARIANTS', 'PUBLISHED', 'NINE', 'published_csv', 'published', 'needed', 'origin', 'shown',
-           'write_table', 'glue_column', 'table4', 'gain_from_pretraining', 'write_table4', 'pretraining_grid',
-           'finetuning_grid']
+           'write_table', 'glue_column', 'model_names', 'table4', 'gain_from_pretraining', 'write_table4',
+           'pretraining_grid', 'finetuning_grid']
 
 # %% ../../nbs/reporting/70_tables.ipynb #4c9782db
 from collections.abc import Iterable
@@ -85,8 +85,8 @@ def shown(
     return f'{value} ({"–".join(ends)})'
 
 # %% ../../nbs/reporting/70_tables.ipynb #79ea7941
-_IN_LATEX = {'≈': r'$\approx$', 'ρ': r'$\rho$', '−': '$-$', '–': '--', '†': r'$\dagger$', '×': r'$\times$',
-             '±': r'$\pm$', '<': '$<$', '>': '$>$'}
+_IN_LATEX = {'≈': r'$\approx$', 'ρ': r'$\rho$', '−': '$-$', '–': '--', '†': r'$\dagger$', '‡': r'$\ddagger$',
+             '×': r'$\times$', '±': r'$\pm$', '<': '$<$', '>': '$>$'}
 
 def _latex(
     body: pd.DataFrame,  # of texts
@@ -144,23 +144,39 @@ def _line_name(row: dict) -> str:
     split = row['split'].removeprefix('validation').strip('_')
     return ' '.join(part for part in (task, split, row['metric']) if part)
 
+def _model(row: dict) -> tuple: return row['recipe'], row.get('pretraining_seed'), row.get('weights')
+
+def model_names(
+    rows: list[dict],    # of fine-tuning
+) -> dict[tuple, str]:   # recipe, pretraining seed, weights → name
+    "A name for each model: its recipe, and what tells it from other models of that recipe"
+    models = {_model(r) for r in rows}
+    names = {}
+    for model in models:
+        recipe, seed, weights = model
+        twins = [m for m in models if m[0] == recipe]
+        parts = [f'seed {seed}']*(len({m[1] for m in twins}) > 1)
+        parts += [f'weights {weights}']*(len([m for m in twins if m[1] == seed]) > 1)
+        names[model] = f"{recipe} ({', '.join(parts)})" if parts else recipe
+    return names
+
 def table4(
     rows: list[dict],  # of fine-tuning, summaries among them
     submitted: pd.DataFrame|None = None,  # test scores of our models, as `published` gives them
-) -> pd.DataFrame:     # texts: task, validation set and metric × variant of a recipe, or published system
+) -> pd.DataFrame:     # texts: task, validation set and metric × variant of a model, or published system
     "Summaries of fine-tuning as a table; raises `CramlitError` when there are none"
     rows = [r for r in rows if r.get('aggregate') and r['metric'] != 'headline']
     if not rows: raise CramlitError('the rows hold no summaries of fine-tuning: run `cramlit glue` first')
     rows.sort(key=lambda r: (r['task'] == 'average', VARIANTS.index(r['variant'])))
-    names: dict[tuple, str] = {}
+    models, names = model_names(rows), dict[tuple, str]()
     columns: dict[str, dict[tuple, str]] = {}
     on_glue: dict[str, dict[str, float]] = {}
     for r in rows:
         key = r['task'], r.get('split', ''), r['metric']
-        baseline = r['variant'] in ('majority', 'bag-of-words')  # the same for every recipe
-        column = r['variant'] if baseline else f"{r['recipe']}, {r['variant']}"
+        baseline = r['variant'] in ('majority', 'bag-of-words')  # the same for every model
+        column = r['variant'] if baseline else f'{models[_model(r)]}, {r["variant"]}'
         names[key] = _line_name(r)
-        columns.setdefault(column, {})[key] = shown(r, 1)
+        columns.setdefault(column, {})[key] = shown(r, 1) + ' ‡'*bool(r.get('diverged'))
         if key in PUBLISHED: on_glue.setdefault(column, {})[PUBLISHED[key]] = r['value']
     if on_glue:
         names[NINE] = NINE[2]
@@ -175,15 +191,16 @@ def table4(
 # %% ../../nbs/reporting/70_tables.ipynb #8f39d8f7
 def gain_from_pretraining(
     rows: list[dict],  # of fine-tuning, summaries among them
-    recipe: str,       # its name
+    model: str,        # its name, as in `model_names`
 ) -> str:              # a few sentences
     "Pretrained against from scratch, in words"
+    names = model_names(rows)
     def headlines(variant):
         mine = [r for r in rows if r['metric'] == 'headline' and r['value'] is not None]
-        return {r['task']: r for r in mine if (r['recipe'], r['variant']) == (recipe, variant)}
+        return {r['task']: r for r in mine if (names[_model(r)], r['variant']) == (model, variant)}
     ours, scratch = headlines('pretrained'), headlines('from-scratch')
     both = [task for task in ours if task in scratch]
-    if not both: return f'{recipe}: no task has scores of both the pretrained network and one from scratch.'
+    if not both: return f'{model}: no task has scores of both the pretrained network and one from scratch.'
     gain = {task: ours[task]['value'] - scratch[task]['value'] for task in both}
     order = sorted(both, key=gain.__getitem__)
     above = [task for task in both if ours[task]['spread_low'] > scratch[task]['spread_high']]
@@ -193,7 +210,7 @@ def gain_from_pretraining(
     between = f', from {gain[low]:+.1f} on {low} to {gain[high]:+.1f} on {high}' if len(both) > 1 else ''
     named = {'higher in every seed on': above, 'lower in every seed on': below, 'ranges overlap on': overlap}
     ranges = '; '.join(f'{words} {", ".join(tasks)}' for words, tasks in named.items() if tasks)
-    return (f'{recipe}: the median of the pretrained network minus that of the same network from scratch is '
+    return (f'{model}: the median of the pretrained network minus that of the same network from scratch is '
             f'{average:+.1f} points on average{between}. Pretrained against from scratch: {ranges}.')
 
 # %% ../../nbs/reporting/70_tables.ipynb #e132b7f0
@@ -204,14 +221,24 @@ _SURROGATE = ('These are surrogate tasks and not GLUE. † Labels derived by a r
               'verses from pythonbible (MIT; public-domain text), Wikipedia from enwik8 (GFDL, CC BY-SA).')
 _GLUE = 'The average leaves WNLI out. Validation sets, not the test server.'
 
+def _diverged(rows: list[dict]) -> list[str]:
+    "A sentence on the seeds that diverged, where there are any"
+    names = model_names(rows)
+    wild = [r for r in rows if r['metric'] == 'headline' and r.get('diverged')]
+    if not wild: return []
+    each = [f"{r['task']}, {names[_model(r)]} {r['variant']}: {r['diverged_seeds']} of {r['seeds']}"
+            for r in wild]
+    return [f"‡ Seeds that diverged count with the score of the majority class: {'; '.join(each)}."]
+
 def write_table4(
     rows: list[dict],  # of fine-tuning
     folder: Path,      # where the files go
 ) -> list[Path]:       # the files written
     "Table 4 of measured rows, and the published numbers in a file of their own"
     glue = next(r['suite'] for r in rows if r.get('suite')) == 'glue'
-    recipes = dict.fromkeys(r['recipe'] for r in rows if r['metric'] == 'headline')
-    notes = [*(gain_from_pretraining(rows, r) for r in recipes), _PROTOCOL, _GLUE if glue else _SURROGATE]
+    models = sorted(model_names([r for r in rows if r['metric'] == 'headline']).values())
+    notes = [*(gain_from_pretraining(rows, m) for m in models), _PROTOCOL, *_diverged(rows),
+             _GLUE if glue else _SURROGATE]
     file = folder/'submitted.csv'
     submitted = pd.read_csv(file, index_col=0) if file.exists() else None
     caption = f'Table 4. {"GLUE" if glue else "Surrogate tasks"}, measured at scale {rows[0]["scale"]}.'
