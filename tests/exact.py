@@ -4,6 +4,7 @@ WRONG_CLOCK=R: the clock of rank R jumps by an hour
 POISON=A-B: the gradient of rank 1 is NaN in these steps
 LR_LOG=FILE: the rates of each rank
 MEMORY_LOG=FILE: resident memory at each step, in kB, files not counted
+MESSAGE=bfloat16: gradients travel in 16 bits
 """
 import functools
 import os
@@ -28,6 +29,7 @@ if os.environ.get('WRONG_CLOCK') == str(rank): time.monotonic = wrong_time
 import cramlit.training.training as train  # noqa: E402  the clock is wrong before it is imported
 from cramlit.core.devices import Precision  # noqa: E402
 from cramlit.running.command import main  # noqa: E402
+from cramlit.training.distributed import Gradients  # noqa: E402
 
 train.choose_precision = lambda device: Precision(torch.float32, 'the test compares curves')
 train.train = functools.partial(train.train, log_every=1)
@@ -47,13 +49,20 @@ def log_memory(optimizer, factor):
 
 
 def poisoned(micro, batches, grads):
-    accumulate(micro, batches, grads)
     steps.append(1)
     first, last = map(int, os.environ['POISON'].split('-'))
-    if rank == 1 and first <= len(steps) <= last: grads.flat[0] = float('nan')
+    poison = float('nan') if rank == 1 and first <= len(steps) <= last else 0.
+
+    def bad_micro(batch):
+        grads.flat[0] += poison  # before the backward pass, which sends what it has finished
+        micro(batch)
+    accumulate(bad_micro, batches, grads)
 
 
 if 'LR_LOG' in os.environ: train.set_lr = log_lr
 if 'MEMORY_LOG' in os.environ: train.set_lr = log_memory
+if 'MESSAGE' in os.environ:
+    message = getattr(torch, os.environ['MESSAGE'])
+    train.Gradients = lambda model, world, _: Gradients(model, world, message)
 if 'POISON' in os.environ: train.accumulate = poisoned
 sys.exit(main(['pretrain', *sys.argv[1:]]))

@@ -44,7 +44,6 @@ from cramlit.reporting import speed
 from cramlit.reporting.speed import best_stock, rate_of, table1, table2, write_table1, write_table2
 from cramlit.reporting.tables import shown
 from cramlit.running.command import main
-from cramlit.training.distributed import World
 from cramlit.training.optimizers import set_lr
 from cramlit.training.schedule import lr_factor
 from cramlit.training.training import update
@@ -322,7 +321,7 @@ def curve(contender, setup, steps):
     for step in range(steps):
         set_lr(setup.optimizer, lr_factor(step/steps, setup.recipe.schedule.warmup))
         contender.passes(contender.batches(step))
-        loss, *_ = setup.grads.all_reduce(World(), 0., False)
+        loss, *_ = setup.grads.all_reduce(0., False)
         losses.append(loss)
         update(setup.grads, setup.optimizer, OFF, setup.recipe.optim.clip)
     return np.array(losses)

@@ -10,7 +10,9 @@ import pytest
 from fastcore.docments import docments
 from packaging.requirements import Requirement
 
-from cramlit.core.recipes import Interrupted
+import cramlit
+from cramlit.core.recipes import Interrupted, settings_of
+from cramlit.core.scales import get_recipe
 from cramlit.running import command
 from cramlit.running.command import COMMANDS, EXTRAS, StoppedEarly, main
 
@@ -120,6 +122,55 @@ def test_a_terminal_gets_colour_and_a_pipe_gets_none():
     screens = [pexpect.run(' '.join(args), env=env | more, timeout=120, encoding='utf-8')
                for more in ({}, dict(NO_COLOR='1'))]
     assert ['\x1b[36m' in s for s in screens] == [True, False]
-    pipe = subprocess.run(args, env=env, capture_output=True, text=True).stderr
-    for shown in (*screens, pipe): assert 'parameters' in shown and len(shown.splitlines()) > 5
-    assert '\x1b' not in pipe and '…' not in pipe
+    pipe = subprocess.run(args, env=env, capture_output=True, text=True)
+    for shown in (*screens, pipe.stdout): assert 'parameters' in shown and len(shown.splitlines()) > 5
+    assert '\x1b' not in pipe.stdout and not pipe.stderr
+    cells = [line.split('\t') for line in pipe.stdout.splitlines()]  # one line a result, in full
+    assert {len(c) for c in cells} == {4} and all(not c[2] or float(c[2]) >= 0 for c in cells)
+
+
+def test_whoever_has_seen_enough_ends_it_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, '-m', 'cramlit', 'config'], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == b''
+
+
+def test_config_prints_what_overrides_read(capsys):
+    modern = ['--recipe', 'modern', '--scale', 'gpu', '-o', 'checkpoint.milestones=0.25,0.5']
+    assert main(['config', *modern]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    wanted = get_recipe('modern', 'gpu', {'checkpoint.milestones': (.25, .5)})
+    assert len(lines) == len(settings_of(wanted))
+    assert settings_of(get_recipe('24hbert', 'tiny', lines)) == settings_of(wanted)
+
+
+@pytest.mark.parametrize('args, says', [
+    (['pretrain', '--lr', '1e-3', '--data', 'x', '--out', 'y'], 'Give it as -o optim.lr=…'),
+    (['prepare', '--seq-len=64', '--out', 'y'], 'Give it as -o packing.seq_len=…'),
+    (['plan', '--budgt', '3'], 'Did you mean --budget?'),
+    (['verify', 'x', '--overwrite'], 'cramlit verify --help lists what there is')])
+def test_an_option_that_does_not_exist(args, says, capsys):
+    assert main(args) == 2
+    shown = capsys.readouterr().err
+    assert says in shown and len(shown.splitlines()) == 1
+
+
+def test_version_and_help(capsys):
+    assert main(['--version']) == 0 and capsys.readouterr().out == f'cramlit {cramlit.__version__}\n'
+    for name in COMMANDS:
+        assert main([name, '--help']) == 0
+        shown = capsys.readouterr().out
+        assert f'Example: cramlit {name} ' in shown and '(str)' not in shown and "(default: '')" not in shown
+        example = shown.rpartition(f'cramlit {name} ')[2].split()
+        command._parser(name).parse_args(example)  # ends the test when it cannot be read
+
+
+def test_scores_on_a_terminal_are_tasks_by_variants():
+    ids = dict(stage='glue', aggregate='median', metric='headline', unit='%')
+    found = ('a', 'majority', 50.), ('a', 'pretrained', 61.25), ('b', 'pretrained', None)
+    rows = [ids | dict(task=task, variant=variant, value=value) for task, variant, value in found]
+    table = command._tasks_table(rows)
+    assert [c.header for c in table.columns] == ['task, %', 'majority', 'pretrained']
+    assert [list(c.cells) for c in table.columns] == [['a', 'b'], ['50.0', '–'], ['61.2', '–']]

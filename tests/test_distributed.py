@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import cramlit.core.devices as devices
+import cramlit.training.distributed as distributed
 from cramlit.core.recipes import CramlitError
 from cramlit.training.checkpoints import checkpoints, find_damage
 from cramlit.training.distributed import join_world, launch
@@ -64,6 +65,12 @@ def alone(text, data, tmp_path_factory):
 def test_the_curve_does_not_depend_on_the_number_of_processes(text, data, tmp_path, alone, nproc):
     run(nproc, options(text, data, tmp_path/'run', '--steps', '50', settings=NO_DROPOUT))
     for key in ('loss', 'validation_loss'): same(log(tmp_path/'run', key), log(alone, key))
+
+
+@pytest.mark.parametrize('message', ['bfloat16', pytest.param('float16', marks=pytest.mark.slow)])
+def test_messages_in_16_bits_move_the_curve_by_less_than_1e_4(text, data, tmp_path, alone, message):
+    run(2, options(text, data, tmp_path/'run', '--steps', '50', settings=NO_DROPOUT), MESSAGE=message)
+    for key in ('loss', 'validation_loss'): same(log(tmp_path/'run', key), log(alone, key), 1e-4)
 
 
 def test_nor_on_the_micro_batch(text, data, tmp_path, alone):
@@ -130,6 +137,23 @@ def test_an_environment_that_torchrun_did_not_make(monkeypatch, env, match):
         assert 'unset WORLD_SIZE' in str(e.value)
     else:
         with join_world() as world: assert (world.rank, world.size) == (0, 1)
+
+
+@pytest.mark.parametrize('gpus, backend', [(0, 'gloo'), (1, 'gloo'), (2, 'nccl')])
+def test_processes_wait_longer_for_one_another_than_a_compiler_takes(monkeypatch, gpus, backend):
+    env = dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1', LOCAL_WORLD_SIZE='2')
+    for k, v in env.items(): monkeypatch.setenv(k, v)
+    asked, joined = [], {}
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    monkeypatch.setattr(torch.cuda, 'set_device', asked.append)
+    monkeypatch.setattr(distributed, '_rendezvous_store', lambda: None)
+    def join(name, **kw): joined.update(kw, name=name)
+    monkeypatch.setattr(distributed.dist, 'init_process_group', join)
+    monkeypatch.setattr(distributed.dist, 'destroy_process_group', lambda: None)
+    with join_world() as world: assert (world.rank, world.size) == (1, 2)
+    assert joined['name'] == backend and joined['timeout'].total_seconds() >= 1800
+    assert asked == [world.device]*(gpus > 0)
+    assert joined['device_id'] == (world.device if backend == 'nccl' else None)
 
 
 def test_a_system_without_affinity(tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ def full_size_step(micro_batch_size):
     assert all((b.labels != IGNORE).all() for b in batches)
     for _ in range(2):  # the moments are made in the first
         accumulate(micro, [b.map(torch.Tensor.pin_memory) for b in batches], grads)
-        loss, *_ = grads.all_reduce(World(device=device), 0., False)
+        loss, *_ = grads.all_reduce(0., False)
         norm = update(grads, optimizer, scaler, r.optim.clip)
     assert 0 < norm < float('inf') and 8 < loss < 14
     return torch.cuda.max_memory_reserved()

@@ -289,7 +289,7 @@ def test_ranks_go_on_from_what_the_main_one_has_chosen_or_say_that_they_cannot(r
     run = tmp_path/'run'
     pretrain(override(recipe, ['checkpoint.every=0.1', 'checkpoint.keep=9']), data, run, steps=4)
     model = train.MaskedLM(recipe.model, open_data(data).padded_vocab_size)
-    optimizer = train.make_optimizer(model, recipe.optim, 0, 1)
+    optimizer = train.make_optimizer(model, recipe.optim)
     scaler = train.torch.amp.GradScaler('cpu', enabled=False)
     other = Run(recipe, open_data(data), run, Clock(steps=4), world=Told(1, 2))
     resume(other, model, optimizer, scaler)

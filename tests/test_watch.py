@@ -396,10 +396,11 @@ def watch(*args, **env):
                           env=os.environ | dict(PYTHONIOENCODING='utf-8') | env)
 
 
-def test_the_terminal_needs_neither_torch_nor_matplotlib():
-    code = ('import sys; import cramlit.reporting.run_report; '
+def test_the_terminal_needs_neither_torch_nor_matplotlib(done):
+    code = ('import sys; from cramlit.running.command import main; main(["watch", sys.argv[1], "--json"]); '
             'print({"torch", "matplotlib", "pandas"} & set(sys.modules))')
-    assert subprocess.check_output([sys.executable, '-c', code], text=True).strip() == 'set()'
+    shown = subprocess.check_output([sys.executable, '-c', code, str(done)], text=True)
+    assert shown.splitlines()[-1] == 'set()' and 'budget_spent' in shown
 
 
 def test_in_a_pipe_it_is_one_frame_of_plain_text(going, done):
@@ -483,3 +484,11 @@ def test_no_color_is_heeded(done, terminal):
         child = terminal(done, '--once', **env)
         child.expect(pexpect.EOF)
         assert 'finished' in child.before and bool(colours.search(child.before)) == coloured
+
+
+def test_it_waits_for_a_run_that_is_about_to_start(terminal, done, tmp_path):
+    child = terminal(tmp_path/'later')
+    child.expect('waiting for a run')
+    shutil.copytree(done, tmp_path/'later')
+    child.expect('finished')
+    child.expect(pexpect.EOF)

@@ -6,10 +6,9 @@
 __all__ = ['SCALES', 'Finetune', 'Trials', 'Comparison', 'Scale', 'get_scale', 'get_recipe', 'get_shape']
 
 # %% ../../nbs/core/01_scales.ipynb #d563c6ac
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from .recipes import RECIPES, Recipe, override, unknown, validate
+from .recipes import RECIPES, Overrides, Recipe, override, unknown, validate
 
 # %% ../../nbs/core/01_scales.ipynb #8745d04f
 @dataclass(frozen=True)
@@ -146,12 +145,13 @@ def get_scale(
 def get_recipe(
     name: str,                        # 24hbert | 24hbert-document | bert-base | modern | … one of `RECIPES`
     scale: str = 'paper',             # how much of it
-    overrides: Iterable[str] = (),    # applied last, so that the user has the last word
+    overrides: Overrides = (),        # applied last, so that the user has the last word
 ) -> Recipe:
     "A named recipe at a scale, with overrides, checked; raises `UsageError`"
     if name not in RECIPES: raise unknown('recipe', name, RECIPES)
     s = get_scale(scale)
-    return validate(override(RECIPES[name], (*s.overrides, *s.per_recipe.get(name, ()), *overrides)))
+    scaled = override(RECIPES[name], (*s.overrides, *s.per_recipe.get(name, ())))
+    return validate(override(scaled, overrides))
 
 def get_shape(
     name: str,    # bert-base | bert-large

@@ -91,13 +91,13 @@ def our_step(
 ) -> Contender:
     "A step as `train` takes it"
     recipe, grads, optimizer = setup.recipe, setup.grads, setup.optimizer
-    timed, world = _shortened(recipe, most), World(device=setup.device)
+    timed = _shortened(recipe, most)
     scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.precision.scaled)
     micro = micro_step(setup.model, recipe, setup.precision, scaler, grads, form)
     set_lr(optimizer, 0.)
     def finish():
         grads.totals.fill_(1.)  # one prediction: the gradient is divided by it at every repetition
-        grads.all_reduce(world, 0., False)
+        grads.all_reduce(0., False)
         update(grads, optimizer, scaler, recipe.optim.clip)
     passes = partial(accumulate, micro, grads=grads)
     return Contender(recipe, lambda step: list(batches(data, timed, step)), passes, finish, optimizer)

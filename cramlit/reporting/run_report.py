@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.recipes import UsageError
-from ..core.results import atomic, read_json_lines, result_row
+from ..core.results import atomic, read_json_lines
 
 # %% ../../nbs/reporting/72_run_report.ipynb #a8d9a586
 @dataclass(frozen=True)
@@ -122,16 +122,16 @@ def budget_spent(
 def state_rows(
     run: Snapshot,
 ) -> list[dict]:  # result rows
-    "How a run stands, as rows"
+    "How a run stands, as rows; without a stamp, which would take PyTorch, for nothing is measured here"
     fraction, left = budget_spent(run)
     ids = dict(stage='watch', recipe=run.info['recipe']['name'], scale=run.info['scale'],
                seed=run.info['seed'], state=state(run))
+    def row(metric, value, unit): return dict(metric=metric, value=value, unit=unit, **ids)
     logged = dict(step='steps', tokens='tokens', validation_loss='nats', loss='nats', lr='',
                   tokens_per_second='tokens/s')
-    return [result_row('budget_spent', fraction, 'fraction', **ids),
-            result_row('time_left', left, 's', **ids),
-            *(result_row(key, run.last(key), unit, **ids) for key, unit in logged.items()),
-            result_row('checkpoints', len(run.saved), 'checkpoints', **ids)]
+    return [row('budget_spent', fraction, 'fraction'), row('time_left', left, 's'),
+            *(row(key, run.last(key), unit) for key, unit in logged.items()),
+            row('checkpoints', len(run.saved), 'checkpoints')]
 
 def numbers(
     run: Snapshot,
@@ -394,9 +394,14 @@ def watch(
     every: float = 1.,   # seconds between two frames
 ):
     "Show a run until it is over or the reader has seen enough; raises `UsageError` when it is no run"
-    console, run = Console(highlight=False), read_run(folder)
+    console = Console(highlight=False)
+    live_view = console.file.isatty() and not once
     try:
-        if console.file.isatty() and not once:
+        if live_view and not (Path(folder)/'run.json').exists():
+            console.print(f'waiting for a run in {folder} to start; Ctrl-C ends this', soft_wrap=True)
+            while not (Path(folder)/'run.json').exists(): time.sleep(every)
+        run = read_run(folder)
+        if live_view:
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while state(run := read_run(folder)) not in ('finished', 'stopped early'):
                     live.update(Frame(run), refresh=True)

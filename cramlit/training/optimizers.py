@@ -9,7 +9,6 @@ __all__ = ['parameter_groups', 'adamw', 'newton_schulz', 'hidden_matrices', 'Muo
 from itertools import groupby
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.devices import choose_precision
@@ -41,10 +40,11 @@ def newton_schulz(
     rounds: int = 5,
 ) -> Tensor:          # [N, m, n], nearly U Vᵀ of each
     "Bring all singular values of matrices near 1"
-    # torch.optim.Muon always takes bfloat16, which is slow on a CPU that has no instructions for it
-    x = g.bfloat16() if choose_precision(g.device).dtype == torch.bfloat16 else g
+    x = g/g.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)  # before it is float16: gradients are tiny
+    # torch.optim.Muon always takes bfloat16, which is slow on hardware that has no instructions for it
+    x = x.to(choose_precision(g.device).dtype)
     tall = x.shape[1] > x.shape[2]
-    x = (x.mT if tall else x)/x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if tall: x = x.mT
     for _ in range(rounds):
         s = x @ x.mT  # [N, k, k] with k the shorter side
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
@@ -63,16 +63,13 @@ def hidden_matrices(
 
 # %% ../../nbs/training/30_optimizers.ipynb #24de692d
 class MuonAdamW(torch.optim.Optimizer):
-    "Muon for the groups that have `parts`, AdamW for the others"
+    "Muon for the groups that have `parts`, AdamW for the others; a parameter without gradient stays"
     def __init__(
         self,
         groups: list[dict],  # in torch's form; Muon's with momentum, and parts: a number for each parameter
         cfg: Optim,          # for AdamW
-        rank: int = 0,       # this process
-        size: int = 1,       # of so many, which share the work
     ):
         super().__init__(groups, {})
-        self.rank, self.size = rank, size
         self.adamw = adamw(self._adamw_groups(), cfg)
 
     def _adamw_groups(self) -> list[dict]:
@@ -91,37 +88,25 @@ class MuonAdamW(torch.optim.Optimizer):
         # weight, gradient and momentum of each part: views, not copies
         work = list[tuple[Tensor, Tensor, Tensor]]()
         for p, n in zip(group['params'], group['parts'], strict=True):
+            if p.grad is None: continue  # another process's work
             state = self.state[p]
             if 'momentum_buffer' not in state: state['momentum_buffer'] = torch.zeros_like(p)
             work += zip(p.chunk(n), p.grad.chunk(n), state['momentum_buffer'].chunk(n), strict=True)
         work.sort(key=lambda part: part[0].shape)  # matrices of one shape go through Newton–Schulz together
 
-        for i, (w, g, m) in enumerate(work):
-            m.lerp_(g, 1 - group['momentum'])
-            if i % self.size == self.rank: w.mul_(1 - group['lr']*group['weight_decay'])
-            else: w.zero_()  # another process's share
-
-        for shape, alike in groupby(work[self.rank::self.size], lambda part: part[0].shape):
+        for shape, alike in groupby(work, lambda part: part[0].shape):
             weights, grads, momenta = zip(*alike, strict=True)
+            for m, g in zip(momenta, grads, strict=True): m.lerp_(g, 1 - group['momentum'])
             nesterov = [g.lerp(m, group['momentum']) for g, m in zip(grads, momenta, strict=True)]
             steps = newton_schulz(torch.stack(nesterov))
-            for w, s in zip(weights, steps, strict=True): w.sub_(s, alpha=group['lr']*.2*max(shape)**.5)
-
-        if self.size > 1: self._all_reduce(group['params'])
-
-    def _all_reduce(self, params: list[nn.Parameter]):
-        "Every process's matrices to every process: each is zero everywhere but in one"
-        flat = torch.cat([p.flatten() for p in params])
-        dist.all_reduce(flat)
-        sizes = [p.numel() for p in params]
-        for p, new in zip(params, flat.split(sizes), strict=True): p.copy_(new.view_as(p))
+            for w, s in zip(weights, steps, strict=True):
+                w.mul_(1 - group['lr']*group['weight_decay'])
+                w.sub_(s, alpha=group['lr']*.2*max(shape)**.5)
 
 # %% ../../nbs/training/30_optimizers.ipynb #1ae5a659
 def make_optimizer(
     model: MaskedLM,  # the network to train
     cfg: Optim,       # method, learning rates, betas, eps, decay
-    rank: int = 0,    # this process
-    size: int = 1,    # of so many, which share Muon's work
 ) -> torch.optim.Optimizer:
     "The recipe's optimizer; each of its groups has a `peak`, which the schedule scales at every step"
     groups = parameter_groups(model, cfg.weight_decay)
@@ -133,7 +118,7 @@ def make_optimizer(
         muon = dict(params=list(hidden), parts=parts, lr=cfg.muon_lr, momentum=cfg.momentum,
                     weight_decay=cfg.weight_decay)
         for g in groups: g |= dict(params=[p for p in g['params'] if id(p) not in in_blocks], lr=cfg.lr)
-        optimizer = MuonAdamW([muon, *groups], cfg, rank, size)
+        optimizer = MuonAdamW([muon, *groups], cfg)
     for group in optimizer.param_groups: group['peak'] = group['lr']
     return optimizer
 

@@ -35,9 +35,10 @@ from ..data.packing import Data, open_data, unlike, verify
 from ..model.encoder import MaskedLM
 from .checkpoints import Saver, checkpoints, find_damage, newest_whole
 from .checkpoints import read_checkpoint, settle
-from .distributed import Gradients, World, catch_stop_signals, join_world, launch
+from .distributed import Gradients, World, catch_stop_signals, join_world, keep_share
+from .distributed import launch, step_together, whole_state
 from .optimizers import make_optimizer, set_lr
-from .schedule import Clock, lr_factor
+from .schedule import Clock, lr_factor, parse_budget
 from .tracking import Tracker, append_lines, check_tracker, prediction_writer
 
 # %% ../../nbs/training/35_training.ipynb #3f9927cc
@@ -234,9 +235,11 @@ def accumulate(
     batches: Iterable[Batch],  # this process's micro-batches of one step
     grads: Gradients,          # changed in place: gradients, loss and predictions
 ):
-    "The gradients of this process's share of a global batch; nothing is sent, no result is waited for"
+    "The gradients of this process's share of a global batch, on their way; no result is waited for"
     grads.buffer.zero_()
-    for batch in batches: micro(batch)
+    *most, last = batches
+    for batch in most: micro(batch)
+    with grads.last_backward(): micro(last)
 
 # %% ../../nbs/training/35_training.ipynb #93f102e0
 def update(
@@ -246,11 +249,12 @@ def update(
     clip: float,          # norm to clip to; 0 = never
 ) -> float:               # norm of the gradient; inf or NaN when the step was skipped
     "Take a step, unless the gradient is NaN or inf"
+    norm = grads.norm()/scaler.get_scale()
+    if not math.isfinite(norm): grads.flat.fill_(math.nan)  # in all shares, so that all scalers see it
     scaler.unscale_(optimizer)
-    norm = grads.flat.norm().item()
     if math.isfinite(norm):
         if 0 < clip < norm: grads.flat *= clip/norm
-        scaler.step(optimizer)
+        step_together(grads, lambda: scaler.step(optimizer))
     scaler.update()
     return norm
 
@@ -276,12 +280,14 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    grads: Gradients,  # knows which process has what of the optimizer's state
 ):
-    "Begin to write a checkpoint; only the main process does"
-    if not run.world.main: return
-    state = {k: getattr(run, k) for k in STATE}
-    state |= dict(spent=run.clock.seconds, reserve=run.clock.reserve, scaler=scaler.state_dict())
-    run.saver.save(run.out/'checkpoints', model, optimizer, state, run.recipe.checkpoint.keep)
+    "Begin to write a checkpoint: all processes send what they keep, the main one writes"
+    with whole_state(grads, optimizer):
+        if not run.world.main: return
+        state = {k: getattr(run, k) for k in STATE}
+        state |= dict(spent=run.clock.seconds, reserve=run.clock.reserve, scaler=scaler.state_dict())
+        run.saver.save(run.out/'checkpoints', model, optimizer, state, run.recipe.checkpoint.keep)
 
 def choose_checkpoint(
     run: Run,
@@ -395,7 +401,7 @@ def warm_up(
     if run.world.device.type != 'cuda': return
     batches = train_batches(run.data, run.recipe, step=0)
     shapes = {(b.input_ids.shape, b.attention_mask is None): b for b in batches}
-    accumulate(micro, shapes.values(), grads)
+    for batch in shapes.values(): micro(batch)
     grads.buffer.zero_()
 
 # %% ../../nbs/training/35_training.ipynb #35a5000d
@@ -437,8 +443,8 @@ def train(
     "Train until the budget is spent; raises `Interrupted` when a signal stopped it, after saving"
     # what a step works with
     recipe, clock, world = run.recipe, run.clock, run.world
-    optimizer = make_optimizer(model, recipe.optim, world.rank, world.size)
-    grads = Gradients(model)
+    optimizer = make_optimizer(model, recipe.optim)
+    grads = Gradients(model, world, precision.dtype)
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision.scaled)
     micro = micro_step(model, recipe, precision, scaler, grads, 'eager' if hook else '')
     changes = hook or Hook()
@@ -449,9 +455,10 @@ def train(
 
     # what is done now and then
     def evaluate() -> float: return validate(model, run.data, recipe, precision, world)
-    def save(): save_checkpoint(run, model, optimizer, scaler)
+    def save(): save_checkpoint(run, model, optimizer, scaler, grads)
 
     resume(run, model, optimizer, scaler)
+    keep_share(grads, optimizer)
     warm_up(micro, run, grads)
     fraction = first_evaluation(run, model, evaluate, save)
     with progress_bar(run, log_every) as report, catch_stop_signals(run.out/'stop') as stop_requested:
@@ -467,9 +474,9 @@ def train(
             if hook: micro = micro_step(model, now, precision, scaler, grads, 'eager', hook.loss, fraction)
             accumulate(micro, batches, grads)
 
-            # one message: everyone's gradients, loss, counts and wish to stop, and the main clock
+            # sums: everyone's gradients, loss, counts and wish to stop, and the main clock
             loss, seconds, stop, tokens = grads.all_reduce(
-                world, clock.seconds, stop_requested(), count_tokens(batches))
+                clock.seconds, stop_requested(), count_tokens(batches))
             norm = update(grads, optimizer, scaler, recipe.optim.clip)
 
             run.step += 1
@@ -573,7 +580,7 @@ def pretrain(
     recipe: Recipe,
     data: str|Path,       # folder made by `prepare`
     out: str|Path,        # the run's folder
-    budget: float = 0.,   # seconds from the first step on, validation and saving included
+    budget: float|str = 0.,  # seconds from the first step on, or such as '6m', validation and saving included
     steps: int = 0,       # optimizer steps instead; the clock is not asked then
     scale: str = '',      # for the record
     track: str = '',      # trackio | tensorboard | wandb: a tracker that sees the log too
@@ -582,8 +589,9 @@ def pretrain(
 ) -> list[dict]:          # result rows, also in out/rows.jsonl
     "Train a recipe for a budget, or go on where an interrupted run stopped; a finished run is not run again"
     check_tracker(track)
+    seconds = parse_budget(budget) if isinstance(budget, str) else budget
     with join_world() as world:
-        run = Run(recipe, open_data(data), Path(out), Clock(budget, steps), scale, world,
+        run = Run(recipe, open_data(data), Path(out), Clock(seconds, steps), scale, world,
                   init=fingerprint(weights) if weights else '')
         check_run(run)
         provenance()  # is remembered; whatever could fail in it fails before anything is paid for
