@@ -324,20 +324,22 @@ def write_index(
     return ws.figures/'README.md'
 
 # %% ../../nbs/running/80_pipeline.ipynb #891305ed
-def _attempt(ws: Workspace, stage: str, recipe: str, lacking: dict[str, str]) -> str:
+def _attempt(ws: Workspace, stage: str, recipe: str, lacking: dict[str, str], number: str) -> str:
     "Run a stage that is not done, unless another one is lacking that it needs; '' or why it came to nothing"
-    label = _label(stage, recipe)
+    label, began = _label(stage, recipe), time.monotonic()
     needs = [_label(n, r) for n in STAGES[stage].needs for r in ws.recipes_of(stage, recipe)]
     broken = [n for n in needs if n in lacking]
     why = f'not run, for want of {broken[0]}' if broken else ''
     if not why and _is_done(ws, stage, recipe):
-        print(f'{label}: done before, skipped', file=sys.stderr)
+        print(f'[{number}] {label}: done before, skipped', file=sys.stderr)
     elif not why:
-        print(f'{label} …', file=sys.stderr)
-        try: ws.need(stage, recipe)
+        print(f'[{number}] {label} …', file=sys.stderr)
+        try:
+            ws.need(stage, recipe)
+            print(f'[{number}] {label}: {(time.monotonic() - began)/60:.1f} min', file=sys.stderr)
         except UsageError: raise
         except CramlitError as e: why = str(e)
-    if why: print(f'{label}: {why}', file=sys.stderr)
+    if why: print(f'[{number}] {label}: {why}', file=sys.stderr)
     return why
 
 def _with_dependents(stage: str) -> list[str]:
@@ -359,9 +361,11 @@ def reproduce(
     for stage, recipe in _tasks(ws):
         if force and stage in _with_dependents(force): _move_aside(ws, stage, recipe)
     lacking: dict[str, str] = {}
-    for stage, recipe in _tasks(ws):
-        if (only and stage != only) or (headline and not STAGES[stage].headline): continue
-        if why := _attempt(ws, stage, recipe, lacking): lacking[_label(stage, recipe)] = why
+    wanted = [(stage, recipe) for stage, recipe in _tasks(ws)
+              if (not only or stage == only) and (not headline or STAGES[stage].headline)]
+    for n, (stage, recipe) in enumerate(wanted, 1):
+        why = _attempt(ws, stage, recipe, lacking, f'{n} of {len(wanted)}')
+        if why: lacking[_label(stage, recipe)] = why
     write_index(ws, lacking)
     if lacking:
         each = ''.join(f'\n  {name}: {why}' for name, why in lacking.items())
