@@ -553,7 +553,7 @@ def test_a_hold_out_with_nothing_to_predict_is_one_line(own, tmp_path, capsys):
         def __len__(self): return 1
         def __getitem__(self, index): return np.array([[2, 7, 3, 0]])
     with pytest.raises(CramlitError, match='no token of it is predicted'):
-        next(validation_batches(replace(data, validation=One()), tiny))
+        next(validation_batches(replace(data, ruler=dict(tune=One())), tiny))
 
 
 # sentences, accents, alphabets
@@ -792,9 +792,14 @@ def test_data_of_other_versions(own, tmp_path, capsys):
     for name in ('text_field', 'split'): manifest['corpus'].pop(name)
     manifest['tokenizer'].pop('strip_accents')
     manifest['format'] = 1
+    its_own = open_data(tmp_path/'data').ruler_id
+    manifest.pop('ruler')
+    for half in packing.HALVES: (tmp_path/'data'/f'{half}-00000.npy').unlink()
     write(tmp_path/'data'/'manifest.json', json.dumps(manifest))
     (tmp_path/'data'/'sources.json').unlink()
-    data = open_data(tmp_path/'data')  # may be trained on
+    data = open_data(tmp_path/'data')  # may be trained on, and is validated on the same sequences
+    assert data.ruler_id == its_own
+    packing.verify(data)
     assert not packing.unlike(data, recipe_of(own))
     assert prepare(own, tmp_path/'data') == 2 and 'earlier version' in capsys.readouterr().err
     write(tmp_path/'data'/'manifest.json', json.dumps(manifest | dict(format=99)))

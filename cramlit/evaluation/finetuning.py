@@ -188,10 +188,11 @@ def run_job(
 ) -> dict:             # job, has it diverged?, scores by validation set, predictions by set
     "Fine-tune once; predict the validation sets and whole test sets"
     from transformers import DataCollatorWithPadding
-    with torch.random.fork_rng():
+    device = pick_device()
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         _, tok = load_parts(folder)
         collate = DataCollatorWithPadding(tok, 'max_length' if width else True, width or None)
-        model = classifier(folder, task, job.variant == 'pretrained', job.seed).to(pick_device())
+        model = classifier(folder, task, job.variant == 'pretrained', job.seed).to(device)
         train = task.train.sample(job.max_train)
         features = encode(tok, train, job.max_length)
         losses = train_classifier(model, features, train.labels, job, collate, pool)

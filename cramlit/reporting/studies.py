@@ -56,8 +56,9 @@ def seeds_and_seconds(t: pd.DataFrame) -> str:
 SIGNIFICANCE = ('Change: difference of the means over seeds, by pairs where both sides have the same seeds, '
                 'with the 95 % interval of each line alone; in scores the error of the test examples is in '
                 "it. p: two-sided, after Holm's correction for all lines of the table.")
-VALIDATION = ('Validation: 15 % of the tokens of held-out text replaced by [MASK], chosen by the text around '
-              'them and not by the packing.')
+VALIDATION = ('Validation: 15 % of the tokens of held-out sequences replaced by [MASK], the same tokens for '
+              'all, of a half of the text that nothing was chosen by. Times to a loss are of the other half.')
+
 
 # %% ../../nbs/reporting/75_studies.ipynb #33019e78
 NOT_RECOVERED = 'The values of the published table were not recovered.'
@@ -87,7 +88,7 @@ def best_table(
                 'schedule, budgets': f'{r["schedule_length"]:g}', 'steps': f'{r["steps"]:,.0f}',
                 'MLM loss, nats': f'{r["validation_loss"]:.3f}{stopped}'}
         if task in r: line[f'{task}, %'] = '' if pd.isna(r[task]) else f'{r[task]:.1f}'
-        judge = 'loss' if r['best_by'] == 'validation_loss' else task
+        judge = 'loss' if r['best_by'] == 'tuning_loss' else task
         length = f', schedule {r["schedule_length"]:g} budgets long' if several else ''
         lines[f'batch {r["global_batch_size"]}{length}, best by {judge}'] = line
     return pd.DataFrame(lines).T
@@ -267,7 +268,7 @@ def comparison_table(
     t, lines, first = with_average(t, tasks), {}, t.trial[0]
     whole, ended = whole_runs(t), t[t.stopped == '']
     marks = {f'{m:.1f} nats': m for m in MARKS}
-    marks[f'the loss of {first}'] = ended.validation_loss[ended.trial == first].mean()
+    marks[f'the loss of {first}'] = sum(evaluations(run)[-1][1] for run in runs[first])/len(runs[first])
     found = compare(whole, 'validation_loss', 'average')
     by_loss, by_average = (found[found.value == v] for v in ('validation_loss', 'average'))
     for name, group in ended.groupby('trial', sort=False):
