@@ -102,6 +102,7 @@ def glue(
     tasks: str = '',          # a,b: only these; default: all of the suite
     seeds: int = 0,           # seeds a configuration; default: the scale's
     scale: str = 'laptop',    # whose fine-tuning grid: tiny | laptop | gpu | paper
+    protocol: str = '',       # plain | paper: MRPC, STS-B, RTE from MNLI's network too; default: the scale's
     submit: str = '',         # zip of answers to write for the GLUE server; only all of the suite glue
     out: Needed = None,       # folder for predictions and rows; finished jobs there are not run again
 ) -> list[dict]:
@@ -109,9 +110,9 @@ def glue(
     from cramlit.evaluation.protocol import evaluate, submit as answer
     if submit and (suite != 'glue' or tasks):
         raise UsageError('--submit takes all tasks of GLUE: give --suite glue and no --tasks')
-    if submit: return answer(model, out, get_scale(scale), submit, glue_dir, seeds)
+    if submit: return answer(model, out, get_scale(scale), submit, glue_dir, seeds, protocol=protocol)
     names = [t.strip() for t in tasks.split(',') if t.strip()]
-    return evaluate(model, out, get_scale(scale), suite, glue_dir, names, seeds)
+    return evaluate(model, out, get_scale(scale), suite, glue_dir, names, seeds, protocol)
 
 def export(
     run: Needed = None,     # folder of a finished run
@@ -132,19 +133,22 @@ def reproduce(
     recipe: Annotated[str, {'nargs': '+'}] = '24hbert,modern',  # recipes to compare
     out: Needed = None,       # folder for all stages
     figures: str = '',        # folder for tables and figures; default: OUT/paper_figures
+    glue_dir: str = '',       # local copy of GLUE, parquet or TSV; default: the hub
     only: str = '',           # one stage, with what it needs
     force: str = '',          # do this stage and those that need it anew; what was there is moved aside
     headline: bool = False,   # only the stages that show what the recipe learns
     rehearse: bool = False,   # walk the path of scale paper with a small model and few steps, on the CPU
 ) -> list[dict]:
     "Run the paper's notebooks from raw text to tables and figures; finished stages are skipped"
+    from cramlit.evaluation.protocol import load_tasks
     from cramlit.running import pipeline
     if rehearse and scale != 'paper':
         raise UsageError(f'--rehearse is for --scale paper: {scale} is small enough to be run')
     if rehearse:
         scale, os.environ['CUDA_VISIBLE_DEVICES'] = 'paper-rehearsal', ''
     recipes = recipe if isinstance(recipe, str) else ','.join(recipe)
-    ws = pipeline.workspace(scale, out, figures or Path(out)/'paper_figures', recipes)
+    ws = pipeline.workspace(scale, out, figures or Path(out)/'paper_figures', recipes, glue_dir)
+    if glue_dir: load_tasks('glue', [], glue_dir)  # whatever is wrong with it is said before anything is run
     rows = pipeline.reproduce(ws, only, force, headline)
     for path in sorted(ws.figures.glob('*')): print(os.path.relpath(path), file=sys.stderr)
     table = ws.figures/'table4_glue.md'
