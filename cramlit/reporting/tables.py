@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MARKS', 'KINDS', 'VARIANTS', 'PUBLISHED', 'NINE', 'published_csv', 'published', 'needed', 'origin', 'shown',
            'write_table', 'glue_column', 'model_names', 'table4', 'p_text', 'difference_cells', 'gains',
-           'gain_from_pretraining', 'gains_table', 'standard_errors', 'pretraining_grid', 'finetuning_grid']
+           'gain_from_pretraining', 'gains_table', 'standard_errors', 'write_table4', 'pretraining_grid',
+           'finetuning_grid']
 
 # %% ../../nbs/reporting/70_tables.ipynb #4c9782db
 from collections.abc import Iterable
@@ -16,15 +17,11 @@ from statistics import mean
 import numpy as np
 import pandas as pd
 
-from cramlit.core.recipes import CramlitError, Recipe, settings_of
-from cramlit.core.results import atomic
-<<<<<<< ours
-from cramlit.core.scales import Scale
-from cramlit.evaluation.glue import NOT_AVERAGED
-from cramlit.evaluation.statistics import Difference, headline_difference, holm
-=======
-from cramlit.core.scales import LARGE_TASKS, Finetune, Scale
->>>>>>> theirs
+from ..core.recipes import CramlitError, Recipe, settings_of
+from ..core.results import atomic
+from ..core.scales import LARGE_TASKS, Finetune, Scale
+from ..evaluation.glue import NOT_AVERAGED
+from ..evaluation.statistics import Difference, headline_difference, holm
 
 # %% ../../nbs/reporting/70_tables.ipynb #7fe00161
 def published_csv() -> Path:  # in the checkout, or in the installed package
@@ -300,14 +297,10 @@ def write_table4(
     "Table 4 of measured rows, and the published numbers in a file of their own"
     glue = next(r['suite'] for r in rows if r.get('suite')) == 'glue'
     models = sorted(model_names([r for r in rows if r['metric'] == 'headline']).values())
-<<<<<<< ours
     found = gains(rows)
     words = [gain_from_pretraining(found, m, v) for m in models for v in ('from-scratch', 'bag-of-words')]
-    notes = [*words, _GAINS, _PROTOCOL, *filter(None, [standard_errors(rows)]), *_diverged(rows),
-=======
     first = [_MNLI_FIRST] if any(r.get('variant') == 'mnli-first' for r in rows) else []
-    notes = [*(gain_from_pretraining(rows, m) for m in models), _PROTOCOL, *first, *_diverged(rows),
->>>>>>> theirs
+    notes = [*words, _GAINS, _PROTOCOL, *first, *filter(None, [standard_errors(rows)]), *_diverged(rows),
              _GLUE if glue else _SURROGATE]
     file = folder/'submitted.csv'
     submitted = pd.read_csv(file, index_col=0) if file.exists() else None
