@@ -10,9 +10,9 @@ import torch
 from cramlit.core.recipes import RECIPES, CramlitError, UsageError, override
 from cramlit.core.results import result_row
 from cramlit.core.scales import SCALES, get_recipe, get_scale
-from cramlit.data.batches import VALIDATION_RATE, mask_for_validation, validation_batches
+from cramlit.data.batches import RULERS, VALIDATION_RATE, mask_for_validation, validation_batches
 from cramlit.data.masking import IGNORE
-from cramlit.data.packing import open_data
+from cramlit.data.packing import open_data, prepare
 from cramlit.experiments.comparison import (
     ablation_trials,
     best_rates,
@@ -47,9 +47,60 @@ def small(trial, text):
 def test_validation_is_the_same_whatever_a_recipe_trains_with(data, recipe):
     other = override(recipe, ['masking.rate=0.3', 'masking.replace_mask=0.5', 'masking.max_predictions=38',
                               'seed=7', 'batch.micro_batch_size=16', 'batch.global_batch_size=16'])
-    batches = (validation_batches(open_data(data), r) for r in (recipe, other))
-    for a, b in zip(*batches, strict=True):
-        assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
+    for ruler in RULERS:
+        batches = (validation_batches(open_data(data), r, ruler) for r in (recipe, other))
+        for a, b in zip(*batches, strict=True):
+            assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
+
+
+def scored(data, recipe, ruler):
+    "The sequences that a recipe is validated on, and of each the tokens that are asked for"
+    found = []
+    for b in validation_batches(data, recipe, ruler):
+        for ids, positions, labels in zip(b.input_ids, b.positions, b.labels, strict=True):
+            used = labels != IGNORE
+            found.append((ids.tolist(), positions[used].tolist(), labels[used].tolist()))
+    return sorted(found)
+
+
+@pytest.mark.parametrize('scale', ['tiny', 'laptop', 'paper'])
+def test_all_recipes_of_a_scale_are_scored_on_the_same_tokens(text, scale, tmp_path):
+    "Whatever a recipe's packing, masking, batch and seed; the rows that it packs itself are others"
+    small, sets, own = (f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128'), {}, set()
+    for i, name in enumerate(RECIPES):
+        recipe = get_recipe(name, scale, (*small, f'seed={i}'))
+        folder = tmp_path/repr(recipe.packing)
+        if not folder.exists(): prepare(recipe, folder)
+        data = open_data(folder)
+        own.add(data.validation[:].tobytes())
+        sets[name] = data.ruler_id, scored(data, recipe, 'tune'), scored(data, recipe, 'report')
+    assert len(own) > 1
+    ruler, tune, report = sets['24hbert']
+    assert all(s == (ruler, tune, report) for s in sets.values())
+    assert min(len(tune), len(report)) > 2 and not {str(s) for s in tune} & {str(s) for s in report}
+
+
+def test_the_half_that_is_reported_is_taken_whole_and_the_other_as_far_as_is_asked(data, recipe):
+    data, few = open_data(data), override(recipe, ['validation.max_sequences=3'])
+    assert [len(scored(data, few, ruler)) for ruler in RULERS] == [3, len(data.ruler['report']), 3]
+
+
+def test_the_papers_ruler_takes_as_many_tokens_as_the_official_code(data, recipe):
+    data, mask = open_data(data), open_data(data).manifest['special_ids']['mask']
+    replaced, asked = 0, 0
+    for ids, positions, labels in scored(data, recipe, 'paper'):
+        length = sum(i != 0 for i in ids)
+        assert len(labels) == min(20, max(1, round(.15*length)))
+        asked, replaced = asked + len(labels), replaced + sum(ids[p] == mask for p in positions)
+    assert .6 < replaced/asked < .95
+
+
+def test_texts_with_different_rulers_are_not_compared(text, tmp_path):
+    trials = [small(Trial(mode, '24hbert', 'tiny', (f'packing.mode={mode}',), 42), text)
+              for mode in ('document', 'stream')]
+    folder = with_data(trials, tmp_path)[1].data
+    np.save(folder/'tune-00000.npy', np.load(folder/'tune-00000.npy')[::-1])
+    with pytest.raises(CramlitError, match='different sequences for validation'): with_data(trials, tmp_path)
 
 
 def test_validation_masks_at_its_rate_and_never_special_tokens():
@@ -108,7 +159,7 @@ def test_recipes_take_turns_and_one_alone_gets_another_to_be_compared_with():
     assert recipes_to_compare(['24hbert']) == recipes_to_compare(['modern']) == ['24hbert', 'modern']
     assert recipes_to_compare(['a', 'b', 'c']) == ['a', 'b', 'c']
     with pytest.raises(CramlitError, match='no learning rate gave x'):
-        best_rates([dict(metric='validation_loss', recipe='x', lr=1., value=None)])
+        best_rates([dict(metric='tuning_loss', recipe='x', lr=1., value=None)])
 
 
 def test_a_network_without_a_stock_class_is_compared_by_its_loss(text, tmp_path):
@@ -170,14 +221,34 @@ def test_a_mark_that_is_never_reached_is_said_so_and_is_later_than_all_others(tm
     rows += make_run(tmp_path, 'b', 1, [7, 5, 4], 'a') + make_run(tmp_path, 'b', 2, [7, 7, 6], 'a')
     assert evaluations(tmp_path/'b1'/'run') == [(0, 7), (10, 5), (20, 4)]
     assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25)
-    assert np.isnan(reached(tmp_path/'b2'/'run', 5.))
-    column = 'part of its time to the loss of a'
-    t = trial_table(rows)
-    assert comparison_table(t, [], trial_runs(rows, tmp_path)).loc['b', column] == 'never (1 of 2)'
+    assert reached(tmp_path/'b2'/'run', 5.) == float('inf')
+    t, column = trial_table(rows), 'time to the loss of a'
+    table = comparison_table(t, [], trial_runs(rows, tmp_path))
+    assert table.loc['b', column] == '> 100 % (50 %–> 100 %)' and table.loc['a', column] == ''
+    assert table.loc['a', ['time to 5.5 nats', 'time to 5.0 nats']].tolist() == ['75 %', '100 %']
     assert ablation_table(t).loc['b', 'change'] == '+0.000' and ablation_table(t).loc['a', 'change'] == ''
     rows += make_run(tmp_path, 'b', 3, [7, 7, 5], 'a')
     table = comparison_table(trial_table(rows), [], trial_runs(rows, tmp_path))
-    assert table.loc['b', column] == '100% (1 of 3 never)'  # of 50 %, 100 % and never
+    assert table.loc['b', column] == '100 % (50 %–> 100 %)'
+
+
+def test_loss_and_average_are_corrected_together_and_an_average_has_the_error_of_its_examples(tmp_path):
+    rng, rows = np.random.default_rng(0), []
+    for name, gain in (('a', 0.), ('b', .5)):
+        for s in (1, 2, 3, 4):
+            losses = [7, 6, 5 - gain + .01*rng.normal()]
+            rows += make_run(tmp_path, name, s, losses, 'a' if name == 'b' else '')
+            for task in ('x', 'y'):
+                score, draws = 50 + 5*gain + .01*rng.normal(), rng.normal(size=100)
+                about = rows[-1] | dict(metric='headline', unit='%', task=task)
+                rows.append(about | dict(value=score, resampled=list(score + 3*draws)))
+    t, runs = trial_table(rows), trial_runs(rows, tmp_path)
+    found = comparison_table(t, ['x', 'y'], runs).loc['b']
+    assert found['p'] == '< 0.001' and found['change, average'] == '+2.5'
+    low, high = map(float, found['95 % interval, average'].split(' to '))
+    assert high - low > 1  # the four seeds alone: 0.02
+    without = comparison_table(t.drop(columns='x, draws'), ['x', 'y'], runs).loc['b']
+    assert without['p, average'] == '< 0.001'
 
 
 def test_a_run_that_was_stopped_early_is_in_no_mean_and_its_trial_in_no_comparison(tmp_path):

@@ -18,10 +18,9 @@ from cramlit.data.masking import IGNORE, count_predictions
 from cramlit.data.packing import open_data
 from cramlit.data.tokenizer import padded_vocab
 from cramlit.model.encoder import MaskedLM
-from cramlit.training.distributed import Gradients, World
+from cramlit.training.distributed import Gradients
 from cramlit.training.optimizers import make_optimizer
-from cramlit.training.schedule import Clock
-from cramlit.training.training import Run, accumulate, form_of, micro_step, update, warm_up
+from cramlit.training.training import accumulate, form_of, micro_step, update, warm_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 FP32 = Precision(torch.float32, 'compared in full precision')
@@ -109,10 +108,9 @@ def test_compiled_is_eager_within_rounding(small, data):
 
 
 @needs_compiler
-def test_after_the_warm_up_nothing_is_compiled(small, data, tmp_path):
+def test_after_the_warm_up_nothing_is_compiled(small, data):
     step = Step(small, data, 'compiled')
-    run = Run(small, step.data, tmp_path, Clock(steps=1), world=World(device=torch.device('cuda')))
-    warm_up(step.micro, run, step.grads)
+    warm_up(step.micro, small, step.grads)
     assert not step.grads.buffer.any()
     torch._dynamo.utils.counters.clear()
     for n in range(5): accumulate(step.micro, train_batches(step.data, small, n), step.grads)

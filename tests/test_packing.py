@@ -12,9 +12,11 @@ from cramlit.core.recipes import CramlitError, Packing, UsageError, override
 from cramlit.data.corpus import documents, holdout_position
 from cramlit.data.packing import (
     document_rows,
+    half_of_holdout,
     open_data,
     prepare,
     read_documents,
+    ruler_rows,
     stream_rows,
     verify,
     write_shards,
@@ -160,6 +162,48 @@ def test_manifest_counts_are_true(data):
         assert (said['rows'], said['tokens']) == (len(every), (every != 0).sum())
         assert (every[:, 0] == 2).all() and ((every == 3).sum(1) == 1).all()
         assert every.max() < d.manifest['vocab_size']
+
+
+def test_the_ruler_takes_full_sequences_that_begin_in_turns_with_a_sentence_and_where_the_last_one_ends():
+    lengths = np.random.default_rng(0).integers(1, 40, 60)
+    ids = iter(range(1000, 9999))
+    pieces = [[next(ids) for _ in range(n)] for n in lengths]
+    rows, first = list(ruler_rows(pieces, 32)), {p[0] for p in pieces}
+    assert len(rows) > 20 and all(len(r) == 30 and r == list(range(r[0], r[0] + 30)) for r in rows)
+    assert all(r[0] in first for r in rows[::2])
+    assert all(b[0] == a[-1] + 1 for a, b in zip(rows[::2], rows[1::2], strict=False))
+    skipped = [b[0] - a[-1] - 1 for a, b in zip(rows[1::2], rows[2::2], strict=False)]
+    assert 0 <= min(skipped) and max(skipped) < 40
+    assert list(ruler_rows([[5], [6, 7]], 32)) == [[5, 6, 7]] and list(ruler_rows([[5]], 32)) == []
+
+
+def test_the_halves_of_the_hold_out_are_whole_documents_or_of_few_documents_their_two_ends(data, tmp_path):
+    held = {d.text for d in read_documents(data/'holdout.jsonl.gz')}
+    tune, report = ([d.text for d in half_of_holdout(data, half)] for half in packing.HALVES)
+    assert len({*tune, *report}) == len(tune) + len(report) and min(len(tune), len(report)) > 1
+    assert {*tune, *report} == held
+    with packing._writer(tmp_path/'holdout.jsonl.gz') as f:
+        for text in ('One is. Two are. Three go. Four sit.', 'x'*9):
+            f.write(packing._line(packing.Document('', text)))
+    halves = [[d.text for d in half_of_holdout(tmp_path, half)] for half in packing.HALVES]
+    assert halves == [['One is. Two are. ', 'xxxx'], ['Three go. Four sit.', 'xxxxx']]
+
+
+def test_what_is_reported_on_is_in_no_row_that_choices_are_made_by(data):
+    d, tok = open_data(data), load_tokenizer(data/'tokenizer')
+    seen = [' '.join(tok.decode(r, skip_special_tokens=True) for r in rows[:])
+            for rows in (d.train, d.validation, d.ruler['tune'])]
+    reported = [s.lower().rstrip('.') for x in half_of_holdout(data, 'report') for s in sentences(x.text)]
+    assert not any(s in text for s in reported if len(s.split()) > 8 for text in seen)
+    assert len(d.ruler['tune']) > 2 < len(d.ruler['report'])
+
+
+def test_a_flipped_byte_of_the_ruler_is_found(copy):
+    raw = bytearray((copy/'report-00000.npy').read_bytes())
+    raw[-40] ^= 1
+    (copy/'report-00000.npy').write_bytes(raw)
+    with pytest.raises(CramlitError, match='report-00000.npy does not match its checksum'):
+        verify(open_data(copy))
 
 
 def test_an_own_tokenizer_is_used_and_a_bad_one_refused(recipe, data, tmp_path, capsys):

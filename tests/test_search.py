@@ -38,7 +38,7 @@ def test_a_search_from_text_to_table_and_map(tmp_path, capsys):
     printed, err = capsys.readouterr()
     rows = [json.loads(line) for line in printed.splitlines()]
     found = [(r['global_batch_size'], r['best_by']) for r in rows if r['metric'] == 'best']
-    assert found == [(b, by) for b in (16, 32) for by in ('validation_loss', 'continuation')]
+    assert found == [(b, by) for b in (16, 32) for by in ('tuning_loss', 'continuation')]
     assert all((out/f'table3_search.{x}').exists() for x in ('md', 'csv', 'tex'))
     assert (out/'search_grid.svg').exists()
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob('model/model.safetensors')}
@@ -232,12 +232,13 @@ def test_rows_of_trials_do_not_mix_with_those_of_a_run(tmp_path):
 
 def test_best_is_the_lowest_loss_and_the_highest_score():
     table = pd.DataFrame(dict(trial=list('abcd'), global_batch_size=[32, 32, 64, 64],
-                              validation_loss=[5., 4., 6., None], mnli=[80., 70., None, None]))
+                              validation_loss=[1., 2., 3., 4.], tuning_loss=[5., 4., 6., None],
+                              mnli=[80., 70., None, None]))
     found = best(table, 'mnli')
-    expected = [('b', 'validation_loss'), ('a', 'mnli'), ('c', 'validation_loss')]
+    expected = [('b', 'tuning_loss'), ('a', 'mnli'), ('c', 'tuning_loss')]
     assert list(zip(found.trial, found.best_by, strict=True)) == expected
     assert list(best(table.drop(columns='mnli'), 'mnli').trial) == ['b', 'c']
-    assert best(table.assign(validation_loss=None, mnli=None), 'mnli').empty
+    assert best(table.assign(tuning_loss=None, mnli=None), 'mnli').empty
 
 
 def test_a_trial_without_a_loss_has_an_empty_field():

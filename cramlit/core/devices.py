@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'check_build', 'Precision', 'choose_precision', 'pick_device', 'autocast',
-           'keep_memory']
+           'why_eager', 'take_gpu', 'keep_memory']
 
 # %% ../../nbs/core/04_devices.ipynb #a4df27b3
-import ctypes, os, re, sys
+import ctypes, os, re, sys, time
 from dataclasses import dataclass
-from multiprocessing import current_process
+from functools import cache
+from pathlib import Path
 
 import torch
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from .recipes import CramlitError
 
@@ -65,12 +67,9 @@ def choose_precision(
     return Precision(torch.float32, 'this CPU has no bfloat16 instructions')
 
 # %% ../../nbs/core/04_devices.ipynb #15db38df
-def pick_device() -> torch.device:  # the first GPU, else the CPU; joblib's worker number n takes the n-th GPU
+def pick_device() -> torch.device:  # this process's current GPU, the first if none was taken; else the CPU
     "Where to train when nothing else is said"
-    if not torch.cuda.is_available(): return torch.device('cpu')
-    worker = current_process().name.rpartition('-')[2]  # such as LokyProcess-3
-    index = (int(worker) - 1) % torch.cuda.device_count() if worker.isdigit() else 0
-    return torch.device('cuda', index)
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 def autocast(
     device: torch.device,
@@ -78,6 +77,32 @@ def autocast(
 ) -> torch.autocast:  # a context; does nothing in float32
     "Calculate matrix products in the chosen precision"
     return torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32)
+
+# %% ../../nbs/core/04_devices.ipynb #04de0002
+@cache
+def why_eager(
+    device: torch.device,  # where the model is
+) -> str:                  # '' = it is compiled
+    "Why a model is not compiled on a device"
+    if device.type != 'cuda': return 'a CPU needs no compiler'
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8: return f'compute capability {major}.{minor} is below 8.0'
+    try: torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as e: return f'torch.compile fails, {type(e).__name__}: {e}'.splitlines()[0]
+    return ''
+
+# %% ../../nbs/core/04_devices.ipynb #04de0005
+def take_gpu(
+    locks: Path,  # a folder that all workers of this machine see; it gets a file for each GPU
+) -> AcquireReturnProxy:  # a context; the GPU is free again after it
+    "Make a GPU the current one that no other worker has; waits until one is free"
+    while True:
+        for i in range(torch.cuda.device_count()):
+            try: taken = FileLock(locks/f'gpu-{i}').acquire(blocking=False)
+            except Timeout: continue
+            torch.cuda.set_device(i)
+            return taken
+        time.sleep(.1)
 
 # %% ../../nbs/core/04_devices.ipynb #aed5ceb4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h

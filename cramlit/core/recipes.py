@@ -139,7 +139,8 @@ class Validation:
     "When to evaluate, and when to stop early"
     every: float = limited(1/48, at_least=1e-9, below=1)  # fraction of the budget: half an hour of 24 h
     max_sequences: int = limited(4096, at_least=1)     # held-out sequences, the same ones each time
-    stop_loss: float = limited(6., at_least=0)  # nats; above it after `stop_after` a run stops. 0 = never
+    stop_loss: float = limited(6., at_least=0)
+    # nats, by the paper's ruler; above it after `stop_after` a run stops. 0 = never
     stop_after: float = limited(1/8, at_least=0, at_most=1)  # fraction of the budget: 3 h of 24 h
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..core.recipes import CramlitError, Recipe, UsageError, digest
 from ..core.scales import Trials, get_recipe, get_scale
-from ..data.packing import prepare
+from ..data.packing import open_data, prepare
 from ..evaluation.statistics import Difference, difference, holm, sampling_error
 from .search import Trial, run_trials
 
@@ -76,7 +76,7 @@ def best_rates(
     "Each recipe's rate with the lowest loss; raises `CramlitError` for a recipe of which no run has a loss"
     found: dict[str, tuple[float, float]] = {}  # recipe → loss, rate
     for r in rows:
-        if r['metric'] != 'validation_loss' or r['value'] is None: continue
+        if r['metric'] != 'tuning_loss' or r['value'] is None: continue
         found[r['recipe']] = min(found.get(r['recipe'], (float('inf'), 0.)), (r['value'], r['lr']))
     lost = sorted({r['recipe'] for r in rows} - set(found))
     if lost: raise CramlitError(f'no learning rate gave {", ".join(lost)} a finite loss: try lower ones')
@@ -151,16 +151,18 @@ def with_data(
     trials: list[Trial],
     folder: Path,    # holds one prepared folder for each packing
 ) -> list[Trial]:    # each with its text
-    "Prepare the text once for each packing; raises `CramlitError` when the tokenizers differ"
-    found, tokenizers = list[Trial](), set[str]()
+    "Prepare the text once for each packing; `CramlitError` when tokenizers or validation differ"
+    found, tokenizers, rulers = list[Trial](), set[str](), set[tuple[int, str]]()
     for t in trials:
         r = replace(t.recipe, seed=get_recipe(t.base, t.scale).seed)  # all seeds of a trial share one text
         data = folder/digest([asdict(r.corpus), asdict(r.tokenizer), asdict(r.packing)])
-        if data not in [f.data for f in found]: tokenizers.add(prepare(r, data)['tokenizer_sha256'])
+        if data not in [f.data for f in found]:
+            tokenizers.add(prepare(r, data)['tokenizer_sha256'])
+            rulers.add((r.packing.seq_len, open_data(data).ruler_id))
         found.append(replace(t, data=data))
-    if len(tokenizers) > 1:
-        raise CramlitError(f'the texts in {folder} have different tokenizers, and losses cannot be compared: '
-                           'delete the folder')
+    if len(tokenizers) > 1 or len(rulers) > len({seq_len for seq_len, _ in rulers}):
+        raise CramlitError(f'the texts in {folder} have different tokenizers or different sequences for '
+                           'validation, and losses cannot be compared: delete the folder')
     return found
 
 def trial_settings(
@@ -218,14 +220,14 @@ def evaluations(
 def reached(
     run: Path,     # a run's folder
     mark: float,   # nats
-) -> float:        # fraction of the run's time; NaN when never
+) -> float:        # fraction of the run's time; inf when never
     "When a run's validation loss first came down to a mark"
     points = evaluations(run)
     for (before, high), (after, low) in pairwise(points):
         if low > mark: continue
         when = before + (after - before)*(high - mark)/(high - low) if high > mark else before
         return when/points[-1][0]
-    return float('nan')
+    return float('inf')
 
 # %% ../../nbs/experiments/61_comparison.ipynb #57ce2264
 def _of_trial(table: pd.DataFrame, name: str, value: str) -> tuple[pd.Series, list]:

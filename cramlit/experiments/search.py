@@ -277,9 +277,9 @@ def best(
     "The best line of each batch size, by loss and by the task"
     lines, judges = [], []
     for _, group in table.groupby('global_batch_size'):
-        for judge in ('validation_loss', task):
+        for judge in ('tuning_loss', task):  # of the half of the held-out text that is for choices
             if judge not in group or group[judge].isna().all(): continue
-            lines.append(group[judge].idxmin() if judge == 'validation_loss' else group[judge].idxmax())
+            lines.append(group[judge].idxmin() if judge == 'tuning_loss' else group[judge].idxmax())
             judges.append(judge)
     return table.loc[lines].assign(best_by=judges)
 
@@ -304,8 +304,8 @@ def search(
     rows = run_trials(trials, 'grid', data or Path(out)/'data', out, t, nproc, glue_dir)
     for line in best(trial_table(rows), t.tasks[0]).to_dict('records'):
         judge = line['best_by']
-        unit = 'nats' if judge == 'validation_loss' else '%'
+        value, unit = (line['validation_loss'], 'nats') if judge == 'tuning_loss' else (line[judge], '%')
         ids = dict(stage='search', recipe=base, scale=scale, trial=line['trial'], best_by=judge)
-        row = result_row('best', line[judge], unit, **ids, global_batch_size=line['global_batch_size'])
+        row = result_row('best', value, unit, **ids, global_batch_size=line['global_batch_size'])
         rows.append(row | common_provenance([r for r in rows if r['trial'] == line['trial']]))
     return rows

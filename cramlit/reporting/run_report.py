@@ -141,13 +141,14 @@ def numbers(
     def shown(value, form): return '-' if value is None else format(value, form)
     evaluated = [line['step'] for line in run.log if 'validation_loss' in line]
     at = f' at step {evaluated[-1]:,}' if evaluated else ''
-    entropy = run.result('unigram_entropy')  # a run writes it at its end
+    entropy, reported = run.result('unigram_entropy'), run.result('validation_loss')  # written at the end
     return {
         'budget': f'{fraction:.1%} spent, {duration(left)} left',
         'time': duration(run.last('seconds') or 0),
         'step': shown(run.last('step'), ','),
         'tokens': shown(run.last('tokens'), ','),
         'validation loss, nats': shown(run.last('validation_loss'), '.3f') + at,
+        **({'the same on the half that is reported': f'{reported:.3f}'} if reported else {}),
         **({'unigram baseline, nats': f'{entropy:.3f}'} if entropy else {}),
         'training loss, nats': shown(run.last('loss'), '.3f'),
         'learning rate': shown(run.last('lr'), '.3g'),

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'STATE', 'LOGS', 'PATIENCE', 'Run', 'fingerprint', 'lock_run_dir', 'unlock_run_dir', 'other_setting',
-           'acquire_run_dir', 'check_fits', 'check_run', 'summed_loss', 'validate', 'form_of', 'micro_step',
-           'accumulate', 'update', 'Hook', 'save_checkpoint', 'choose_checkpoint', 'expected_counts', 'resume',
-           'save_milestones', 'seed_dropout', 'count_tokens', 'passes_multiple', 'progress_bar', 'warm_up',
-           'first_evaluation', 'train', 'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'go_on',
-           'pretrain_in']
+           'acquire_run_dir', 'check_fits', 'check_run', 'summed_loss', 'check_same_weights', 'validate', 'form_of',
+           'program_shapes', 'compile_model', 'micro_step', 'accumulate', 'make_scaler', 'update', 'Hook',
+           'save_checkpoint', 'choose_checkpoint', 'expected_counts', 'resume', 'save_milestones', 'seed_dropout',
+           'count_tokens', 'passes_multiple', 'progress_bar', 'warm_up', 'first_evaluation', 'train',
+           'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'shared_precision', 'go_on', 'pretrain_in']
 
 # %% ../../nbs/training/35_training.ipynb #2f299dc1
 import errno, hashlib, json, math, sys
@@ -17,20 +17,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import FunctionType, MethodType
 
 import torch
+import torch.nn.functional as F
 from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..core.devices import Precision, autocast, choose_precision
+from ..core.devices import Precision, autocast, choose_precision, why_eager
 from ..core.randomness import make_key
 from ..core.recipes import CramlitError, Interrupted, Recipe, UsageError
 from ..core.recipes import differences, digest, recipe_from_dict, recipe_hash
 from ..core.results import atomic, cannot_write, provenance
 from ..core.results import read_json_lines, read_rows, result_row, write_rows
-from ..data.batches import Batch, Prefetcher, rank_slice, train_batches, validation_batches
-from ..data.masking import IGNORE
+from ..data.batches import RULERS, WIDTH, Batch, Prefetcher, rank_slice, train_batches
+from ..data.batches import validation_batches, validation_rows
+from ..data.masking import IGNORE, count_predictions
 from ..data.packing import Data, open_data, unlike, verify
 from ..model.encoder import MaskedLM
 from .checkpoints import Saver, checkpoints, find_damage, newest_whole
@@ -178,6 +181,21 @@ def summed_loss(
         loss = model(batch.input_ids, batch.attention_mask, batch.positions, batch.labels)
     return loss, (batch.labels != IGNORE).sum()
 
+# %% ../../nbs/training/35_training.ipynb #35a50015
+def check_same_weights(
+    model: nn.Module,
+    world: World,  # the processes that train it
+):
+    "Raise `CramlitError` in all processes when the weights are not the same in all of them"
+    sums = torch.zeros(world.size, dtype=torch.int64, device=world.device)
+    for i, p in enumerate(model.parameters(), 1):
+        sums[world.rank] += i*p.detach().view(torch.int32).sum(dtype=torch.int64)
+    first, *others = world.all_reduce(sums).tolist()
+    wrong = [str(rank) for rank, checksum in enumerate(others, 1) if checksum != first]
+    if wrong:
+        raise CramlitError(f'rank {", ".join(wrong)} of {world.size} has not the weights of rank 0: '
+                           'the same command goes on from the last checkpoint; look for a faulty GPU')
+
 # %% ../../nbs/training/35_training.ipynb #17835f17
 @torch.no_grad()
 def validate(
@@ -186,11 +204,12 @@ def validate(
     recipe: Recipe,       # says how many held-out sequences are taken
     precision: Precision,
     world: World,         # the processes that share the work
+    ruler: str = 'tune',  # tune | report | paper
 ) -> float:               # mean cross-entropy of the masked tokens, nats
     "The loss on held-out text; dropout is off meanwhile"
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, predictions
-    for batch in islice(validation_batches(data, recipe), world.rank, None, world.size):
+    for batch in islice(validation_batches(data, recipe, ruler), world.rank, None, world.size):
         loss, count = summed_loss(model, batch.to(world.device), precision)
         sums += torch.stack([loss.double(), count])
     model.train()
@@ -202,8 +221,32 @@ def form_of(
     device: torch.device,
 ) -> str:  # eager | compiled
     "Which form of a micro-step suits a device"
-    if device.type != 'cuda' or torch.cuda.get_device_capability(device)[0] < 8: return 'eager'
-    return 'compiled'
+    return 'eager' if why_eager(device) else 'compiled'
+
+def program_shapes(
+    recipe: Recipe,
+) -> list[tuple[int, bool]]:  # tokens, and is there padding?
+    "The shapes of micro-batches for which a compiled model has programs, the largest first"
+    S = recipe.packing.seq_len
+    if recipe.packing.mode == 'stream': return [(S, False)]
+    half = min(S, -(-S//2//WIDTH)*WIDTH)
+    return list(dict.fromkeys([(S, True), (S, False), (half, True)]))
+
+def compile_model(
+    model: nn.Module,  # called with the tensors of a `Batch`
+    widths: set[int],  # tokens; batches with padding are widened to one of them
+) -> Callable[..., Tensor]:
+    "The same function with a program for each shape; raises an error when one cannot be made"
+    f = type(model).forward
+    own = FunctionType(f.__code__.replace(), f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+    program = torch.compile(MethodType(own, model), dynamic=False, fullgraph=True)
+    def forward(input_ids: Tensor, attention_mask: Tensor|None, *predictions: Tensor) -> Tensor:
+        width = input_ids.shape[1]
+        more = min(w for w in widths if w >= width) - width
+        if attention_mask is not None and more:
+            input_ids, attention_mask = F.pad(input_ids, (0, more)), F.pad(attention_mask, (0, more))
+        return program(input_ids, attention_mask, *predictions)
+    return forward
 
 def micro_step(
     model: nn.Module,
@@ -218,8 +261,7 @@ def micro_step(
     "What is done with each micro-batch, in the form that suits the device"
     device, forward = grads.buffer.device, model
     if (form or form_of(device)) == 'compiled':
-        # 128 tokens make eight widths with padding and one without; unasked, torch gives up after 8 programs
-        forward = torch.compile(model, dynamic=False, recompile_limit=64)
+        forward = compile_model(model, {width for width, padding in program_shapes(recipe)})
     micro_batches = recipe.batch.global_batch_size//recipe.batch.micro_batch_size  # a step, of all processes
 
     def micro(batch: Batch):
@@ -242,6 +284,17 @@ def accumulate(
     with grads.last_backward(): micro(last)
 
 # %% ../../nbs/training/35_training.ipynb #93f102e0
+def make_scaler(
+    recipe: Recipe,
+    precision: Precision,
+    device: torch.device,
+) -> torch.amp.GradScaler:  # does nothing unless the precision is float16
+    "What scales the loss; 2^16 is for the mean of one micro-batch, of which a step has many"
+    micro_batches = recipe.batch.global_batch_size//recipe.batch.micro_batch_size
+    scale = 2.**(16 + int(math.log2(micro_batches)))
+    # large steps are few: a larger scale is tried after 1,000 of them, and not after 2,000
+    return torch.amp.GradScaler(device.type, scale, growth_interval=1000, enabled=precision.scaled)
+
 def update(
     grads: Gradients,     # of the mean loss, scaled when the precision is float16
     optimizer: torch.optim.Optimizer,
@@ -394,36 +447,39 @@ def progress_bar(
 # %% ../../nbs/training/35_training.ipynb #35a50014
 def warm_up(
     micro: Callable[[Batch], None],  # of `micro_step`
-    run: Run,
+    recipe: Recipe,
     grads: Gradients,  # zero in the end
 ):
-    "On a GPU, do a micro-step with each shape of batch, so that programs are made and libraries loaded"
-    if run.world.device.type != 'cuda': return
-    batches = train_batches(run.data, run.recipe, step=0)
-    shapes = {(b.input_ids.shape, b.attention_mask is None): b for b in batches}
-    for batch in shapes.values(): micro(batch)
+    "Do a micro-step with each shape of batch, so that programs are made and libraries loaded"
+    B, S = recipe.batch.micro_batch_size, recipe.packing.seq_len
+    for width, padding in program_shapes(recipe):
+        ids = torch.zeros(B, width, dtype=torch.int64, device=grads.buffer.device)
+        slots = ids.new_zeros(B, int(count_predictions(S, recipe.masking)))
+        micro(Batch(ids, torch.ones_like(ids, dtype=torch.bool) if padding else None, slots, slots.clone()))
     grads.buffer.zero_()
 
 # %% ../../nbs/training/35_training.ipynb #35a5000d
 def first_evaluation(
     run: Run,           # its clock gets its `reserve`, and starts
     model: MaskedLM,
-    evaluate: Callable[[], float],
+    evaluate: Callable[[str], float],  # by a ruler
     save: Callable[[], None],
 ) -> float:             # fraction of the budget spent
     "Evaluate, set aside the time for the end, start the clock; `UsageError` when a new run has no time"
     clock, world, recipe = run.clock, run.world, run.recipe
     began, fraction = clock.now(), clock.fraction(run.step)
-    loss = evaluate()
+    loss = evaluate('tune')
+    sequences = {ruler: len(validation_rows(run.data, recipe, ruler)) for ruler in RULERS}
+    others = (clock.now() - began)*(sum(sequences.values())/sequences['tune'] - 1)  # the other rulers' time
     if fraction < 1 and passes_multiple(run.done, fraction, recipe.validation.every):
         run.log(validation_loss=loss)
-        if run.step: run.stopped = run.stopped or should_stop_early(loss, fraction, recipe)
+        if run.step: run.stopped = run.stopped or should_stop_early(loss, fraction, recipe, evaluate)
     save_milestones(run, model, fraction)
     if fraction < 1: run.done = max(run.done, fraction)
     if run.step == 0:
         save()
         run.saver.wait()
-    took = clock.now() - began
+    took = clock.now() - began + others
     clock.reserve = world.broadcast(max(clock.reserve, 1.5*took))  # half as long again, to be safe
     if run.step == 0 and not clock.steps and clock.reserve >= clock.budget:
         raise UsageError(f'a budget of {clock.budget:g} s is too short for a single step: validation and '
@@ -439,14 +495,15 @@ def train(
     precision: Precision,
     hook: Hook|None = None,  # what an experiment changes; with one, the model is not compiled
     log_every: int = 20,   # steps between training losses in the log
-) -> float:                # validation loss at the end, nats
+) -> dict[str, float]:     # ruler → validation loss at the end, nats
     "Train until the budget is spent; raises `Interrupted` when a signal stopped it, after saving"
     # what a step works with
     recipe, clock, world = run.recipe, run.clock, run.world
     optimizer = make_optimizer(model, recipe.optim)
     grads = Gradients(model, world, precision.dtype)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=precision.scaled)
-    micro = micro_step(model, recipe, precision, scaler, grads, 'eager' if hook else '')
+    scaler = make_scaler(recipe, precision, world.device)
+    form = 'eager' if hook else form_of(world.device)
+    micro = micro_step(model, recipe, precision, scaler, grads, form)
     changes = hook or Hook()
 
     def batches_of(step: int, recipe: Recipe = recipe) -> list[Batch]:
@@ -454,12 +511,14 @@ def train(
     prefetch = Prefetcher(batches_of, world.device)  # makes the next step's batches during this step
 
     # what is done now and then
-    def evaluate() -> float: return validate(model, run.data, recipe, precision, world)
+    def evaluate(ruler: str) -> float:
+        check_same_weights(model, world)
+        return validate(model, run.data, recipe, precision, world, ruler)
     def save(): save_checkpoint(run, model, optimizer, scaler, grads)
 
     resume(run, model, optimizer, scaler)
     keep_share(grads, optimizer)
-    warm_up(micro, run, grads)
+    if world.device.type == 'cuda' or form == 'compiled': warm_up(micro, recipe, grads)
     fraction = first_evaluation(run, model, evaluate, save)
     with progress_bar(run, log_every) as report, catch_stop_signals(run.out/'stop') as stop_requested:
         while fraction < 1 and not run.stopped:
@@ -497,9 +556,9 @@ def train(
 
             if fraction >= 1: break
             if passes_multiple(run.done, fraction, recipe.validation.every):
-                loss = evaluate()
+                loss = evaluate('tune')
                 run.log(validation_loss=loss)
-                run.stopped = run.stopped or should_stop_early(loss, fraction, recipe)
+                run.stopped = run.stopped or should_stop_early(loss, fraction, recipe, evaluate)
             save_is_due = passes_multiple(run.done, fraction, recipe.checkpoint.every)
             run.done = fraction
             if save_is_due: save()
@@ -507,22 +566,24 @@ def train(
         # a run may have been interrupted between its last save and its rows
         ended, run.done = run.done == 1, 1.
         if not ended: changes.before_final_evaluation(model)
-        loss = evaluate()
-        if not ended: run.log(validation_loss=loss, **(dict(stopped=run.stopped) if run.stopped else {}))
+        losses = {ruler: evaluate(ruler) for ruler in RULERS}
+        if not ended:
+            run.log(validation_loss=losses['tune'], **(dict(stopped=run.stopped) if run.stopped else {}))
         save()
         run.saver.wait()
-    return loss
+    return losses
 
 # %% ../../nbs/training/35_training.ipynb #26f036d7
 def should_stop_early(
     loss: float,      # validation loss, nats
     fraction: float,  # of the budget spent
     recipe: Recipe,   # its `validation.stop_loss` and `stop_after`
+    evaluate: Callable[[str], float],  # by a ruler; the paper's is the one that `stop_loss` is meant by
 ) -> str:             # the reason to stop; '' to go on
     "Is there no hope for this run?"
     v = recipe.validation
     if not math.isfinite(loss): return f'the validation loss is {loss}'
-    if v.stop_loss and fraction > v.stop_after and loss > v.stop_loss:
+    if v.stop_loss and fraction > v.stop_after and (loss := evaluate('paper')) > v.stop_loss:
         return f'validation loss {loss:.2f} is above {v.stop_loss} after {fraction:.0%} of the budget'
     return ''
 
@@ -557,7 +618,7 @@ def count_skips(
 # %% ../../nbs/training/35_training.ipynb #e05d6187
 def result_rows(
     run: Run,     # finished
-    loss: float,  # validation loss at the end, nats
+    losses: dict[str, float],  # ruler → validation loss at the end, nats
     precision: Precision,
 ) -> list[dict]:
     "What a run found, as rows"
@@ -567,7 +628,9 @@ def result_rows(
                stopped=run.stopped)
     if run.init: ids['init'] = run.init
     return [
-        result_row('validation_loss', loss, 'nats', **ids),
+        result_row('validation_loss', losses['report'], 'nats', **ids, ruler=run.data.ruler_id),
+        result_row('tuning_loss', losses['tune'], 'nats', **ids, ruler=run.data.ruler_id),  # for choices
+        result_row('paper_loss', losses['paper'], 'nats', **ids),  # comparable with the official code's alone
         result_row('unigram_entropy', run.data.manifest['unigram_entropy'], 'nats', **ids),
         result_row('tokens_per_second', run.tokens/max(seconds, 1e-9), 'tokens/s', **ids),
         result_row('tokens', run.tokens, 'tokens', **ids),  # padding is in neither of the two
@@ -601,6 +664,14 @@ def pretrain(
             return go_on(run, track, weights, hook)
         finally: unlock_run_dir(run)
 
+def shared_precision(
+    world: World,
+) -> Precision:
+    "What the main process multiplies in, in all processes"
+    mine, formats = choose_precision(world.device), (torch.float32, torch.bfloat16, torch.float16)
+    said = formats[int(world.broadcast(formats.index(mine.dtype)))]
+    return mine if mine.dtype == said else Precision(said, 'rank 0 has chosen it')
+
 def go_on(
     run: Run,             # its folder is its own
     track: str,           # as `pretrain` takes them, and what follows too
@@ -609,10 +680,12 @@ def go_on(
 ) -> list[dict]:          # result rows, also in out/rows.jsonl
     "Train to the end, unless that has been done"
     if (run.out/'rows.jsonl').exists(): return read_rows(run.out/'rows.jsonl')
-    recipe, world, precision = run.recipe, run.world, choose_precision(run.world.device)
+    recipe, world, precision = run.recipe, run.world, shared_precision(run.world)
     if world.main:
         where = f"{world.size} × {world.device.type} in {str(precision.dtype).removeprefix('torch.')}"
-        print(f'{recipe.name} on {where}: {precision.reason}', file=sys.stderr)
+        why = 'hooks are not' if hook else why_eager(world.device)
+        how = f'not compiled ({why})' if why else 'compiled'
+        print(f'{recipe.name} on {where}: {precision.reason}; {how}', file=sys.stderr)
     torch.manual_seed(recipe.seed)
     model = MaskedLM(recipe.model, run.data.padded_vocab_size).to(world.device)
     if weights: model.load_state_dict(weights)
