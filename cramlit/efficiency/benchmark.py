@@ -540,7 +540,7 @@ def validation_row(
 ) -> dict:
     "Hours of 24 that are saved by validating on a sample; several devices share the sequences"
     v, every = setup.recipe.validation, len(data.validation)
-    few, sample = min(every, 192), min(every, v.max_sequences)  # sequences
+    few, sample = min(len(data.ruler['tune']), 192), min(every, v.max_sequences)  # sequences
     recipe, world = override(setup.recipe, [f'validation.max_sequences={few}']), World(device=setup.device)
     work = partial(validate, setup.model, data, recipe, setup.precision, world)
     shares = [seconds(work)/few/devices()/v.every/budget for _ in range(3)]  # of the budget, a sequence
