@@ -220,14 +220,14 @@ def evaluations(
 def reached(
     run: Path,     # a run's folder
     mark: float,   # nats
-) -> float:        # fraction of the run's time; NaN when never
+) -> float:        # fraction of the run's time; inf when never
     "When a run's validation loss first came down to a mark"
     points = evaluations(run)
     for (before, high), (after, low) in pairwise(points):
         if low > mark: continue
         when = before + (after - before)*(high - mark)/(high - low) if high > mark else before
         return when/points[-1][0]
-    return float('nan')
+    return float('inf')
 
 # %% ../../nbs/experiments/61_comparison.ipynb #57ce2264
 def _of_trial(table: pd.DataFrame, name: str, value: str) -> tuple[pd.Series, list]:
