@@ -520,6 +520,7 @@ def train(
 
     resume(run, model, optimizer, scaler)
     keep_share(grads, optimizer)
+    torch.cuda.empty_cache()  # the memory of others' shares, which were read too
     if world.device.type == 'cuda' or form == 'compiled': warm_up(micro, recipe, grads)
     fraction = first_evaluation(run, model, evaluate, save)
     with progress_bar(run, log_every) as report, catch_stop_signals(run.out/'stop') as stop_requested:
