@@ -97,19 +97,14 @@ def torture(kills, out, settings=()):
     return dict(kills=done, in_save=in_save, identical=last[0] == last[1])
 
 
-def seconds_done(out):
-    "How far a run's log has come"
-    log = out/'metrics.jsonl'
-    lines = log.read_text(encoding='utf-8').splitlines(keepends=True) if log.exists() else []
-    return max((json.loads(line)['seconds'] for line in lines if line.endswith('\n')), default=0.)
-
-
 def stop_near_the_end(data, out, budget, moment, settings=(), kill=False, **env):
     "Stop a run by the clock at a moment (s), and let it go on; how often it was begun until it was finished"
     for part in range(1, 10):
         process = launch(data, out, ['--budget', f'{budget}s'], [*settings, 'checkpoint.every=0.05'], **env)
-        if part == 1 and wait_for(process, lambda: seconds_done(out) >= moment):
-            process.kill() if kill else process.terminate()
+        if part == 1 and wait_for(process, (out/'metrics.jsonl').exists):  # the clock starts with the log
+            began = time.monotonic()
+            if wait_for(process, lambda start=began: time.monotonic() >= start + moment):
+                process.kill() if kill else process.terminate()
         code = process.wait()
         if (out/'rows.jsonl').exists() and code == 0: return part
         if code not in (75, *([-signal.SIGKILL, -signal.SIGTERM] if part == 1 else [])): break
