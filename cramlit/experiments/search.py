@@ -22,7 +22,7 @@ from ..core.recipes import Model, Recipe, UsageError, recipe_hash, unknown
 from ..core.results import result_row, sha256, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.batches import rank_slice
-from ..data.packing import open_data, prepare
+from ..data.packing import as_prepared, open_data, prepare
 from ..evaluation.finetuning import FINETUNING_VERSION, check_length
 from ..evaluation.glue import Task
 from ..evaluation.protocol import (
@@ -165,7 +165,8 @@ def train_trial(
     run: Path,     # its run's folder
 ) -> list[dict]:   # rows of pretraining
     "Pretrain a trial in one process or in several"
-    t, data, recipe = study.trials, trial.data or study.data, trial.recipe
+    t, data = study.trials, trial.data or study.data
+    recipe = as_prepared(trial.recipe, open_data(data), trial.all_settings)
     how: dict[str, Any] = dict(budget=0. if t.steps else t.budget, steps=t.steps, scale=trial.scale)
     if study.nproc == 1: return pretrain(recipe, data, run, **how)
     options = ['--recipe', trial.base, '--scale', trial.scale, '--data', str(data), '--out', str(run)]
