@@ -47,7 +47,7 @@ def write(path, kind, megabytes, seed=0):
         'jsonl.gz': ('', lambda n, text: json.dumps(dict(text=text)) + '\n', ''),
         'xml': ('<mediawiki>\n', lambda n, text: f'<page><title>Article {n}</title><ns>0</ns><revision><text>'
                 f'{text}</text></revision></page>\n', '</mediawiki>\n')}[kind]
-    opened = gzip.open(path, 'wt', 1, encoding='utf-8') if kind == 'jsonl.gz' else open(path, 'w', encoding='utf-8')
+    opened = gzip.open(path, 'wt', 1, 'utf-8') if kind == 'jsonl.gz' else open(path, 'w', encoding='utf-8')
     left, n = megabytes*10**6, 0
     with opened as f:
         f.write(begin)
