@@ -2,6 +2,7 @@
 import math
 import socket
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,13 +29,15 @@ def setup(name='modern', world=ALONE, message=torch.float32, seed=0):
 
 
 def take_steps(numbers, name='modern', world=ALONE, message=torch.float32, folder=None):
-    "Steps whose gradients sum to the same in any number of processes"
+    "Steps whose gradients have the same sum in any number of processes"
     model, optimizer, grads = setup(name, world, message, seed=0 if folder is None else 1)
     if folder: load_checkpoint(folder, model, optimizer)
     keep_share(grads, optimizer)
     for n in numbers:
         torch.manual_seed(100 + n)
-        grads.flat.copy_(torch.randn_like(grads.flat)/world.size)
+        grads.flat.copy_(torch.randn_like(grads.flat))
+        here = torch.arange(len(grads.flat)) % world.size == world.rank
+        grads.flat *= here  # each value is one process's alone, so that no sum is rounded
         grads.totals.fill_(1/world.size)
         grads.all_reduce(0., False)
         set_lr(optimizer, 1 - n/6)
@@ -153,6 +156,36 @@ def test_one_process_overflows_and_all_skip_and_all_halve(together):
         *bad, good = found['overflow']
         for norm, moved, scale in bad: assert not math.isfinite(norm) and not moved and scale == 512.
         assert good[0] > 0 and good[1] > 0 and good[2] == 1024.
+
+
+@pytest.mark.parametrize('form', ['eager', 'aot_eager'])
+def test_buckets_leave_during_the_last_backward_pass_and_not_before(monkeypatch, form):
+    "In one order, each when the gradients in it are final; the embedding matrix is the last one"
+    left = []
+
+    def reduce(x, owner, async_op):
+        left.append((owner, x.clone()))
+        return SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(dist, 'reduce', reduce)
+    monkeypatch.setattr(dist, 'all_reduce', lambda x: None)
+    model, _, grads = setup('24hbert', World(0, 2), torch.bfloat16)
+    if form != 'eager': model = torch.compile(model, backend=form, dynamic=False)
+    ids, positions = torch.randint(0, 64, (2, 16)), torch.arange(4).expand(2, 4)
+
+    def backward():
+        loss = model(ids, None, positions, ids[:, :4])
+        assert len(left) == 0, 'it is sent before there is a gradient'
+        loss.backward()
+    backward()
+    assert left == []
+    with grads.last_backward(): backward()
+    assert [owner for owner, _ in left] == [b.owner for b in grads.buckets]
+    assert left[-1][1].numel() == grads.buckets[-1].numel > 64*32
+    for (_, x), g in zip(left, grads.slices, strict=True): assert torch.equal(x, g.bfloat16())
+    grads.totals.fill_(1.)
+    grads.all_reduce(0., False)
+    assert len(left) == len(grads.buckets)
+    for b, g in zip(grads.buckets, grads.slices, strict=True): assert bool(g.any()) == (b.owner == 0)
 
 
 def test_a_run_goes_on_bit_by_bit(tmp_path):

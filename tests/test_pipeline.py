@@ -274,3 +274,23 @@ def test_the_rehearsal_walks_the_path_of_eight_gpus(tmp_path):
     for rows in runs:
         assert {json.loads(line)['processes'] for line in rows.read_text().splitlines()} == {8}
     assert 'is missing' not in (tmp_path/'paper_figures'/'README.md').read_text()
+
+
+def test_a_local_copy_of_glue_reaches_the_stages_that_fine_tune(tmp_path, pretend, capsys):
+    run, given = pretend(), {}
+
+    def note(notebook, output, **parameters):
+        given[notebook.stem] = parameters.get('glue_dir')
+        return run(notebook, output, **parameters)
+    pipeline.run_notebook = note  # taken back by `pretend`
+    labelled, (a, b) = [s.name for s in STAGES.values() if s.labelled], (tmp_path/'a', tmp_path/'b')
+    for place, expected in (('', list(STAGES)), (a, labelled), (a, []), (b, labelled)):
+        del run.ran[:]
+        reproduce(workspace('gpu', tmp_path/'out', tmp_path/'figures', glue_dir=place))
+        assert [r.split()[0] for r in run.ran] == expected
+        if expected: assert [given[name] for name in labelled] == [str(place)]*len(labelled)
+    assert [name for name in STAGES if given[name] is not None] == labelled
+    args = ['reproduce', '--out', str(tmp_path/'x'), '--glue-dir']
+    assert main([*args, str(tmp_path)]) == 2 and 'surrogate' in capsys.readouterr().err
+    assert main([*args, str(tmp_path/'nowhere'), '--scale', 'gpu']) == 2
+    assert 'nowhere does not exist' in capsys.readouterr().err and not (tmp_path/'x').exists()

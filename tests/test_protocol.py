@@ -16,7 +16,7 @@ import cramlit.evaluation.protocol as protocol
 from cramlit.core.devices import Precision
 from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.results import read_rows, write_rows
-from cramlit.core.scales import Finetune
+from cramlit.core.scales import Finetune, get_scale
 from cramlit.evaluation.finetuning import (
     check_length,
     classifier,
@@ -28,11 +28,14 @@ from cramlit.evaluation.finetuning import (
 from cramlit.evaluation.glue import Examples, Task, majority
 from cramlit.evaluation.protocol import (
     average,
+    evaluate,
+    grid_work,
     job_results,
     jobs,
     load_tasks,
     median_run,
     run_suite,
+    suite_work,
     task_rows,
 )
 from cramlit.model.stock_models import load_parts
@@ -462,9 +465,109 @@ def test_a_cluster_that_the_user_chose_does_the_work(model, tmp_path):
 
 
 def test_the_paper_grid_is_the_papers():
-    paper = jobs(toy(), Finetune(), 5)
-    assert len(set(paper)) == 2*3*2*4*5
-    assert {j.max_length for j in paper} == {128} and {j.weight_decay for j in paper} == {.1}
+    grid = get_scale('paper').finetune
+    small, large = jobs(toy(), grid, grid.seeds), jobs(toy('mnli'), grid, grid.seeds)
+    assert len(set(small)) == 2*3*2*4*5 and len(set(large)) == 2*2*1*2*5
+    assert {j.max_length for j in small + large} == {128} and {j.weight_decay for j in small} == {.1}
+    assert {(j.epochs, j.batch_size, j.lr) for j in large} == {
+        (epochs, 32, lr) for epochs in (3, 5) for lr in (5e-5, 8e-5)}
+    for task, n in (('toy', 1000), ('mnli', 1000)):  # the work is that of the jobs
+        work = jobs(toy(task), grid, grid.seeds)
+        assert grid_work(task, n, grid, grid.seeds) == {
+            'fine-tunings': len(work), 'sequences': sum(j.epochs*n for j in work),
+            'steps': sum(j.epochs*math.ceil(n/j.batch_size) for j in work)}
+    assert suite_work(grid)['rte']['fine-tunings'] == 3*len(small)//2  # from MNLI's network as well
+    assert suite_work(replace(grid, protocol='plain'))['rte']['fine-tunings'] == len(small)
+
+
+def test_of_many_jobs_on_one_task_none_tokenises_it_anew(model, tmp_path, monkeypatch):
+    done, real = [], finetuning._tokenize
+
+    def count(tok, examples, max_length):
+        done.append(len(examples))
+        return real(tok, examples, max_length)
+    monkeypatch.setattr(finetuning, '_tokenize', count)
+    monkeypatch.setattr(finetuning, '_kept', {})
+    work = jobs(toy(), GRID, 4)
+    with parallel_config('threading', n_jobs=1): found = job_results(model, [toy()], work, tmp_path/'a')
+    assert len(work) == 8 and done == [64, 32]
+    monkeypatch.setattr(finetuning, 'encode', real)
+    with parallel_config('threading', n_jobs=1): again = job_results(model, [toy()], work, tmp_path/'b')
+    assert [r['predictions'] for r in again] == [r['predictions'] for r in found]
+
+
+def test_another_tokenizer_does_not_get_what_the_first_one_made(model, tmp_path):
+    from transformers import AutoTokenizer
+    first = AutoTokenizer.from_pretrained(model)
+    before = encode(first, toy().train, 32)
+    assert encode(AutoTokenizer.from_pretrained(model), toy().train, 32) is before
+    assert encode(AutoTokenizer.from_pretrained(stock_folder('bert', tmp_path)), toy().train, 32) != before
+    for more in ('stone', 'river', 'house'): encode(first, Examples([more], None, [0]), 32)
+    assert len(finetuning._kept) == finetuning.KEPT  # and no more are remembered
+
+
+def test_gradients_are_clipped_at_a_norm_of_one(model, monkeypatch):
+    norms, real = [], torch.nn.utils.clip_grad_norm_
+
+    def watch(parameters, limit):
+        parameters = [p for p in parameters if p.grad is not None]
+        before = float(real(parameters, limit))
+        norms.append((before, float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))))
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', watch)
+    run_job(jobs(toy(), replace(GRID, lrs=(.1,)), 1)[0], model, toy())
+    assert len(norms) == 4 and max(before for before, _ in norms) > 1
+    assert max(after for _, after in norms) < 1 + 1e-4
+
+
+@pytest.mark.parametrize('name', ['bert', 'roberta-prelayernorm', 'roberta'])
+def test_the_classifier_is_pooler_one_dropout_and_a_linear_layer(name, tmp_path):
+    settings = dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0., classifier_dropout=.5)
+    network = classifier(stock_folder(name, tmp_path, **settings), toy(), True, 0)
+    found = []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p == .5:
+            module.register_forward_hook(lambda module, given, out: found.append(given[0]))
+    network(torch.tensor([[1, 2, 3]]))
+    assert len(found) == 1 and found[0].abs().max() < 1  # behind the tanh
+
+
+def test_a_task_may_start_from_the_network_that_learned_mnli(model, tmp_path, capsys):
+    "The protocol of the paper: both columns, each with an average, and nothing done twice"
+    from test_glue import make_tsv
+    for name in ('mnli', 'rte', 'cola'): make_tsv(tmp_path/'glue', name)
+    names, out, tiny = ['mnli', 'rte', 'cola'], tmp_path/'out', get_scale('tiny')
+    scale = replace(tiny, finetune=replace(tiny.finetune, batch_sizes=(2,)))  # two steps, the first at rate 0
+
+    def run(**how):
+        with parallel_config('threading', n_jobs=1):
+            return evaluate(model, out, scale, 'glue', str(tmp_path/'glue'), names, 1, **how)
+    plain = run()
+    assert not (out/'mnli').exists() and 'mnli-first' not in {r['variant'] for r in plain}
+    rows = run(protocol='paper')
+    assert len(list((out/'jobs').iterdir())) == 2*3 + 1
+    first = {(r['task'], r['metric']): r for r in rows if r.get('aggregate') and r['variant'] == 'mnli-first'}
+    usual = {(r['task'], r['metric']): r for r in rows if r.get('aggregate') and r['variant'] == 'pretrained'}
+    assert set(first) == set(usual) and first['average', 'average']['tasks'] == 3
+    assert first['cola', 'matthews']['value'] == usual['cola', 'matthews']['value']
+    start, = (out/'mnli').iterdir()
+    learned = classifier(start, load_tasks('glue', ['mnli'], str(tmp_path/'glue'))[0], True, 0)
+    before = classifier(model, load_tasks('glue', ['mnli'], str(tmp_path/'glue'))[0], True, 0)
+    parts = zip(learned.base_model.parameters(), before.base_model.parameters(), strict=True)
+    assert any((a != b).any() for a, b in parts)
+    kept = {p: p.stat().st_mtime_ns for p in [*(out/'jobs').iterdir(), *start.iterdir()]}
+    assert run(protocol='paper') == rows
+    assert {p: p.stat().st_mtime_ns for p in [*(out/'jobs').iterdir(), *start.iterdir()]} == kept
+    table = table4(rows)
+    assert [c for c in table if 'published' not in c][-2:] == ['24hbert, pretrained', '24hbert, mnli-first']
+    assert 'mnli-first: MRPC' in write_table4(rows, tmp_path/'figures')[0].read_text()
+    capsys.readouterr()
+    options = ['glue', '--model', str(model), '--out', str(out), '--scale', 'tiny', '--protocol']
+    assert main([*options, 'paper', '--suite', 'glue', '--tasks', 'rte']) == 2
+    assert 'give --protocol plain' in capsys.readouterr().err
+    assert main([*options, 'paper']) == 2 and main([*options, 'papper']) == 2
+    assert "Did you mean 'paper'?" in capsys.readouterr().err
+
+
 
 
 def headline(task, variant, value, low, high, recipe='24hbert'):

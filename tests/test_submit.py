@@ -79,6 +79,15 @@ def test_from_a_glue_folder_to_the_benchmarks_zip(make, model, tmp_path):
     assert [p.stat().st_mtime_ns for p in sorted((tmp_path/'out'/'jobs').iterdir())] == times
 
 
+def test_under_the_papers_protocol_three_tasks_are_answered_by_networks_that_learned_mnli(model, tmp_path):
+    root, to = whole(make_tsv, tmp_path/'glue'), tmp_path/'out.zip'
+    with parallel_config('threading', n_jobs=1):
+        rows = submit(model, tmp_path/'out', get_scale('tiny'), to, str(root), 1, COUNTS, 'paper')
+    answered = {r['task']: r['variant'] for r in rows if r['metric'] == 'answers'}
+    assert {task for task, variant in answered.items() if variant == 'mnli-first'} == {'mrpc', 'stsb', 'rte'}
+    assert set(answered) == set(GLUE) and len(list((tmp_path/'out'/'jobs').iterdir())) == 2*9 + 3 + 9
+
+
 def test_what_is_missing_is_named_before_any_training(model, tmp_path, capsys):
     root = whole(make_tsv, tmp_path/'glue')
     for name in ('QNLI/test.tsv', 'MNLI/test_mismatched.tsv', 'WNLI/train.tsv', 'diagnostic/diagnostic.tsv'):

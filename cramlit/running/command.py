@@ -7,13 +7,14 @@ __all__ = ['Needed', 'Settings', 'COMMANDS', 'EXAMPLES', 'TRAINING', 'EXTRAS', '
            'export', 'reproduce', 'report', 'config', 'plan', 'search', 'bench', 'watch', 'verify', 'main']
 
 # %% ../../nbs/running/81_command.ipynb #898f686f
-import argparse, inspect, io, json, os, re, sys
+import argparse, inspect, io, json, os, re, shlex, sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
-from ..core.recipes import CramlitError, Interrupted, UsageError, setting_text, settings_of, unknown
-from ..core.results import result_row
+from ..core.recipes import (
+    CramlitError, Interrupted, UsageError, differences, setting_text, settings_of, unknown)
+from ..core.results import note, result_row
 from ..core.scales import get_recipe, get_scale
 
 # %% ../../nbs/running/81_command.ipynb #32825e13
@@ -24,7 +25,8 @@ Settings = Annotated[str, {'action': 'append', 'metavar': 'PATH=VALUE'}]
 def prepare(
     source: Annotated[str, {'nargs': '+'}] = None,  # enwik8 | hub:NAME[:CONFIG] | files, folders
     recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
-    scale: str = 'laptop',    # tiny | laptop | gpu | paper
+    scale: str = 'laptop',    # tiny | laptop | gpu | paper: sequences of 32, 32, 128 or 128 tokens
+    split_documents: str = '',  # where documents of a .txt end: blank | line | file; default: by looking
     init: str = '',           # folder of a stock model to go on from later: its tokenizer and its shape count
     out: Needed = None,       # folder to make
     Override: Settings = None,  # change one setting, such as -o packing.seq_len=64
@@ -33,6 +35,7 @@ def prepare(
     from cramlit.data.packing import prepare as pack
     from cramlit.model.stock_models import recipe_from
     settings = [f'corpus.source={os.pathsep.join(source)}'] if source else []
+    if split_documents: settings.append(f'corpus.split={split_documents}')
     settings += Override or []
     if init: r = recipe_from(init, get_recipe(recipe, scale), settings)
     else: r = get_recipe(recipe, scale, settings)
@@ -73,6 +76,7 @@ def pretrain(
     Override: Settings = None,  # change one setting, such as -o optim.lr=1e-3
 ) -> list[dict]:
     "Train a recipe for a budget, and save it as a stock transformers model, OUT/model, with OUT/report.html"
+    from cramlit.data.packing import as_prepared, open_data
     from cramlit.model.stock_models import family, init_from
     from cramlit.training.distributed import processes
     from cramlit.training.schedule import run_length
@@ -84,6 +88,10 @@ def pretrain(
     if init: r, weights = init_from(init, data, r, settings)
     if not bare: family(r.model)  # raises when there is no stock model to save it as
     seconds, n_steps = run_length(budget, steps, get_scale(scale))
+    asked, r = r, as_prepared(r, open_data(data), settings)
+    taken = {k: v for k, v in differences(asked, r).items() if not k.startswith('corpus.')}
+    if taken and 'TORCHELASTIC_RUN_ID' not in os.environ:
+        note(f'as {data} was prepared: ' + ', '.join(f'{k}={v}' for k, v in taken.items()))
     rank, size = processes(nproc or get_scale(scale).processes)
     if rank is None:  # the processes are still to be started, with the same arguments
         given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=n_steps,
@@ -102,6 +110,7 @@ def glue(
     tasks: str = '',          # a,b: only these; default: all of the suite
     seeds: int = 0,           # seeds a configuration; default: the scale's
     scale: str = 'laptop',    # whose fine-tuning grid: tiny | laptop | gpu | paper
+    protocol: str = '',       # plain | paper: MRPC, STS-B, RTE from MNLI's network too; default: the scale's
     submit: str = '',         # zip of answers to write for the GLUE server; only all of the suite glue
     out: Needed = None,       # folder for predictions and rows; finished jobs there are not run again
 ) -> list[dict]:
@@ -109,9 +118,9 @@ def glue(
     from cramlit.evaluation.protocol import evaluate, submit as answer
     if submit and (suite != 'glue' or tasks):
         raise UsageError('--submit takes all tasks of GLUE: give --suite glue and no --tasks')
-    if submit: return answer(model, out, get_scale(scale), submit, glue_dir, seeds)
+    if submit: return answer(model, out, get_scale(scale), submit, glue_dir, seeds, protocol=protocol)
     names = [t.strip() for t in tasks.split(',') if t.strip()]
-    return evaluate(model, out, get_scale(scale), suite, glue_dir, names, seeds)
+    return evaluate(model, out, get_scale(scale), suite, glue_dir, names, seeds, protocol)
 
 def export(
     run: Needed = None,     # folder of a finished run
@@ -123,7 +132,7 @@ def export(
     "Make a folder of a run that others can load, and send it to the hub"
     from cramlit.reporting.model_card import export_with_card, push as send
     folder = export_with_card(run, to, scores, push)
-    print(send(folder, push, private) if push else folder, file=sys.stderr)
+    if push: print(send(folder, push, private), file=sys.stderr)
     return [result_row('files_written', len(list(folder.iterdir())), 'files', stage='export', sent_to=push)]
 
 # %% ../../nbs/running/81_command.ipynb #72912ce2
@@ -132,19 +141,22 @@ def reproduce(
     recipe: Annotated[str, {'nargs': '+'}] = '24hbert,modern',  # recipes to compare
     out: Needed = None,       # folder for all stages
     figures: str = '',        # folder for tables and figures; default: OUT/paper_figures
+    glue_dir: str = '',       # local copy of GLUE, parquet or TSV; default: the hub
     only: str = '',           # one stage, with what it needs
     force: str = '',          # do this stage and those that need it anew; what was there is moved aside
     headline: bool = False,   # only the stages that show what the recipe learns
     rehearse: bool = False,   # walk the path of scale paper with a small model and few steps, on the CPU
 ) -> list[dict]:
     "Run the paper's notebooks from raw text to tables and figures; finished stages are skipped"
+    from cramlit.evaluation.protocol import load_tasks
     from cramlit.running import pipeline
     if rehearse and scale != 'paper':
         raise UsageError(f'--rehearse is for --scale paper: {scale} is small enough to be run')
     if rehearse:
         scale, os.environ['CUDA_VISIBLE_DEVICES'] = 'paper-rehearsal', ''
     recipes = recipe if isinstance(recipe, str) else ','.join(recipe)
-    ws = pipeline.workspace(scale, out, figures or Path(out)/'paper_figures', recipes)
+    ws = pipeline.workspace(scale, out, figures or Path(out)/'paper_figures', recipes, glue_dir)
+    if glue_dir: load_tasks('glue', [], glue_dir)  # whatever is wrong with it is said before anything is run
     rows = pipeline.reproduce(ws, only, force, headline)
     for path in sorted(ws.figures.glob('*')): print(os.path.relpath(path), file=sys.stderr)
     table = ws.figures/'table4_glue.md'
@@ -295,6 +307,33 @@ def _show(rows: list[dict], as_json: bool):
         tasks = any(r.get('stage') == 'glue' and r['metric'] == 'headline' for r in rows)
         Console().print(_tasks_table(rows) if tasks else table)
 
+# %% ../../nbs/running/81_command.ipynb #8e2e4978
+def _next(name: str, given: dict) -> list[str]:
+    "Where a command has left its results, and what can be done with them, as lines for a person"
+    def call(*words) -> str: return 'next: ' + shlex.join(['cramlit', *map(str, words)])
+    g, out = given, given.get('out')
+    if name in ('plan', 'prepare'): same = '--recipe', g['recipe'], '--scale', g['scale']
+    if name == 'plan': return [call('prepare', *same, '--out', 'data')]
+    if name == 'prepare':
+        of_data = 'corpus.', 'tokenizer.', 'packing.'  # what the data says itself
+        rest = [word for s in g['Override'] or [] if not s.startswith(of_data) for word in ('-o', s)]
+        init = ['--init', g['init']] if g['init'] else []
+        return [f'the text is in {out}', call('pretrain', *same, *init, *rest, '--data', out, '--out', 'run')]
+    if name == 'pretrain':
+        if g['bare']: return [f'the course of the run is in {out}/report.html']
+        return [f'the model is in {out}/model, the course of the run in {out}/report.html',
+                call('glue', '--model', f'{out}/model', '--scale', g['scale'], '--out', 'scores')]
+    if name == 'glue':
+        run = Path(g['model']).parent
+        lines = [f'the scores are in {out}/rows.jsonl']
+        if not (run/'run.json').exists(): return lines
+        return [*lines, call('export', '--run', run, '--scores', out, '--to', 'gift')]
+    if name == 'export':
+        use = f"from transformers import pipeline; pipeline('fill-mask', {g['to']!r})"
+        return [f"the model is in {g['to']}", f'next, in Python: {use}']
+    if name in ('search', 'bench', 'report'): return [f'tables and figures are in {out}']
+    return []
+
 # %% ../../nbs/running/81_command.ipynb #a1b2c40b
 EXAMPLES = dict(
     prepare='--source my.txt --out data', pretrain='--data data --out run --budget 6m',
@@ -354,6 +393,8 @@ def _run(name: str, args: list[str]):
     rows = command(**{k: v for k, v in given.items() if k in inspect.signature(command).parameters})
     if given['json'] or name != 'reproduce': _show(rows, given['json'])
     sys.stdout.flush()
+    if rows and 'TORCHELASTIC_RUN_ID' not in os.environ:  # once, and not by each process
+        for line in _next(name, given): print(line, file=sys.stderr)
 
 # %% ../../nbs/running/81_command.ipynb #a1b2c406
 EXTRAS = dict(  # extra → modules that it brings

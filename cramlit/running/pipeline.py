@@ -57,19 +57,21 @@ class Stage:
     recipes: str = 'first'       # each: one run for each recipe; all: one for all; first: the first one alone
     headline: bool = False       # one of the few that show what the recipe learns
     timed: bool = False          # it measures speed: its numbers are this machine's and no other's
+    labelled: bool = False       # it fine-tunes on labelled tasks, or needs what does
 
 STAGES = {s.name: s for s in (
     Stage('prepare', recipes='each', headline=True),
     Stage('pretrain', ('prepare',), recipes='each', headline=True),
-    Stage('finetune', ('pretrain',), recipes='each', headline=True),
+    Stage('finetune', ('pretrain',), recipes='each', headline=True, labelled=True),
     Stage('figure_pretraining', ('pretrain',), ('loss_curve', 'lr_schedule'), recipes='all', headline=True),
-    Stage('table4_glue', ('finetune',), ('table4_glue', 'table4_published'), recipes='all', headline=True),
+    Stage('table4_glue', ('finetune',), ('table4_glue', 'table4_published'), recipes='all', headline=True,
+          labelled=True),
     Stage('table1_time', ('prepare',), ('table1_time',), timed=True),
     Stage('table2_savings', ('prepare',), ('table2_savings',), timed=True),
-    Stage('table3_search', ('prepare',), ('table3_search', 'search_grid')),
+    Stage('table3_search', ('prepare',), ('table3_search', 'search_grid'), labelled=True),
     Stage('table5_choices', ('prepare',),
-          ('table5_choices', 'schedules', 'choices_by_time', 'loss_against_task')),
-    Stage('comparison', (), ('comparison', 'comparison_by_time'), recipes='all'),
+          ('table5_choices', 'schedules', 'choices_by_time', 'loss_against_task'), labelled=True),
+    Stage('comparison', (), ('comparison', 'comparison_by_time'), recipes='all', labelled=True),
     Stage('ablation', (), ('ablation',), recipes='all'),
     Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all'),
     Stage('appendix_grids', (), ('appendix_pretraining', 'appendix_finetuning')),
@@ -127,6 +129,7 @@ class Workspace:
     out: Path                 # holds one folder a stage
     figures: Path             # where tables and figures go
     recipes: tuple[str, ...]  # the recipes that tables and figures compare
+    glue_dir: str = ''        # a local copy of GLUE; empty: the hub
 
     def folder(
         self,
@@ -158,13 +161,17 @@ def workspace(
     out: str|Path = '',        # empty: runs/SCALE in the current folder
     figures: str|Path = '',    # empty: paper_figures/SCALE in the current folder
     recipes: str|Iterable[str] = '24hbert',  # names, or one text with commas
+    glue_dir: str = '',        # a local copy of GLUE, for scales that fine-tune on it; empty: the hub
 ) -> Workspace:
     "A workspace from what a notebook or a command line is given; raises `UsageError` for unknown names"
     names = recipes.split(',') if isinstance(recipes, str) else recipes
     names = tuple(name.strip() for name in names)
     for name in names: get_recipe(name, scale)
     out, figures = Path(out or f'runs/{scale}'), Path(figures or f'paper_figures/{scale}')
-    return Workspace(scale, out.resolve(), figures.resolve(), names)
+    if glue_dir and get_scale(scale).suite != 'glue':
+        raise UsageError(f'--glue-dir is for scales with GLUE, {scale} has surrogate tasks')
+    place = str(Path(glue_dir).resolve()) if glue_dir else ''
+    return Workspace(scale, out.resolve(), figures.resolve(), names, place)
 
 # %% ../../nbs/running/80_pipeline.ipynb #a1b2c304
 def _question(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
@@ -186,6 +193,8 @@ def _depends(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
     found |= {name or f'{stage}.ipynb': digest(code) for name, code in code_of(paper_notebook(stage)).items()}
     for n in STAGES[stage].needs:
         for r in ws.recipes_of(stage, recipe): found[_label(n, r)] = digest(_depends(ws, n, r))
+    glue = get_scale(ws.scale).suite == 'glue' and STAGES[stage].labelled
+    if glue: found['GLUE'] = ws.glue_dir or 'the hub'
     submitted = ws.figures/'submitted.csv'  # a user's scores from the GLUE server, for a line of Table 4
     if 'table4_glue' in STAGES[stage].makes and submitted.exists(): found[submitted.name] = sha256(submitted)
     return found
@@ -241,6 +250,7 @@ def _run_stage(ws: Workspace, stage: str, recipe: str = ''):
         with atomic(folder/'key.json') as f: json.dump(note, f, indent=1)
     given = dict(recipe=recipe) if STAGES[stage].recipes == 'each' else dict(recipes=','.join(ws.recipes))
     if STAGES[stage].makes: given['figures'] = str(ws.figures)
+    if STAGES[stage].labelled: given['glue_dir'] = ws.glue_dir
     done = False
     write_note(done)
     try:

@@ -110,7 +110,7 @@ def join_world() -> Iterator[World]:
     dist.destroy_process_group()  # not after an error: others may be gone, and waiting for them would hang
 
 # %% ../../nbs/training/32_distributed.ipynb #24a493e4
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bucket:
     "Parameters that one process updates, and whose gradients travel together"
     params: list[nn.Parameter]
@@ -151,20 +151,21 @@ class Gradients:
         self.flat, self.totals = self.buffer.split([sum(sizes), 2])
         for p, g in zip(params, self.flat.split(sizes), strict=True): p.grad = g.view_as(p)
 
-        self.buckets = list[tuple[Bucket, Tensor]]()  # with their part of the tensor
+        buckets = share_out(params, self.world.size) if self.world.size > 1 else []
+        slices = self.flat.split([b.numel for b in buckets]) if buckets else ()
+        self.buckets, self.slices = buckets[::-1], slices[::-1]  # from the last layer to the first
         self.missing = list[int]()  # gradients of each bucket to come; empty = not the last pass
         self.sent = list[tuple[Tensor, dist.Work]]()
-        if self.world.size == 1: return
-        buckets = share_out(params, self.world.size)
-        parts = self.flat.split([b.numel for b in buckets])
-        self.buckets = list(zip(buckets, parts, strict=True))[::-1]  # as a backward pass fills them
-        for i, (b, _) in enumerate(self.buckets):
-            for p in b.params: p.register_post_accumulate_grad_hook(partial(self._filled, i))
+        for i, bucket in enumerate(self.buckets):
+            for p in bucket.params: p.register_post_accumulate_grad_hook(partial(self._filled, i))
+
+    def owns(self, bucket: Bucket) -> bool:  # is it this process that updates it?
+        return bucket.owner == self.world.rank
 
     @contextmanager
     def last_backward(self) -> Iterator[None]:
         "Around the last micro-batch of a step: its backward pass sends what it has finished"
-        self.missing = [len(b.params) for b, _ in self.buckets]
+        self.missing = [len(b.params) for b in self.buckets]
         yield
         self.missing = []
 
@@ -175,16 +176,16 @@ class Gradients:
         while len(self.sent) < len(self.buckets) and not self.missing[len(self.sent)]: self._send()
 
     def _send(self):
-        bucket, gradient = self.buckets[len(self.sent)]
-        message = gradient.to(self.message)
-        self.sent.append((message, dist.reduce(message, bucket.owner, async_op=True)))
+        i = len(self.sent)
+        message = self.slices[i].to(self.message)
+        self.sent.append((message, dist.reduce(message, self.buckets[i].owner, async_op=True)))
 
     def _receive(self):
         "Wait for the sums; what is another process's share becomes zero"
         while len(self.sent) < len(self.buckets): self._send()
-        for (bucket, gradient), (message, work) in zip(self.buckets, self.sent, strict=True):
+        for bucket, gradient, (message, work) in zip(self.buckets, self.slices, self.sent, strict=True):
             work.wait()
-            if bucket.owner == self.world.rank: gradient.copy_(message)
+            if self.owns(bucket): gradient.copy_(message)
             else: gradient.zero_()
         self.sent = []
 
@@ -217,25 +218,21 @@ def step_together(
     step: Callable[[], object],  # an optimizer's step, which leaves parameters without gradients alone
 ):
     "Every process updates its share of the weights, and sends it to the others"
-    mine = {i for i, (b, _) in enumerate(grads.buckets) if b.owner == grads.world.rank}
-    exact = grads.message == torch.float32
-    views, before = [], {}
-    for i, (b, _) in enumerate(grads.buckets):
-        if i in mine: before[i] = _together(b.params)
-        else:
-            views += [(p, p.grad) for p in b.params]
-            for p in b.params: p.grad = None
+    others = [p for b in grads.buckets if not grads.owns(b) for p in b.params]
+    before = {b: _together(b.params) for b in grads.buckets if grads.owns(b)}
+    views = [p.grad for p in others]
+    for p in others: p.grad = None
     step()
-    for p, g in views: p.grad = g
+    for p, g in zip(others, views, strict=True): p.grad = g
 
-    sent = []
-    for i, (b, _) in enumerate(grads.buckets):
+    exact, sent = grads.message == torch.float32, []
+    for b in grads.buckets:
         message = _together(b.params)
-        if not exact: message = (message - before.get(i, message)).bfloat16()  # float16 has not the range
+        if not exact: message = (message - before.get(b, message)).bfloat16()  # float16 has not the range
         sent.append((message, dist.broadcast(message, b.owner, async_op=True)))
-    for i, ((b, _), (message, work)) in enumerate(zip(grads.buckets, sent, strict=True)):
+    for b, (message, work) in zip(grads.buckets, sent, strict=True):
         work.wait()
-        if not exact: message = before.get(i, _together(b.params)) + message
+        if not exact: message = before.get(b, _together(b.params)) + message
         for p, w in zip(b.params, message.split([p.numel() for p in b.params]), strict=True):
             p.copy_(w.view_as(p))
 
@@ -247,9 +244,9 @@ def keep_share(
     optimizer: torch.optim.Optimizer,  # changed in place
 ):
     "Forget what an optimizer keeps for parameters that other processes update"
-    for bucket, _ in grads.buckets:
-        if bucket.owner != grads.world.rank:
-            for p in bucket.params: optimizer.state.pop(p, None)
+    for bucket in grads.buckets:
+        if grads.owns(bucket): continue
+        for p in bucket.params: optimizer.state.pop(p, None)
 
 @contextmanager
 def whole_state(
@@ -258,7 +255,7 @@ def whole_state(
 ) -> Iterator[None]:
     "Meanwhile the main process's optimizer has what is kept for all parameters; every process takes part"
     world, state = grads.world, optimizer.state
-    owned = [(p, b.owner) for b, _ in grads.buckets for p in b.params]
+    owned = [(p, b.owner) for b in grads.buckets for p in b.params]
     # which tensors there are, as their owners know: 0 = none, else the number of axes and one
     axes = [[1 + s[k].ndim if k in s else 0 for k in KEPT] for s in (state.get(p, {}) for p, _ in owned)]
     found = world.all_reduce(torch.tensor(axes, device=world.device))
