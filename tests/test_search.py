@@ -237,7 +237,8 @@ def test_seconds_become_steps_once_and_two_studies_of_the_same_steps_agree_to_th
         (tmp_path/name).mkdir()
         if name == 'b': shutil.copy(tmp_path/'a'/'calibration.jsonl', tmp_path/'b')
         compared = 'metric', 'trial', 'seed', 'value', 'span', 'kind'
-        found[name] = [{k: r.get(k) for k in compared} for r in run_trials(trials, 'grid', data, tmp_path/name, t)]
+        rows = run_trials(trials, 'grid', data, tmp_path/name, t)
+        found[name] = [{k: r.get(k) for k in compared} for r in rows]
     assert found['a'] == found['b']
     times = {r['trial']: r['value'] for r in read_rows(tmp_path/'a'/'calibration.jsonl')}
     assert set(times) == {first.name, 'wide'}  # rates and seeds take the same time

@@ -331,7 +331,7 @@ def write_comparison(
     tried = f'Peak learning rates tried with each: {listed}, one seed, a part of the budget.'
     if edge: tried += f' The best lies at the edge, and a better one perhaps outside, for {", ".join(edge)}.'
     scale, table = mine[0]['scale'], comparison_table(t, tasks_of_rows(mine), runs)
-    notes = [f'{seeds_and_seconds(t)}, in turns on the same machine. '
+    notes = [f'{seeds_and_seconds(t)}, as steps that were timed beforehand. '
              'Mean ± standard deviation over seeds; of the part of its time the median, a seed that never '
              f'gets there being later than all others. {VALIDATION}', tried, SIGNIFICANCE, *stopped_early(t)]
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
