@@ -191,17 +191,20 @@ def plan(
     gpus: int = 1,            # how many GPUs, or processes of the measured kind
     budget: str = '24h',      # time to train: 90s, 6m, 24h
     mfu: float = 0.28,        # share of the GPU's peak, where no rate was measured
+    ceiling: str = '',        # rows of tests/gpu_check.py on such a GPU, such as DIR/rows.jsonl
     price: float = 0.,        # of one GPU for an hour, in any currency
     Override: Settings = None,  # change one setting, such as -o model.num_layers=12
 ) -> list[dict]:
     "Work out memory, steps, days, energy and cost of a run before it is made; no GPU is needed"
     from cramlit.core.devices import pick_device
-    from cramlit.efficiency.planner import get_gpu, measured_rate, plan as work_out
+    from cramlit.efficiency.planner import get_gpu, measured_ceiling, measured_rate
+    from cramlit.efficiency.planner import plan as work_out
     from cramlit.training.schedule import parse_budget
     r = get_recipe(recipe, scale, Override or [])
     known = get_gpu(gpu) if gpu else None
     rate = measured_rate(measured, r) if measured else 0.
-    rows = work_out(r, gpus, parse_budget(budget), known, rate, mfu, price, scale)
+    top = measured_ceiling(ceiling) if ceiling else 0.
+    rows = work_out(r, gpus, parse_budget(budget), known, rate, mfu, price, scale, top)
     if pick_device().type != 'cuda': return rows
     from cramlit.efficiency.benchmark import check_plan
     return rows + check_plan(r, rows, pick_device())
@@ -263,7 +266,7 @@ COMMANDS = {f.__name__: f for f in
             (prepare, pretrain, glue, export, reproduce, report, config, plan, search, bench, watch, verify)}
 
 # %% ../../nbs/running/81_command.ipynb #969d2d3d
-_ABOUT = ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part')  # fields that tell rows apart
+_ABOUT = ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part', 'phase')  # what tells rows apart
 
 def _cells(row: dict) -> tuple[str, str, str, str]:
     "A result row as a line of a table"
