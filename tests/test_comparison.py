@@ -221,14 +221,34 @@ def test_a_mark_that_is_never_reached_is_said_so_and_is_later_than_all_others(tm
     rows += make_run(tmp_path, 'b', 1, [7, 5, 4], 'a') + make_run(tmp_path, 'b', 2, [7, 7, 6], 'a')
     assert evaluations(tmp_path/'b1'/'run') == [(0, 7), (10, 5), (20, 4)]
     assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25)
-    assert np.isnan(reached(tmp_path/'b2'/'run', 5.))
-    column = 'part of its time to the loss of a'
-    t = trial_table(rows)
-    assert comparison_table(t, [], trial_runs(rows, tmp_path)).loc['b', column] == 'never (1 of 2)'
+    assert reached(tmp_path/'b2'/'run', 5.) == float('inf')
+    t, column = trial_table(rows), 'time to the loss of a'
+    table = comparison_table(t, [], trial_runs(rows, tmp_path))
+    assert table.loc['b', column] == '> 100 % (50 %–> 100 %)' and table.loc['a', column] == ''
+    assert table.loc['a', ['time to 5.5 nats', 'time to 5.0 nats']].tolist() == ['75 %', '100 %']
     assert ablation_table(t).loc['b', 'change'] == '+0.000' and ablation_table(t).loc['a', 'change'] == ''
     rows += make_run(tmp_path, 'b', 3, [7, 7, 5], 'a')
     table = comparison_table(trial_table(rows), [], trial_runs(rows, tmp_path))
-    assert table.loc['b', column] == '100% (1 of 3 never)'  # of 50 %, 100 % and never
+    assert table.loc['b', column] == '100 % (50 %–> 100 %)'
+
+
+def test_loss_and_average_are_corrected_together_and_an_average_has_the_error_of_its_examples(tmp_path):
+    rng, rows = np.random.default_rng(0), []
+    for name, gain in (('a', 0.), ('b', .5)):
+        for s in (1, 2, 3, 4):
+            losses = [7, 6, 5 - gain + .01*rng.normal()]
+            rows += make_run(tmp_path, name, s, losses, 'a' if name == 'b' else '')
+            for task in ('x', 'y'):
+                score, draws = 50 + 5*gain + .01*rng.normal(), rng.normal(size=100)
+                about = rows[-1] | dict(metric='headline', unit='%', task=task)
+                rows.append(about | dict(value=score, resampled=list(score + 3*draws)))
+    t, runs = trial_table(rows), trial_runs(rows, tmp_path)
+    found = comparison_table(t, ['x', 'y'], runs).loc['b']
+    assert found['p'] == '< 0.001' and found['change, average'] == '+2.5'
+    low, high = map(float, found['95 % interval, average'].split(' to '))
+    assert high - low > 1  # the four seeds alone: 0.02
+    without = comparison_table(t.drop(columns='x, draws'), ['x', 'y'], runs).loc['b']
+    assert without['p, average'] == '< 0.001'
 
 
 def test_a_run_that_was_stopped_early_is_in_no_mean_and_its_trial_in_no_comparison(tmp_path):

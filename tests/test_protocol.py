@@ -39,7 +39,7 @@ from cramlit.evaluation.protocol import (
     task_rows,
 )
 from cramlit.model.stock_models import load_parts
-from cramlit.reporting.tables import NINE, PUBLISHED, gain_from_pretraining, table4, write_table4
+from cramlit.reporting.tables import NINE, PUBLISHED, gain_from_pretraining, gains, table4, write_table4
 from cramlit.running.command import main
 from cramlit.training.checkpoints import export_run
 from cramlit.training.training import pretrain
@@ -586,7 +586,27 @@ def test_what_was_not_measured_is_an_empty_cell(tmp_path):
     assert set(table.columns) == {'24hbert, from-scratch', '24hbert, pretrained'}
     text = write_table4(rows, tmp_path)[0].read_text()
     assert 'nan' not in text and 'None' not in text and 'abc+changes' in text
-    assert 'ranges overlap on x' in gain_from_pretraining(rows, '24hbert')
+    assert 'no task has scores of both' in gain_from_pretraining(gains(rows), '24hbert', 'from-scratch')
+
+
+def test_better_and_worse_are_said_of_corrected_differences_only(tmp_path):
+    rng, rows = np.random.default_rng(0), []
+    values = {'from-scratch': (60., 50.), 'pretrained': (70., 50.2), 'bag-of-words': (70.1, 66.)}
+    for variant, of_tasks in values.items():
+        for task, value in zip('xy', of_tasks, strict=True):
+            row, _ = headline(task, variant, value, value - 1, value + 1)
+            seeds = dict(seed_values=list(value + .3*rng.normal(size=5))) if variant != 'bag-of-words' else {}
+            rows.append(row | seeds | dict(resampled=list(value + .5*rng.normal(size=100))))
+    found = gains(rows)
+    assert len(found) == 6 and set(found.task) == {'x', 'y', 'average'}
+    assert gain_from_pretraining(found, '24hbert', 'from-scratch') == (
+        '24hbert, pretrained against from-scratch: better on x, average; not told apart on y.')
+    assert gain_from_pretraining(found, '24hbert', 'bag-of-words') == (
+        '24hbert, pretrained against bag-of-words: worse on y, average; not told apart on x.')
+    summaries = [row | dict(metric='accuracy', split='validation') for row in rows]
+    text, gained = (p.read_text() for p in write_table4(rows + summaries, tmp_path) if p.name in (
+        'table4_glue.md', 'table4_gains.md'))
+    assert 'better on x' in text and 'Standard error' in text and 'Holm' in gained and '+10.' in gained
 
 
 def test_the_average_over_nine_numbers_and_submitted_scores(tmp_path):
@@ -624,8 +644,7 @@ def test_two_models_of_one_recipe_have_columns_of_their_own(tmp_path):
     names = '24hbert (seed 42)', '24hbert (seed 43, weights b)', '24hbert (seed 43, weights c)'
     assert [table[f'{n}, pretrained'] for n in names] == [f'{x:.1f} ({x:.1f}–{x:.1f})' for x in (60, 70, 80)]
     text = write_table4(rows, tmp_path)[0].read_text()
-    for name, gain in zip(names, (10, 20, 30), strict=True):
-        assert f'{name}: the median' in text and f'+{gain}.0' in text
+    for name in names: assert f'{name}: no task has scores of both' in text  # invented, without draws
 
 
 def test_a_score_with_diverged_seeds_is_marked(tmp_path):

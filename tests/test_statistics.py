@@ -46,6 +46,8 @@ def test_holms_correction():
     corrected = holm(p)
     assert list(corrected.dropna()) == pytest.approx([.09, .004, .09, .9])
     assert list(corrected.index) == list('abcde')
+    twice = holm(pd.Series([.04, .01, float('nan'), .03], index=list('abab')))  # two values of each name
+    assert list(twice.dropna()) == pytest.approx([.06, .03, .06]) and np.isnan(twice.iloc[2])
     assert list(holm(pd.Series([.6, .7]))) == [1., 1.] and holm(pd.Series([float('nan')])).isna().all()
 
 

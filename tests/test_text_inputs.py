@@ -147,17 +147,33 @@ CHANGES = {
 
 
 @pytest.mark.parametrize('change', CHANGES)
-def test_data_of_files_that_have_changed_is_refused(own, tmp_path, capsys, change):
+def test_data_of_files_that_have_changed_is_made_anew(own, tmp_path, capsys, change):
     write(own.parent/'second.txt', make_texts(1)[0])
     assert prepare(own.parent, tmp_path/'data') == 0
     before = manifest_of(tmp_path/'data')
     alter, says = CHANGES[change]
     alter(own.parent)
     capsys.readouterr()
-    assert prepare(own.parent, tmp_path/'data') == 2
+    assert prepare(own.parent, tmp_path/'data') == 0
     err = capsys.readouterr().err
-    assert says in err and 'choose another --out' in err and err.count('\n') == 1
-    assert manifest_of(tmp_path/'data') == before
+    assert f'was prepared, {tmp_path}' in err and f'{says}: it is prepared anew' in err
+    assert before != manifest_of(tmp_path/'data') or change == 'new'  # too short a text to be in a row
+    old, = (tmp_path/'data'/'superseded').iterdir()
+    assert str(old) in err and manifest_of(old) == before
+    packing.verify(open_data(old))
+    packing.verify(open_data(tmp_path/'data'))
+    assert prepare(own.parent, tmp_path/'data') == 0
+    assert len(list((tmp_path/'data'/'superseded').iterdir())) == 1
+
+
+def test_data_that_cannot_be_made_anew_stays_as_it_was(own, tmp_path, capsys):
+    assert prepare(own, tmp_path/'data') == 0
+    before = sorted(p.name for p in (tmp_path/'data').iterdir())
+    write(own, b'no JSON')
+    assert prepare(own, tmp_path/'data') == 1
+    assert 'not JSON' in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path/'data').iterdir()) == before
+    packing.verify(open_data(tmp_path/'data'))
 
 
 def test_files_of_no_kind_do_not_count_as_a_change(own, tmp_path):
@@ -180,19 +196,19 @@ def test_a_link_to_another_file_is_a_change(own, tmp_path, capsys):
     assert prepare(link, tmp_path/'data') == 0 == prepare(link, tmp_path/'data')
     link.unlink()
     link.symlink_to(other)
-    assert prepare(link, tmp_path/'data') == 2
+    assert prepare(link, tmp_path/'data') == 0
     assert 'and 1 more are not as they were' in capsys.readouterr().err
 
 
-def test_a_tokenizer_that_has_changed_is_refused(own, tmp_path, capsys):
+def test_data_of_a_tokenizer_that_has_changed_is_made_anew(own, tmp_path, capsys):
     assert prepare(own, tmp_path/'first') == 0
     folder = shutil.copytree(tmp_path/'first'/'tokenizer', tmp_path/'tok')
     settings = ('-o', f'tokenizer.path={folder}')
     assert prepare(own, tmp_path/'data', *settings) == 0
     assert prepare(own, tmp_path/'data', *settings) == 0
     write(folder/'tokenizer.json', (folder/'tokenizer.json').read_text() + ' ')
-    assert prepare(own, tmp_path/'data', *settings) == 2
-    assert 'tokenizer.json has changed' in capsys.readouterr().err
+    assert prepare(own, tmp_path/'data', *settings) == 0
+    assert 'tokenizer.json has changed: it is prepared anew' in capsys.readouterr().err
 
 
 def test_one_folder_under_many_names(own, tmp_path, monkeypatch, capsys):

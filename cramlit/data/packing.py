@@ -6,13 +6,13 @@
 __all__ = ['SHARD_ROWS', 'FORMAT', 'MIN_HOLDOUT', 'HALVES', 'RULER_SEED', 'RULER_SEQUENCES', 'target_length', 'paper_rows',
            'document_rows', 'stream_rows', 'write_shards', 'Rows', 'Data', 'open_data', 'verify',
            'unigram_cross_entropy', 'read_documents', 'tokenized_rows', 'half_of_holdout', 'ruler_rows',
-           'ruler_sequences', 'unlike', 'prepare']
+           'ruler_sequences', 'unlike', 'as_prepared', 'prepare']
 
 # %% ../../nbs/data/12_packing.ipynb #694adf1d
 import gzip, hashlib, heapq, json, os, re, shutil, sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -23,9 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ..core.recipes import CramlitError, Packing, Recipe, UsageError
+from ..core.recipes import recipe_from_dict, validate
 from ..core.randomness import make_key, uniform
 from ..core.results import atomic, cannot_read, cannot_write, locked, note, sha256, sync_folder
-from .corpus import Document, documents, holdout_position, same_source, source_state, unique
+from .corpus import MIN_WORDS, Document, documents, holdout_position
+from .corpus import same_source, source_state, unique
 from .tokenizer import encode_documents, load_tokenizer, lost_accents, padded_vocab
 from .tokenizer import sentence_spans, special_ids, strips_accents
 from .tokenizer import train_tokenizer, vocabulary_size
@@ -446,6 +448,11 @@ def _note_shares(recipe: Recipe, splits: dict, counts: Counter):
     total = Counter[str]()
     for split in splits.values(): total.update({k: n for k, n in split.items() if k.endswith('_tokens')})
     text, kept, unknown = (total[f'{k}_tokens'] for k in ('text', 'kept', 'unknown'))
+    reasons = ('duplicates', 'empty', f'articles under {MIN_WORDS} words', 'redirects',
+               'pages of other namespaces', 'pages cut off by the end of the file')
+    left_out = ', '.join(f'{counts[why]:,} {why}' for why in reasons if counts[why])
+    note(f'{counts["train"]:,} documents to train on, {counts["validation"]:,} held out'
+         + (f'; left out: {left_out}' if left_out else ''))
     note(f'of {text:,} tokens of text {kept/text:.1%} are in the rows, and {unknown/text:.2%} are unknown')
     if kept < .85*text:
         note(f'what does not fit into rows of {recipe.packing.seq_len} tokens was dropped: '
@@ -506,20 +513,34 @@ def _read_sources(folder: Path) -> dict:
     except FileNotFoundError: return {}
     except (OSError, ValueError) as e: raise CramlitError(f'{folder}/sources.json is damaged: {e}') from None
 
+_PARTS = 'packing', 'tokenizer', 'corpus'  # of a recipe, that decide what is in a prepared folder
+
 def unlike(
     data: Data,
     recipe: Recipe,
+    paths: Collection[str]|None = None,  # of the settings that count, such as `packing.seq_len`; None = all
 ) -> str:           # such as `packing.seq_len=128, the recipe has 64`; empty if there is none
     "The first setting with which data was prepared that a recipe has not, its seed aside"
     sources, plain = _read_sources(data.folder), Recipe()
-    for part in ('packing', 'tokenizer', 'corpus'):
+    for part in _PARTS:
         for name, want in asdict(getattr(recipe, part)).items():
             have = data.manifest[part].get(name, getattr(getattr(plain, part), name))
-            if have == want: continue
+            if have == want or paths is not None and f'{part}.{name}' not in paths: continue
             if name == 'source' and sources.get('source', same_source(have)) == same_source(want): continue
             if name == 'path' and want and sources.get('tokenizer') == os.path.realpath(want): continue
             return f'{part}.{name}={have}, the recipe has {want}'
     return ''
+
+def as_prepared(
+    recipe: Recipe,
+    data: Data,
+    settings: Iterable[str] = (),  # `path=value`, those that the user has set himself
+) -> Recipe:
+    "A recipe with the text, the tokenizer and the packing of prepared data; `UsageError` if settings differ"
+    if other := unlike(data, recipe, {s.partition('=')[0].strip() for s in settings}):
+        raise UsageError(f'{data.folder} was prepared with {other}: leave that setting out, or prepare the '
+                         'text with it in another folder')
+    return validate(recipe_from_dict(asdict(recipe) | {part: data.manifest[part] for part in _PARTS}))
 
 def _changed(old: dict, new: dict) -> str:
     "Which files are not what they were, in words; empty if all are"
@@ -529,7 +550,7 @@ def _changed(old: dict, new: dict) -> str:
     return f'{files[0]} {how}' + (f', and {len(files) - 1} more are not as they were' if files[1:] else '')
 
 def _kept(recipe: Recipe, out: Path) -> dict:
-    "The manifest of a folder that was made from the same; raises `UsageError` when it was not"
+    "The manifest of a folder that was made from the same, or {} if its text has changed; else `UsageError`"
     data, anew = open_data(out), 'choose another --out, or delete the folder'
     manifest, other = data.manifest, unlike(data, recipe)
     if not other and manifest['seed'] != recipe.seed:
@@ -539,9 +560,7 @@ def _kept(recipe: Recipe, out: Path) -> dict:
     if manifest['format'] < FORMAT or not sources:
         raise UsageError(f'{out} was prepared by an earlier version, or has lost its sources.json. '
                          f'It can still be trained on; to prepare it anew, {anew}')
-    if changed := _changed(sources['files'], _sources(recipe)['files']):
-        raise UsageError(f'since {out} was prepared, {changed}: {anew}')
-    return manifest
+    return {} if _changed(sources['files'], _sources(recipe)['files']) else manifest
 
 # %% ../../nbs/data/12_packing.ipynb #6e8b9839
 def _move(work: Path, out: Path):
@@ -551,18 +570,31 @@ def _move(work: Path, out: Path):
     sync_folder(out)
     work.rmdir()
 
+def _set_aside(out: Path):
+    "Move prepared data into a folder inside that is named after it; nothing of it is lost"
+    manifest = out/'manifest.json'
+    aside = out/'superseded'/sha256(manifest)[:8]
+    aside.mkdir(parents=True, exist_ok=True)
+    own = 'sources.json', 'tokenizer', 'holdout.jsonl.gz', '*.npy'
+    for path in (manifest, *(p for pattern in own for p in sorted(out.glob(pattern)))):
+        os.replace(path, aside/path.name)
+    note(f'the data of before is now in {aside}')
+
 def _fill(recipe: Recipe, out: Path) -> dict:
-    "Make prepared data in a folder that this process has for itself"
-    work = out/'.prepare'
+    "Make prepared data in a folder that this process has for itself, in place of data that is there"
+    work, there = out/'.prepare', (out/'manifest.json').exists()
     if (work/'manifest.json').exists():  # another process was killed when it had only to move the files
         _move(work, out)
-        return _kept(recipe, out)
-    if any(not p.name.startswith('.') and p.name != 'lost+found' for p in out.iterdir()):
+        return _kept(recipe, out) or _fill(recipe, out)
+    if not there and any(not p.name.startswith('.') and p.name != 'lost+found' for p in out.iterdir()):
         raise UsageError(f'{out} is not empty and holds no prepared data: choose another --out')
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed before that
     try:
         work.mkdir()
         sources = _sources(recipe)
+        if there:
+            changed = _changed(_read_sources(out)['files'], sources['files'])
+            note(f'since {out} was prepared, {changed}: it is prepared anew')
         manifest = _build(recipe, work)
         if changed := _changed(sources['files'], _sources(recipe)['files']):
             raise CramlitError(f'while the text was read, {changed}: repeat it when the files are at rest')
@@ -572,6 +604,7 @@ def _fill(recipe: Recipe, out: Path) -> dict:
         shutil.rmtree(work, ignore_errors=True)
         if isinstance(e, OSError): raise cannot_write(out, e) from None
         raise
+    if there: _set_aside(out)
     _move(work, out)
     return manifest
 
@@ -579,13 +612,14 @@ def prepare(
     recipe: Recipe,
     out: str|Path,  # the folder to make or to fill
 ) -> dict:          # its manifest
-    "Text → tokenizer and shards; keeps a folder made from the same, refuses any other with `UsageError`"
+    "Text → tokenizer and shards; keeps a folder made from the same, `UsageError` if other settings made it"
     out = Path(out)
-    if (out/'manifest.json').exists(): return _kept(recipe, out)
+    def kept() -> dict: return _kept(recipe, out) if (out/'manifest.json').exists() else {}
+    if manifest := kept(): return manifest
     made = [p for p in (out, *out.parents) if not p.exists()]
     try:
         with locked(out, wait=True):
-            return _kept(recipe, out) if (out/'manifest.json').exists() else _fill(recipe, out)
+            return kept() or _fill(recipe, out)
     finally:
         for folder in made:
             try: folder.rmdir()  # is empty after a failure only

@@ -53,8 +53,10 @@ def holm(
     p: pd.Series,  # p-values of one table; NaN where there is none
 ) -> pd.Series:
     "p-values corrected for how many there are: Holm (1979)"
-    known = p.dropna().sort_values()
-    return (known*list(range(len(known), 0, -1))).cummax().clip(upper=1.).reindex(p.index)
+    numbered = p.reset_index(drop=True)  # the names of lines need not be unique
+    known = numbered.dropna().sort_values()
+    corrected = (known*list(range(len(known), 0, -1))).cummax().clip(upper=1.)
+    return corrected.reindex(numbered.index).set_axis(p.index)
 
 # %% ../../nbs/evaluation/44_statistics.ipynb #44b00019
 def sampling_error(

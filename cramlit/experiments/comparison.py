@@ -87,7 +87,7 @@ STEPS = {  # name → the settings of a recipe that belong to it
     'rotary positions': ('model.position', 'model.rope_theta', 'model.local_rope_theta', 'model.window',
                          'model.global_every'),
     'fewer norms, no biases': ('model.norm', 'model.embedding_norm', 'model.first_norm',
-                               'model.layer_norm_eps', 'model.bias'),
+                               'model.layer_norm_eps', 'model.bias', 'model.decoder_bias', 'model.init'),
     'gated feed-forward': ('model.ffn', 'model.intermediate_size'),
     'no dropout': ('model.dropout', 'model.attention_dropout'),
     'more masks, all [MASK]': ('masking.rate', 'masking.replace_mask', 'masking.replace_random',
@@ -213,21 +213,24 @@ def run_ablation(
 def evaluations(
     run: Path,  # a run's folder
 ) -> list[tuple[float, float]]:  # seconds, validation loss
-    "When a run was validated, and its losses"
+    "When a run was validated, and its losses; the times of calibrated steps where it counted them"
     lines = [json.loads(line) for line in (run/'metrics.jsonl').read_text().splitlines()]
-    return [(l['seconds'], l['validation_loss']) for l in lines if l.get('validation_loss') is not None]
+    info = json.loads((run/'run.json').read_text()) if (run/'run.json').exists() else {}
+    calibrated = info.get('budget') and info.get('steps')
+    def when(line): return line['step']*info['budget']/info['steps'] if calibrated else line['seconds']
+    return [(when(l), l['validation_loss']) for l in lines if l.get('validation_loss') is not None]
 
 def reached(
     run: Path,     # a run's folder
     mark: float,   # nats
-) -> float:        # fraction of the run's time; NaN when never
+) -> float:        # fraction of the run's time; inf when never
     "When a run's validation loss first came down to a mark"
     points = evaluations(run)
     for (before, high), (after, low) in pairwise(points):
         if low > mark: continue
         when = before + (after - before)*(high - mark)/(high - low) if high > mark else before
         return when/points[-1][0]
-    return float('nan')
+    return float('inf')
 
 # %% ../../nbs/experiments/61_comparison.ipynb #57ce2264
 def _of_trial(table: pd.DataFrame, name: str, value: str) -> tuple[pd.Series, list]:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'KINDS', 'VARIANTS', 'PUBLISHED', 'NINE', 'published_csv', 'published', 'needed', 'origin', 'shown',
-           'write_table', 'glue_column', 'model_names', 'table4', 'gain_from_pretraining', 'write_table4',
-           'pretraining_grid', 'finetuning_grid']
+           'write_table', 'glue_column', 'model_names', 'table4', 'p_text', 'difference_cells', 'gains',
+           'gain_from_pretraining', 'gains_table', 'standard_errors', 'write_table4', 'pretraining_grid',
+           'finetuning_grid']
 
 # %% ../../nbs/reporting/70_tables.ipynb #4c9782db
 from collections.abc import Iterable
@@ -13,11 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import pandas as pd
 
 from ..core.recipes import CramlitError, Recipe, settings_of
 from ..core.results import atomic
 from ..core.scales import LARGE_TASKS, Finetune, Scale
+from ..evaluation.glue import NOT_AVERAGED
+from ..evaluation.statistics import Difference, headline_difference, holm
 
 # %% ../../nbs/reporting/70_tables.ipynb #7fe00161
 def published_csv() -> Path:  # in the checkout, or in the installed package
@@ -189,29 +193,75 @@ def table4(
     return pd.DataFrame(texts, index=list(names.values()))
 
 # %% ../../nbs/reporting/70_tables.ipynb #8f39d8f7
-def gain_from_pretraining(
+def p_text(p: float) -> str:
+    "A p-value as the tables print it; empty where there is none"
+    return '' if pd.isna(p) else '< 0.001' if p < .001 else f'{p:.3f}'
+
+def difference_cells(
+    found: pd.DataFrame,  # a line for each name: change, low, high, p
+    name: str,            # of a line
+    digits: int = 3,      # behind the point
+    suffix: str = '',     # of the columns' names
+) -> dict[str, str]:      # three columns; empty where nothing was compared
+    "Difference, interval and p-value of one line"
+    names = [f'{column}{suffix}' for column in ('change', '95 % interval', 'p')]
+    if name not in found.index or pd.isna(found.change[name]): return dict.fromkeys(names, '')
+    d = found.loc[name]
+    interval = '' if pd.isna(d.low) else f'{d.low:+.{digits}f} to {d.high:+.{digits}f}'
+    return dict(zip(names, (f'{d.change:+.{digits}f}', interval, p_text(d.p)), strict=True))
+
+def gains(
     rows: list[dict],  # of fine-tuning, summaries among them
-    model: str,        # its name, as in `model_names`
-) -> str:              # a few sentences
-    "Pretrained against from scratch, in words"
-    names = model_names(rows)
-    def headlines(variant):
-        mine = [r for r in rows if r['metric'] == 'headline' and r['value'] is not None]
-        return {r['task']: r for r in mine if (names[_model(r)], r['variant']) == (model, variant)}
-    ours, scratch = headlines('pretrained'), headlines('from-scratch')
-    both = [task for task in ours if task in scratch]
-    if not both: return f'{model}: no task has scores of both the pretrained network and one from scratch.'
-    gain = {task: ours[task]['value'] - scratch[task]['value'] for task in both}
-    order = sorted(both, key=gain.__getitem__)
-    above = [task for task in both if ours[task]['spread_low'] > scratch[task]['spread_high']]
-    below = [task for task in both if ours[task]['spread_high'] < scratch[task]['spread_low']]
-    overlap = [task for task in both if task not in above + below]
-    average, low, high = mean(gain.values()), order[0], order[-1]
-    between = f', from {gain[low]:+.1f} on {low} to {gain[high]:+.1f} on {high}' if len(both) > 1 else ''
-    named = {'higher in every seed on': above, 'lower in every seed on': below, 'ranges overlap on': overlap}
-    ranges = '; '.join(f'{words} {", ".join(tasks)}' for words, tasks in named.items() if tasks)
-    return (f'{model}: the median of the pretrained network minus that of the same network from scratch is '
-            f'{average:+.1f} points on average{between}. Pretrained against from scratch: {ranges}.')
+) -> pd.DataFrame:     # model, versus, task, change, low, high, p; corrected for all lines together
+    "Every pretrained network against the same one from scratch and against the linear model"
+    names, lines = model_names(rows), []
+    heads: dict[tuple[str, str], dict[str, dict]] = {}
+    for r in rows:
+        if r['metric'] != 'headline' or r['value'] is None or 'resampled' not in r: continue
+        heads.setdefault((names[_model(r)], r['variant']), {})[r['task']] = r
+    for (model, variant), ours in heads.items():
+        for versus in ('from-scratch', 'bag-of-words') if variant == 'pretrained' else ():
+            theirs = heads.get((model, versus), {})
+            groups = {task: [task] for task in ours if task in theirs}
+            averaged = [task for task in groups if task not in NOT_AVERAGED]
+            if len(averaged) > 1: groups['average'] = averaged
+            for name, tasks in groups.items():
+                apart = headline_difference([ours[t] for t in tasks], [theirs[t] for t in tasks])
+                lines.append((model, versus, name, *apart))
+    found = pd.DataFrame(lines, columns=('model', 'versus', 'task', *Difference._fields))
+    return found.assign(p=holm(found.p))
+
+def gain_from_pretraining(
+    found: pd.DataFrame,  # as `gains` gives it
+    model: str,           # its name, as in `model_names`
+    versus: str,          # from-scratch | bag-of-words
+) -> str:                 # a sentence
+    "The pretrained network against another, in words"
+    mine = found[(found.model == model) & (found.versus == versus)]
+    if mine.empty: return f'{model}: no task has scores of both the pretrained network and {versus}.'
+    known = {'better': (mine.p < .05) & (mine.change > 0), 'worse': (mine.p < .05) & (mine.change < 0)}
+    known['not told apart'] = ~known['better'] & ~known['worse']
+    said = [f'{word} on {", ".join(mine.task[which])}' for word, which in known.items() if which.any()]
+    return f'{model}, pretrained against {versus}: {"; ".join(said)}.'
+
+def gains_table(
+    found: pd.DataFrame,  # as `gains` gives it
+) -> pd.DataFrame:        # texts: model, other side and task × difference, interval, p
+    "What pretraining gained"
+    named = found.set_index(found.model + ' against ' + found.versus + ', ' + found.task)
+    return pd.DataFrame({name: difference_cells(named, name, 1) for name in named.index}).T
+
+def standard_errors(
+    rows: list[dict],  # of fine-tuning, summaries among them
+) -> str:              # a sentence; empty where no row has draws
+    "The error of each task that comes from its validation examples alone, the largest of the networks"
+    errors: dict[str, float] = {}
+    for r in rows:
+        if r['metric'] != 'headline' or r['variant'] in ('majority', 'bag-of-words'): continue
+        if 'resampled' not in r: continue
+        errors[r['task']] = max(errors.get(r['task'], 0.), float(np.std(r['resampled'], ddof=1)))
+    told = ', '.join(f'{task} {error:.1f}' for task, error in errors.items())
+    return f'Standard error that comes from the validation examples alone, points: {told}.' if told else ''
 
 # %% ../../nbs/reporting/70_tables.ipynb #e132b7f0
 _PROTOCOL = ('Median over seeds of the best configuration, lowest and highest seed in parentheses, percent. '
@@ -223,6 +273,12 @@ _MNLI_FIRST = ('mnli-first: MRPC, STS-B and RTE start from the network that has 
 _SURROGATE = ('These are surrogate tasks and not GLUE. † Labels derived by a rule from real text; the others '
               'are human. Sources: rated sentences from vaderSentiment (MIT; Hutto and Gilbert, 2014), '
               'verses from pythonbible (MIT; public-domain text), Wikipedia from enwik8 (GFDL, CC BY-SA).')
+_GAINS = ('*Better* and *worse* are differences of the means over seeds with p < 0.05 after the correction '
+          'for all lines of the table of gains, which has them with their intervals. They hold for these '
+          'pretrained networks; another seed of pretraining would be another network.')
+_ABOUT_GAINS = ('Change: difference of the means over seeds of fine-tuning, by pairs of seeds, with the 95 % '
+                'interval of each line alone; seeds and validation examples are in it. p: two-sided, after '
+                "Holm's correction for all lines of this table.")
 _GLUE = 'The average leaves WNLI out. Validation sets, not the test server.'
 
 def _diverged(rows: list[dict]) -> list[str]:
@@ -241,14 +297,19 @@ def write_table4(
     "Table 4 of measured rows, and the published numbers in a file of their own"
     glue = next(r['suite'] for r in rows if r.get('suite')) == 'glue'
     models = sorted(model_names([r for r in rows if r['metric'] == 'headline']).values())
+    found = gains(rows)
+    words = [gain_from_pretraining(found, m, v) for m in models for v in ('from-scratch', 'bag-of-words')]
     first = [_MNLI_FIRST] if any(r.get('variant') == 'mnli-first' for r in rows) else []
-    notes = [*(gain_from_pretraining(rows, m) for m in models), _PROTOCOL, *first, *_diverged(rows),
+    notes = [*words, _GAINS, _PROTOCOL, *first, *filter(None, [standard_errors(rows)]), *_diverged(rows),
              _GLUE if glue else _SURROGATE]
     file = folder/'submitted.csv'
     submitted = pd.read_csv(file, index_col=0) if file.exists() else None
     caption = f'Table 4. {"GLUE" if glue else "Surrogate tasks"}, measured at scale {rows[0]["scale"]}.'
     summaries = [r for r in rows if r.get('aggregate')]
     files = write_table(table4(rows, submitted), folder/'table4_glue', caption, notes, summaries)
+    if len(found):
+        gained = 'What pretraining gained, points of the headline.'
+        files += write_table(gains_table(found), folder/'table4_gains', gained, [_ABOUT_GAINS], summaries)
     apart, numbers = folder/'table4_published.md', published('table4').fillna('').to_markdown()
     sources = sorted(pd.read_csv(published_csv()).query("table == 'table4'").source.unique())
     with atomic(apart) as f:

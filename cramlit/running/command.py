@@ -7,14 +7,15 @@ __all__ = ['Needed', 'Settings', 'COMMANDS', 'EXAMPLES', 'TRAINING', 'EXTRAS', '
            'export', 'reproduce', 'report', 'config', 'plan', 'search', 'bench', 'watch', 'verify', 'main']
 
 # %% ../../nbs/running/81_command.ipynb #898f686f
-import argparse, inspect, io, json, os, re, sys
+import argparse, inspect, io, json, os, re, shlex, sys
+from contextlib import redirect_stderr
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
 from ..core.recipes import (
-    CramlitError, Interrupted, Recipe, UsageError, setting_text, settings_of, unknown)
-from ..core.results import result_row
+    CramlitError, Interrupted, Recipe, UsageError, differences, setting_text, settings_of, unknown)
+from ..core.results import note, result_row
 from ..core.scales import get_recipe, get_scale
 
 # %% ../../nbs/running/81_command.ipynb #32825e13
@@ -25,7 +26,8 @@ Settings = Annotated[str, {'action': 'append', 'metavar': 'PATH=VALUE'}]
 def prepare(
     source: Annotated[str, {'nargs': '+'}] = None,  # enwik8 | hub:NAME[:CONFIG] | files, folders
     recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
-    scale: str = 'laptop',    # tiny | laptop | gpu | paper
+    scale: str = 'laptop',    # tiny | laptop | gpu | paper: sequences of 32, 32, 128 or 128 tokens
+    split_documents: str = '',  # where documents of a .txt end: blank | line | file; default: by looking
     init: str = '',           # folder of a stock model to go on from later: its tokenizer and its shape count
     out: Needed = None,       # folder to make
     Override: Settings = None,  # change one setting, such as -o packing.seq_len=64
@@ -34,6 +36,7 @@ def prepare(
     from cramlit.data.packing import prepare as pack
     from cramlit.model.stock_models import recipe_from
     settings = [f'corpus.source={os.pathsep.join(source)}'] if source else []
+    if split_documents: settings.append(f'corpus.split={split_documents}')
     settings += Override or []
     if init: r = recipe_from(init, get_recipe(recipe, scale), settings)
     else: r = get_recipe(recipe, scale, settings)
@@ -74,6 +77,7 @@ def pretrain(
     Override: Settings = None,  # change one setting, such as -o optim.lr=1e-3
 ) -> list[dict]:
     "Train a recipe for a budget, and save it as a stock transformers model, OUT/model, with OUT/report.html"
+    from cramlit.data.packing import as_prepared, open_data
     from cramlit.model.stock_models import family, init_from
     from cramlit.training.distributed import processes
     from cramlit.training.schedule import run_length
@@ -85,6 +89,10 @@ def pretrain(
     if init: r, weights = init_from(init, data, r, settings)
     if not bare: family(r.model)  # raises when there is no stock model to save it as
     seconds, n_steps = run_length(budget, steps, get_scale(scale))
+    asked, r = r, as_prepared(r, open_data(data), settings)
+    taken = {k: v for k, v in differences(asked, r).items() if not k.startswith('corpus.')}
+    if taken and 'TORCHELASTIC_RUN_ID' not in os.environ:
+        note(f'as {data} was prepared: ' + ', '.join(f'{k}={v}' for k, v in taken.items()))
     rank, size = processes(nproc or get_scale(scale).processes)
     if rank is None:  # the processes are still to be started, with the same arguments
         given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=n_steps,
@@ -125,7 +133,7 @@ def export(
     "Make a folder of a run that others can load, and send it to the hub"
     from cramlit.reporting.model_card import export_with_card, push as send
     folder = export_with_card(run, to, scores, push)
-    print(send(folder, push, private) if push else folder, file=sys.stderr)
+    if push: print(send(folder, push, private), file=sys.stderr)
     return [result_row('files_written', len(list(folder.iterdir())), 'files', stage='export', sent_to=push)]
 
 # %% ../../nbs/running/81_command.ipynb #72912ce2
@@ -201,17 +209,20 @@ def plan(
     gpus: int = 1,            # how many GPUs, or processes of the measured kind
     budget: str = '24h',      # time to train: 90s, 6m, 24h
     mfu: float = 0.28,        # share of the GPU's peak, where no rate was measured
+    ceiling: str = '',        # rows of tests/gpu_check.py on such a GPU, such as DIR/rows.jsonl
     price: float = 0.,        # of one GPU for an hour, in any currency
     Override: Settings = None,  # change one setting, such as -o model.num_layers=12
 ) -> list[dict]:
     "Work out memory, steps, days, energy and cost of a run before it is made; no GPU is needed"
     from cramlit.core.devices import pick_device
-    from cramlit.efficiency.planner import get_gpu, measured_rate, plan as work_out
+    from cramlit.efficiency.planner import get_gpu, measured_ceiling, measured_rate
+    from cramlit.efficiency.planner import plan as work_out
     from cramlit.training.schedule import parse_budget
     r = get_recipe(recipe, scale, Override or [])
     known = get_gpu(gpu) if gpu else None
     rate = measured_rate(measured, r) if measured else 0.
-    rows = work_out(r, gpus, parse_budget(budget), known, rate, mfu, price, scale)
+    top = measured_ceiling(ceiling) if ceiling else 0.
+    rows = work_out(r, gpus, parse_budget(budget), known, rate, mfu, price, scale, top)
     rows += _finetuning_work(r, rows, scale)
     if pick_device().type != 'cuda': return rows
     from cramlit.efficiency.benchmark import check_plan
@@ -274,7 +285,7 @@ COMMANDS = {f.__name__: f for f in
             (prepare, pretrain, glue, export, reproduce, report, config, plan, search, bench, watch, verify)}
 
 # %% ../../nbs/running/81_command.ipynb #969d2d3d
-_ABOUT = ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part')  # fields that tell rows apart
+_ABOUT = ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part', 'phase')  # what tells rows apart
 
 def _cells(row: dict) -> tuple[str, str, str, str]:
     "A result row as a line of a table"
@@ -317,6 +328,33 @@ def _show(rows: list[dict], as_json: bool):
         for r in rows: table.add_row(*_cells(r))
         tasks = any(r.get('stage') == 'glue' and r['metric'] == 'headline' for r in rows)
         Console().print(_tasks_table(rows) if tasks else table)
+
+# %% ../../nbs/running/81_command.ipynb #8e2e4978
+def _next(name: str, given: dict) -> list[str]:
+    "Where a command has left its results, and what can be done with them, as lines for a person"
+    def call(*words) -> str: return 'next: ' + shlex.join(['cramlit', *map(str, words)])
+    g, out = given, given.get('out')
+    if name in ('plan', 'prepare'): same = '--recipe', g['recipe'], '--scale', g['scale']
+    if name == 'plan': return [call('prepare', *same, '--out', 'data')]
+    if name == 'prepare':
+        of_data = 'corpus.', 'tokenizer.', 'packing.'  # what the data says itself
+        rest = [word for s in g['Override'] or [] if not s.startswith(of_data) for word in ('-o', s)]
+        init = ['--init', g['init']] if g['init'] else []
+        return [f'the text is in {out}', call('pretrain', *same, *init, *rest, '--data', out, '--out', 'run')]
+    if name == 'pretrain':
+        if g['bare']: return [f'the course of the run is in {out}/report.html']
+        return [f'the model is in {out}/model, the course of the run in {out}/report.html',
+                call('glue', '--model', f'{out}/model', '--scale', g['scale'], '--out', 'scores')]
+    if name == 'glue':
+        run = Path(g['model']).parent
+        lines = [f'the scores are in {out}/rows.jsonl']
+        if not (run/'run.json').exists(): return lines
+        return [*lines, call('export', '--run', run, '--scores', out, '--to', 'gift')]
+    if name == 'export':
+        use = f"from transformers import pipeline; pipeline('fill-mask', {g['to']!r})"
+        return [f"the model is in {g['to']}", f'next, in Python: {use}']
+    if name in ('search', 'bench', 'report'): return [f'tables and figures are in {out}']
+    return []
 
 # %% ../../nbs/running/81_command.ipynb #a1b2c40b
 EXAMPLES = dict(
@@ -377,6 +415,8 @@ def _run(name: str, args: list[str]):
     rows = command(**{k: v for k, v in given.items() if k in inspect.signature(command).parameters})
     if given['json'] or name != 'reproduce': _show(rows, given['json'])
     sys.stdout.flush()
+    if rows and 'TORCHELASTIC_RUN_ID' not in os.environ:  # once, and not by each process
+        for line in _next(name, given): print(line, file=sys.stderr)
 
 # %% ../../nbs/running/81_command.ipynb #a1b2c406
 EXTRAS = dict(  # extra → modules that it brings
@@ -391,13 +431,22 @@ def _missing(e: ModuleNotFoundError) -> str:
     raise e
 
 # %% ../../nbs/running/81_command.ipynb #69b2284e
-def main(
-    argv: list[str]|None = None,  # arguments; None = those of the process
-) -> int:                         # 0 done, 1 failed, 2 misused, 75 stopped and saved
-    "The `cramlit` command"
-    argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is replaced, not refused
-        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
+class _MayBeLost:
+    "Standard error; when its disk is full or its terminal gone, what is written is lost and the work goes on"
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self): self._attempt(self.stream.flush)
+
+    def _attempt(self, act, *args):
+        try: act(*args)
+        except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+def _main(argv: list[str]) -> int:
     if argv[:1] == ['--version']:
         from cramlit import __version__
         print(f'cramlit {__version__}')
@@ -424,6 +473,14 @@ def main(
     except KeyboardInterrupt: why, code = 'interrupted; the same command goes on where it stopped', 1
     print(f'cramlit: {why}', file=sys.stderr)
     return code
+
+def main(
+    argv: list[str]|None = None,  # arguments; None = those of the process
+) -> int:                         # 0 done, 1 failed, 2 misused, 75 stopped and saved
+    "The `cramlit` command"
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is replaced, not refused
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
+    with redirect_stderr(_MayBeLost(sys.stderr)): return _main(sys.argv[1:] if argv is None else argv)
 
 # %% ../../nbs/running/81_command.ipynb #96d388e3
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook
