@@ -7,6 +7,7 @@ import torch
 
 from cramlit.core.devices import check_build, choose_precision
 from cramlit.core.recipes import CramlitError
+from cramlit.training import distributed
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device('cuda')
@@ -61,3 +62,12 @@ def test_the_gpus_of_the_paper_are_told_what_to_install(card):
 def test_a_gpu_that_is_too_new_is_told_so(card):
     card((10, 0), CUDA_12)  # its code for 9.0 is of another major version, and not portable
     with pytest.raises(CramlitError, match='take a newer torch'): check_build(CUDA)
+
+
+@pytest.mark.parametrize('size', ['1', '2'])
+def test_a_process_says_so_before_it_meets_the_others(card, monkeypatch, size):
+    card((7, 0), CUDA_13)
+    monkeypatch.setenv('WORLD_SIZE', size)
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setattr(distributed, 'pick_device', lambda: CUDA)
+    with pytest.raises(CramlitError, match='make env TORCH=cu126'), distributed.join_world(): pass

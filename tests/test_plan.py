@@ -7,13 +7,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cramlit.core.recipes import UsageError, recipe_hash
+from cramlit.core.recipes import CramlitError, UsageError, recipe_hash
 from cramlit.core.scales import get_recipe
+from cramlit.efficiency import planner
 from cramlit.efficiency.planner import (
     GPUS,
+    NCCL,
+    RESERVED,
     forward_flops,
+    gpu_called,
+    gpu_memory,
+    largest_share,
+    measured_ceiling,
     measured_rate,
     peak_memory,
+    phases,
     plan,
     room_for,
     training_flops,
@@ -144,3 +152,87 @@ def test_a_plan_of_the_modern_recipe():
 def test_every_gpu_has_a_source():
     assert all(g.source and g.tflops > 0 and g.watts > 0 for g in GPUS.values())
     with pytest.raises(UsageError): plan(get_recipe('24hbert', 'laptop'))
+
+
+def test_the_share_of_the_busiest_gpu_by_hand():
+    base = get_recipe('24hbert', 'gpu')
+    share, every = largest_share(base, 30528, 8)
+    assert every/8 < 14e6 and share == 30528*768, 'the embedding matrix is more than an eighth of the network'
+    assert largest_share(base, 30528, 1) == (every, every)
+    share, every = largest_share(get_recipe('24hbert'), 30528, 8)
+    assert 1/8 <= share/every < 1/8 + .001, 'in the large one it is less'
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    "One process has 335 parameters, of which the busiest of several GPUs updates 50"
+    def peak(recipe, vocab_size, n, training=True):
+        fixed = {'parameters': 1340, 'gradients': 1340, 'optimiser state': 2680, 'temporary': 0}
+        return fixed | dict(activations=100*n if training else n)
+    monkeypatch.setattr(planner, 'peak_memory', peak)
+    monkeypatch.setattr(planner, 'largest_share', lambda recipe, vocab_size, gpus: (50, 335))
+
+
+def test_what_is_on_a_gpu_by_hand(by_hand):
+    recipe = get_recipe('24hbert')
+    one, eight = gpu_memory(recipe, 128, 4), gpu_memory(recipe, 128, 4, 8)
+    assert sum(one.values()) == 1340 + 1340 + 2680 + 400 + RESERVED
+    assert NCCL == 671_088_640 == eight['NCCL'] and eight['optimiser state'] == 400
+    # a message of 2 bytes for each of 335, 4 for each of 50 before the update; 400 of activations are gone
+    assert eight['exchange'] == 670 + 200 - 400
+    assert gpu_memory(recipe, 128, 16, 8)['exchange'] == 0, 'the activations took more'
+    assert gpu_memory(recipe, 128, 4, 8, training=False)['exchange'] == 0
+    steps = phases(recipe, 128, 4, 8)
+    assert steps['resumed'] - steps['first step'] == 400, 'the moments'
+    fixed = 2*1340 + 400 + NCCL + RESERVED
+    assert steps['validation'] == fixed + 64, '64 sequences at least'
+    assert phases(recipe, 128, 100, 8)['validation'] == fixed + 100
+
+
+def test_room_is_what_a_gpu_has_left(by_hand):
+    # 2 · 1340 + 2680 + 100 a sequence on one GPU; on eight 2 · 1340 + 400 + 100, and NCCL
+    recipe = get_recipe('24hbert')
+    assert room_for(recipe, 128, RESERVED + 5360 + 100*83) == 80
+    assert room_for(recipe, 128, RESERVED + NCCL + 3080 + 100*83, 8) == 80
+    assert room_for(recipe, 128, RESERVED) == 0
+
+
+def test_the_paper_s_recipe_fits_into_12_and_11_gb_in_every_phase():
+    recipe = get_recipe('24hbert')
+    for gpus in (1, 8):
+        for name in ('titan-v', '2080-ti'):
+            assert max(phases(recipe, 30528, 32, gpus).values()) < GPUS[name].usable*2**30
+    assert all(.9*g.memory < g.usable < g.memory for g in GPUS.values())
+
+
+def test_mfu_of_the_datasheet_and_of_the_ceiling(tmp_path):
+    recipe = get_recipe('24hbert', 'laptop')
+    def mfu(*args, **more):
+        return {r['unit']: r['value'] for r in plan(recipe, 2, *args, **more) if r['metric'] == 'mfu'}
+    each = 1000*training_flops(recipe, 4096)  # FLOP/s of a GPU that takes 1,000 tokens a second
+    found = mfu(gpu=GPUS['titan-v'], rate=1000., ceiling=50e12)
+    assert found == {'of the datasheet peak': pytest.approx(each/110e12),
+                     'of the measured ceiling': pytest.approx(each/50e12)}
+    assert mfu(gpu=GPUS['titan-v']) == {'of the datasheet peak': pytest.approx(.28),
+                                        'of the measured ceiling': None}
+    assert mfu(rate=1000.) == {'of the datasheet peak': None, 'of the measured ceiling': None}
+
+
+def test_the_ceiling_of_a_plan_is_what_was_measured_in_16_bits(capsys, tmp_path):
+    rows = [dict(metric='ceiling', value=v, unit='FLOP/s', precision=p)
+            for p, v in (('fp32', 9e13), ('fp16', 5e13), ('bf16', None))]
+    path = tmp_path/'rows.jsonl'
+    path.write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    assert measured_ceiling(path) == 5e13
+    code, row, err = run(capsys, *SMALL, '--gpu', 'titan-v', '--ceiling', str(path))
+    assert code == 0 and row['mfu']['unit'] == 'of the measured ceiling', err
+    assert row['mfu']['value'] == pytest.approx(.28*110e12/5e13)
+    path.write_text(json.dumps(rows[0]) + '\n')
+    with pytest.raises(CramlitError, match='holds no ceiling'): measured_ceiling(path)
+
+
+def test_a_gpu_is_known_by_what_its_driver_calls_it():
+    known = dict(zip(('NVIDIA TITAN V', 'NVIDIA GeForce RTX 2080 Ti', 'NVIDIA H100 80GB HBM3', 'NVIDIA H200'),
+                     ('titan-v', '2080-ti', 'h100', 'h200'), strict=True))
+    assert {name: gpu_called(name).name for name in known} == known
+    assert gpu_called('2 × AMD EPYC') is None

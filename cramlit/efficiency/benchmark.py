@@ -7,7 +7,7 @@ __all__ = ['DOCUMENTED', 'FULL', 'INSIDE', 'PARTS', 'WITHOUT', 'WITH', 'SAMPLES'
            'our_step', 'uncut', 'stock_step', 'stock_steps', 'seconds', 'devices', 'Timing', 'time_step', 'take_turns',
            'ceiling', 'profiled', 'OtherLoss', 'dense_head', 'whole_last_layer', 'PlainAttention', 'plain_scores',
            'plain_kernels', 'lengthen', 'text_batches', 'our_steps', 'step_rows', 'bench_rows', 'free_memory',
-           'speed_rows', 'validation_row', 'measured_step', 'check_plan']
+           'speed_rows', 'validation_row', 'random_batch', 'measured_step', 'check_plan']
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #88c2c5dc
 import re, sys
@@ -20,7 +20,6 @@ from math import gcd
 from statistics import median
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from ..data.batches import Batch, Prefetcher, epochs_and_rows, rank_slice, train
 from ..data.masking import IGNORE, count_predictions, mask_rows
 from ..data.packing import Data
 from ..data.tokenizer import load_tokenizer, padded_vocab
-from .planner import peak_memory, replace_modules, training_flops
+from .planner import gpu_called, peak_memory, replace_modules, training_flops
 from ..model.encoder import AttentionContext, MaskedLM, SelfAttention, gather, rotate
 from ..model.kernels import Dropout, summed_cross_entropy
 from ..training.distributed import Gradients, World
@@ -79,8 +78,9 @@ def make_setup(
     device: torch.device,
 ) -> Setup:
     "A fresh model with its optimiser"
-    model, precision = MaskedLM(recipe.model, vocab_size).to(device), choose_precision(device)
-    return Setup(recipe, model, make_optimizer(model, recipe.optim), Gradients(model), precision)
+    with device: model = MaskedLM(recipe.model, vocab_size)
+    optimizer, grads = make_optimizer(model, recipe.optim), Gradients(model)
+    return Setup(recipe, model, optimizer, grads, choose_precision(device))
 
 def our_step(
     setup: Setup,
@@ -254,9 +254,10 @@ def take_turns(
 def ceiling(
     device: torch.device,
     precision: Precision,
-    n: int = 4096,  # rows and columns
+    n: int = 0,     # rows and columns; 0 = 8192 on a GPU, 4096 on a CPU
 ) -> float:         # FLOP/s
     "What a large matrix product reaches"
+    n = n or (8192 if device.type == 'cuda' else 4096)
     a, b = (torch.randn(n, n, device=device, dtype=precision.dtype) for _ in range(2))
     timer = Timer('a @ b', globals=dict(a=a, b=b), num_threads=torch.get_num_threads())
     return 2*n**3/min(timer.blocked_autorange(min_run_time=1.).times)
@@ -496,7 +497,9 @@ BATCHES = (128, 256, 4096, 8192, 16384)
 
 def free_memory(device: torch.device) -> float:  # bytes
     "What could be used now"
-    if device.type != 'cuda': return psutil.virtual_memory().available
+    if device.type != 'cuda':
+        import psutil  # here: a GPU needs it not
+        return psutil.virtual_memory().available
     torch.cuda.empty_cache()  # what torch keeps for later counts as free
     return torch.cuda.mem_get_info(device)[0]
 
@@ -546,6 +549,18 @@ def validation_row(
                 recipe=recipe.name, validated=every, sample=sample)
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #e2326592
+def random_batch(
+    recipe: Recipe,
+    vocab_size: int,     # rows of the embedding matrix
+    padded: bool = True, # has it padding? Real batches have, but for those of packed streams
+) -> Batch:
+    "A whole micro-batch of random tokens, the first of each sequence predicted"
+    B, S = recipe.batch.micro_batch_size, recipe.packing.seq_len
+    ids, text = torch.randint(vocab_size, (B, S)), torch.ones(B, S, dtype=torch.bool)
+    text[0, -1] = False
+    positions = torch.arange(int(count_predictions(S, recipe.masking))).repeat(B, 1)
+    return Batch(ids, text if padded else None, positions, ids.gather(1, positions))
+
 def measured_step(
     recipe: Recipe,
     vocab_size: int,  # rows of the embedding matrix
@@ -555,10 +570,7 @@ def measured_step(
     "A few real steps on random tokens"
     B, S, cuda = micro_batch_size, recipe.packing.seq_len, device.type == 'cuda'
     one = override(recipe, [f'batch.micro_batch_size={B}', f'batch.global_batch_size={B}'])
-    ids, text = torch.randint(vocab_size, (B, S)), torch.ones(B, S, dtype=torch.bool)
-    text[0, -1] = False  # real batches have padding too
-    positions = torch.arange(int(count_predictions(S, recipe.masking))).repeat(B, 1)
-    batch = Batch(ids, text, positions, ids.gather(1, positions))
+    batch = random_batch(one, vocab_size)
     if cuda: torch.cuda.reset_peak_memory_stats(device)
     t = time_step(our_step(make_setup(one, vocab_size, device), None, lambda *step: [batch]), device)
     return B*S/(t.micro + t.update), torch.cuda.max_memory_allocated(device) if cuda else None
@@ -571,8 +583,8 @@ def check_plan(
     "The plan's memory and rate against a few real steps here"
     planned = {r['metric']: r for r in rows}
     about, micro = planned['tokens_per_second'], int(planned['micro_batch_size']['value'])
-    here = provenance()['hardware'].lower().replace(' ', '')
-    if about['gpu'] and about['gpu'].replace('-', '') not in here: return []  # this is another GPU
+    here = gpu_called(provenance()['hardware'])
+    if about['gpu'] and (here is None or here.name != about['gpu']): return []  # this is another GPU
     ids = dict(stage='plan', recipe=recipe.name, kind='measured')
     try: rate, peak = measured_step(recipe, padded_vocab(recipe.tokenizer.vocab_size), micro, device)
     except torch.OutOfMemoryError:

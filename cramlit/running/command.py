@@ -8,6 +8,7 @@ __all__ = ['Needed', 'Settings', 'COMMANDS', 'EXAMPLES', 'TRAINING', 'EXTRAS', '
 
 # %% ../../nbs/running/81_command.ipynb #898f686f
 import argparse, inspect, io, json, os, re, shlex, sys
+from contextlib import redirect_stderr
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -191,17 +192,20 @@ def plan(
     gpus: int = 1,            # how many GPUs, or processes of the measured kind
     budget: str = '24h',      # time to train: 90s, 6m, 24h
     mfu: float = 0.28,        # share of the GPU's peak, where no rate was measured
+    ceiling: str = '',        # rows of tests/gpu_check.py on such a GPU, such as DIR/rows.jsonl
     price: float = 0.,        # of one GPU for an hour, in any currency
     Override: Settings = None,  # change one setting, such as -o model.num_layers=12
 ) -> list[dict]:
     "Work out memory, steps, days, energy and cost of a run before it is made; no GPU is needed"
     from cramlit.core.devices import pick_device
-    from cramlit.efficiency.planner import get_gpu, measured_rate, plan as work_out
+    from cramlit.efficiency.planner import get_gpu, measured_ceiling, measured_rate
+    from cramlit.efficiency.planner import plan as work_out
     from cramlit.training.schedule import parse_budget
     r = get_recipe(recipe, scale, Override or [])
     known = get_gpu(gpu) if gpu else None
     rate = measured_rate(measured, r) if measured else 0.
-    rows = work_out(r, gpus, parse_budget(budget), known, rate, mfu, price, scale)
+    top = measured_ceiling(ceiling) if ceiling else 0.
+    rows = work_out(r, gpus, parse_budget(budget), known, rate, mfu, price, scale, top)
     if pick_device().type != 'cuda': return rows
     from cramlit.efficiency.benchmark import check_plan
     return rows + check_plan(r, rows, pick_device())
@@ -263,7 +267,7 @@ COMMANDS = {f.__name__: f for f in
             (prepare, pretrain, glue, export, reproduce, report, config, plan, search, bench, watch, verify)}
 
 # %% ../../nbs/running/81_command.ipynb #969d2d3d
-_ABOUT = ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part')  # fields that tell rows apart
+_ABOUT = ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part', 'phase')  # what tells rows apart
 
 def _cells(row: dict) -> tuple[str, str, str, str]:
     "A result row as a line of a table"
@@ -409,13 +413,22 @@ def _missing(e: ModuleNotFoundError) -> str:
     raise e
 
 # %% ../../nbs/running/81_command.ipynb #69b2284e
-def main(
-    argv: list[str]|None = None,  # arguments; None = those of the process
-) -> int:                         # 0 done, 1 failed, 2 misused, 75 stopped and saved
-    "The `cramlit` command"
-    argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is replaced, not refused
-        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
+class _MayBeLost:
+    "Standard error; when its disk is full or its terminal gone, what is written is lost and the work goes on"
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self): self._attempt(self.stream.flush)
+
+    def _attempt(self, act, *args):
+        try: act(*args)
+        except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+def _main(argv: list[str]) -> int:
     if argv[:1] == ['--version']:
         from cramlit import __version__
         print(f'cramlit {__version__}')
@@ -442,6 +455,14 @@ def main(
     except KeyboardInterrupt: why, code = 'interrupted; the same command goes on where it stopped', 1
     print(f'cramlit: {why}', file=sys.stderr)
     return code
+
+def main(
+    argv: list[str]|None = None,  # arguments; None = those of the process
+) -> int:                         # 0 done, 1 failed, 2 misused, 75 stopped and saved
+    "The `cramlit` command"
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is replaced, not refused
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
+    with redirect_stderr(_MayBeLost(sys.stderr)): return _main(sys.argv[1:] if argv is None else argv)
 
 # %% ../../nbs/running/81_command.ipynb #96d388e3
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook

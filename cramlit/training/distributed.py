@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.devices import pick_device
+from ..core.devices import check_build, pick_device
 from ..core.recipes import CramlitError, Interrupted, UsageError
 
 # %% ../../nbs/training/32_distributed.ipynb #91540659
@@ -95,6 +95,7 @@ def join_world() -> Iterator[World]:
     rank, size = processes(1)
     assert rank is not None  # one process is never left to others to start
     device = pick_device()
+    if device.type == 'cuda': check_build(device)  # before anything is put on it
     if size == 1:
         yield World(device=device)
         return
