@@ -39,7 +39,7 @@ FILE = ROOT/'tests'/'data'/'golden.json'
 # what a key of the file stands for: a recipe and what is changed in it
 RECIPES = {'24hbert': ('24hbert', ()), 'modern': ('modern', ()),
            # as 24hbert was before it was as the paper's code
-           'plain': ('24hbert', ('packing.mode=document',))}
+           'plain': ('24hbert', ('packing.mode=document', 'model.init=normal', 'model.decoder_bias=true'))}
 STEPS = {'tiny': 200, 'laptop': 60}
 OVERRIDES = {'tiny': (), 'laptop': ('corpus.max_documents=1500',)}
 SAME_MACHINE_ONLY = ('weights', 'weights_without_names', 'float32_bytes')  # hashes of what was calculated

@@ -1,11 +1,11 @@
 "The network: the last block for the masked tokens only, positions, windows, and what may be attended to"
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cramlit.core.recipes import Model, Recipe, UsageError, validate
+from cramlit.core.recipes import Model, Recipe, UsageError, recipe_from_dict, recipe_hash, validate
 from cramlit.core.scales import SCALES, get_recipe
 from cramlit.data.masking import IGNORE
 from cramlit.model.encoder import MaskedLM, count_parameters, gather
@@ -134,3 +134,11 @@ def test_a_recipe_may_have_settings_of_its_own_at_a_scale():
     assert overridden.batch.global_batch_size == 128
     assert all(set(s.per_recipe) <= {'modern', 'cramming', 'mosaicbert'} for s in SCALES.values())
     assert validate(replace(Recipe(), model=modern.model))
+
+
+def test_a_recipe_saved_before_a_field_was_there_is_what_it_was():
+    old = asdict(replace(Recipe(name='24hbert'), seed=7))
+    for later in ('init', 'decoder_bias'): del old['model'][later]
+    read = recipe_from_dict(old)
+    assert (read.model.init, read.model.decoder_bias, read.packing.mode) == ('normal', True, 'document')
+    assert recipe_hash(read) == recipe_hash(Recipe(name='24hbert')) != recipe_hash(get_recipe('24hbert'))

@@ -2,6 +2,8 @@
 import json
 import random
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,20 @@ def test_prepared_data_describe_themselves(tmp_path, monkeypatch, capsys):
     code, err = cramlit(capsys, 'export', '--run', 'run', '--to', 'gift')
     assert code == 0 and "pipeline('fill-mask', 'gift')" in err
     assert 'texts' in (tmp_path/'gift'/'README.md').read_text()
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='no device that is always full')
+def test_messages_that_cannot_be_written_end_no_work(tmp_path):
+    "The disk that takes the messages is full"
+    make_text(tmp_path/'texts')
+    texts, data, run = (str(tmp_path/name) for name in ('texts', 'data', 'run'))
+    for args in (['prepare', '--source', texts, '-o', 'tokenizer.vocab_size=128', '--out', data],
+                 ['pretrain', '--data', data, '--out', run, '--steps', '2']):
+        with open('/dev/full', 'w') as full:
+            done = subprocess.run([sys.executable, '-m', 'cramlit', *args, '--scale', 'tiny'], text=True,
+                                  stdout=subprocess.PIPE, stderr=full, timeout=300)
+        assert done.returncode == 0 and 'tokens' in done.stdout
+    assert (tmp_path/'run'/'model'/'model.safetensors').exists()
 
 
 @pytest.mark.parametrize('scale', [s for s in SCALES if s != 'paper-rehearsal'])

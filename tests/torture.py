@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ def launch(data, out, length, settings, **env):
     command = [sys.executable, '-m', 'cramlit', 'pretrain', '--scale', 'tiny', *length]
     command += ['--data', str(data), '--out', str(out)]
     for s in settings: command += ['-o', s]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | env)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f'{out}.log', 'ab') as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | env)
 
 
 def start(data, out, steps, every, settings):
@@ -94,32 +97,34 @@ def torture(kills, out, settings=()):
     return dict(kills=done, in_save=in_save, identical=last[0] == last[1])
 
 
-def seconds_done(out):
-    "How far a run's log has come"
-    log = out/'metrics.jsonl'
-    lines = log.read_text(encoding='utf-8').splitlines(keepends=True) if log.exists() else []
-    return max((json.loads(line)['seconds'] for line in lines if line.endswith('\n')), default=0.)
-
-
 def stop_near_the_end(data, out, budget, moment, settings=(), kill=False, **env):
     "Stop a run by the clock at a moment (s), and let it go on; how often it was begun until it was finished"
     for part in range(1, 10):
         process = launch(data, out, ['--budget', f'{budget}s'], [*settings, 'checkpoint.every=0.05'], **env)
-        if part == 1 and wait_for(process, lambda: seconds_done(out) >= moment):
-            process.kill() if kill else process.terminate()
+        if part == 1 and wait_for(process, (out/'metrics.jsonl').exists):  # the clock starts with the log
+            began = time.monotonic()
+            if wait_for(process, lambda start=began: time.monotonic() >= start + moment):
+                process.kill() if kill else process.terminate()
         code = process.wait()
         if (out/'rows.jsonl').exists() and code == 0: return part
         if code not in (75, *([-signal.SIGKILL, -signal.SIGTERM] if part == 1 else [])): break
-    raise RuntimeError(f'the run in {out} cannot be finished: code {code} in part {part}')
+    said = Path(f'{out}.log').read_text(encoding='utf-8', errors='replace')[-2000:]
+    raise RuntimeError(f'the run in {out} cannot be finished: code {code} in part {part}: {said}')
 
 
-def torture_by_the_clock(moments, out, settings=(), budget=6.):
-    "Runs that are stopped near their end, half of them by SIGKILL, with no git to be found; all must finish"
+def torture_by_the_clock(moments, out, settings=(), budget=8.):
+    """Runs that are stopped near their end, half of them by SIGKILL, with no git to be found; all must finish
+
+    Two at a time, since most of it is waiting. A part takes the budget, and what a process needs to start.
+    """
     data, nowhere = out/'data', out/'no-programs'
     prepare(get_recipe('24hbert', 'tiny', settings), data)
     nowhere.mkdir()
-    return [stop_near_the_end(data, out/f'run-{n}', budget, budget*(.7 + .3*n/moments), settings, n % 2 == 1,
-                              PATH=str(nowhere)) for n in range(moments)]
+
+    def stop(n):
+        moment, kill = budget*(.7 + .3*n/moments), n % 2 == 1
+        return stop_near_the_end(data, out/f'run-{n}', budget, moment, settings, kill, PATH=str(nowhere))
+    with ThreadPoolExecutor(2) as pool: return list(pool.map(stop, range(moments)))
 
 
 def seconds_to_first_step(step, data, out, settings):

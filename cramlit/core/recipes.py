@@ -97,16 +97,22 @@ class Model:
     attention_dropout: float = limited(0.1, at_least=0, below=1)
     layer_norm_eps: float = limited(1e-12, above=0)
     initializer_range: float = limited(0.02, above=0)  # standard deviation of the initial weights
+    init: str = limited('normal', among=('normal', 'paper'))
+    # normal: all weights so, biases zero | paper: but for the first matrix of each feed-forward network and
+    # the head's, which are as torch makes them; and the former starts the same in all layers
     first_norm: bool = True      # LayerNorm before the first attention; ModernBERT has none there, since
     # its embeddings have just been normalised
     position: str = limited('absolute', among=('absolute', 'rotary'))
     # absolute: position and segment embeddings | rotary: queries and keys are rotated by their position
     ffn: str = limited('gelu', among=('gelu', 'geglu'))  # geglu: 2·I values, one half gates the other
-    bias: bool = True            # in linear layers and LayerNorms; the decoder always has one
+    bias: bool = True            # in linear layers and LayerNorms
+    decoder_bias: bool = True    # of the scores, one for each token
     window: int = limited(0, at_least=0)       # tokens a local layer attends to, half on each side; 0 = all
     global_every: int = limited(3, at_least=1) # with a window: layers 0, n, 2n … attend to all the same
     rope_theta: float = limited(160_000., above=1)  # rotary: the slowest rotation takes about 2π·theta tokens
     local_rope_theta: float = limited(10_000., above=1)  # the same in local layers
+    cooccurrence: float = limited(0., at_least=0)  # standard deviation of embeddings made from counts of
+    # what stands near each token, in `initializer_range`s; 0 = random embeddings
 
 @dataclass(frozen=True)
 class Optim:
@@ -248,14 +254,15 @@ def validate(
     return r
 
 # %% ../../nbs/core/00_recipes.ipynb #245a6ae9
+_PAPER_MODEL = Model(init='paper', decoder_bias=False)
 _BERT_POST: dict[str, Any] = dict(norm='post', embedding_norm=True)
 _BERT_OPTIM = Optim(lr=1e-4, beta2=0.999, clip=1.)
 _MODERN: dict[str, Any] = dict(first_norm=False, position='rotary', ffn='geglu', rope_theta=10_000.)
 # theta as for short sequences; ModernBERT's 160,000 is for 8,192 tokens
 
 RECIPES = {r.name: r for r in (
-    Recipe('24hbert', packing=Packing('paper')),
-    Recipe('24hbert-document'),  # the same with our packing
+    Recipe('24hbert', packing=Packing('paper'), model=_PAPER_MODEL),
+    Recipe('24hbert-document', model=_PAPER_MODEL),  # the same with our packing
     Recipe('bert-base', model=Model(12, 768, 12, 3072, **_BERT_POST), optim=_BERT_OPTIM,
            schedule=Schedule(0.01), batch=Batch(256, 32)),
     Recipe('bert-large', model=Model(24, 1024, 16, 4096, **_BERT_POST), optim=_BERT_OPTIM,
@@ -264,17 +271,17 @@ RECIPES = {r.name: r for r in (
            model=Model(24, 1024, 16, 2688, dropout=0., attention_dropout=0., layer_norm_eps=1e-5, bias=False,
                        **_MODERN)),
     # Geiping and Goldstein (2022), arXiv 2212.14034: "bert-c5" trained with "bert-o3" at batch 4096, values
-    # from their repository (JonasGeiping/cramming). Theirs has scaled sinusoidal positions, a LayerNorm
-    # before the first attention, no transform in the head and no bias of the decoder; its rate starts at a
-    # quarter of the peak, its batch grows over time. Their inner 3072 are both halves of the gate.
+    # from their repository (JonasGeiping/cramming). Their inner 3072 are both halves of the gate. What theirs
+    # has and ours has not: nbs/paper/appendix_grids.ipynb.
     Recipe('cramming', packing=Packing('stream'), optim=Optim(1e-3, eps=1e-12, clip=0.5),
            schedule=Schedule(0.75), batch=Batch(4096, 128),
-           model=Model(16, 768, 12, 1536, dropout=0., attention_dropout=0., bias=False, **_MODERN)),
+           model=Model(16, 768, 12, 1536, dropout=0., attention_dropout=0., bias=False, decoder_bias=False,
+                       **_MODERN)),
     # Portes et al. (2023), arXiv 2312.17482, values from mosaic-bert-base-uncased.yaml of their repository
-    # (mosaicml/examples). Theirs has ALiBi positions, LayerNorm after each block, no bias in the gate; its
-    # rate ends at 2 % of the peak.
+    # (mosaicml/examples); the appendix has what differs. Their decay of 1e-5 is not multiplied by the rate,
+    # and torch's is: at the peak of 5e-4, 0.02 is the same.
     Recipe('mosaicbert', masking=Masking(0.3, 0.8, 0.1, 38), packing=Packing(short_seq_prob=0.),
-           optim=Optim(5e-4, weight_decay=1e-5), batch=Batch(4096, 128),
+           optim=Optim(5e-4, weight_decay=0.02), batch=Batch(4096, 128),
            model=Model(12, 768, 12, 3072, attention_dropout=0., **_MODERN)),
 )}
 

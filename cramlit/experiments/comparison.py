@@ -87,7 +87,7 @@ STEPS = {  # name → the settings of a recipe that belong to it
     'rotary positions': ('model.position', 'model.rope_theta', 'model.local_rope_theta', 'model.window',
                          'model.global_every'),
     'fewer norms, no biases': ('model.norm', 'model.embedding_norm', 'model.first_norm',
-                               'model.layer_norm_eps', 'model.bias'),
+                               'model.layer_norm_eps', 'model.bias', 'model.decoder_bias', 'model.init'),
     'gated feed-forward': ('model.ffn', 'model.intermediate_size'),
     'no dropout': ('model.dropout', 'model.attention_dropout'),
     'more masks, all [MASK]': ('masking.rate', 'masking.replace_mask', 'masking.replace_random',
@@ -213,9 +213,12 @@ def run_ablation(
 def evaluations(
     run: Path,  # a run's folder
 ) -> list[tuple[float, float]]:  # seconds, validation loss
-    "When a run was validated, and its losses"
+    "When a run was validated, and its losses; the times of calibrated steps where it counted them"
     lines = [json.loads(line) for line in (run/'metrics.jsonl').read_text().splitlines()]
-    return [(l['seconds'], l['validation_loss']) for l in lines if l.get('validation_loss') is not None]
+    info = json.loads((run/'run.json').read_text()) if (run/'run.json').exists() else {}
+    calibrated = info.get('budget') and info.get('steps')
+    def when(line): return line['step']*info['budget']/info['steps'] if calibrated else line['seconds']
+    return [(when(l), l['validation_loss']) for l in lines if l.get('validation_loss') is not None]
 
 def reached(
     run: Path,     # a run's folder

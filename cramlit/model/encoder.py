@@ -224,7 +224,7 @@ class Block(nn.Module):
 
 # %% ../../nbs/model/21_encoder.ipynb #53ad9022
 class MLMHead(nn.Module):
-    "Linear layer, GELU, LayerNorm; the decoder is the embedding matrix itself, with a bias of its own"
+    "Linear layer, GELU, LayerNorm; the decoder is the embedding matrix itself, with or without a bias"
     def __init__(
         self,
         cfg: ModelConfig,  # shape of the network
@@ -233,7 +233,7 @@ class MLMHead(nn.Module):
         super().__init__()
         self.transform = linear(cfg, cfg.hidden_size, cfg.hidden_size)
         self.norm = norm(cfg)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.bias = nn.Parameter(torch.zeros(vocab_size)) if cfg.decoder_bias else None
 
     def forward(
         self,
@@ -261,7 +261,12 @@ class MaskedLM(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, i == 0) for i in range(cfg.num_layers))
         self.final_norm = norm(cfg, cfg.norm == 'pre')
         self.head = MLMHead(cfg, vocab_size)
-        self.apply(lambda m: _init(m, cfg.initializer_range))
+        first, *others = (block.up for block in self.blocks)
+        as_made = (first, *others, self.head.transform) if cfg.init == 'paper' else ()
+        for m in self.modules():
+            if m not in as_made: _init(m, cfg.initializer_range)
+        if cfg.init == 'paper':
+            for up in others: up.load_state_dict(first.state_dict())
 
 # %% ../../nbs/model/21_encoder.ipynb #be77d342
 @patch

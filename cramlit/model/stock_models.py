@@ -119,6 +119,9 @@ def stock_state(
         for name, w in list(out.items()):
             if name.endswith('.weight') and not name.endswith('_embeddings.weight'):
                 out[name.removesuffix('weight') + 'bias'] = w.new_zeros(len(w))
+    if not cfg.decoder_bias:
+        decoder = f'{_NAMES[family(cfg)]["head"]}.bias'
+        out[decoder] = state['embeddings.word.weight'].new_zeros(len(state['embeddings.word.weight']))
     return out
 
 def our_state(
@@ -291,7 +294,7 @@ def weights_digest(
     return digest([sha256(p) for p in _weight_files(folder)])
 
 # %% ../../nbs/model/22_stock_models.ipynb #8e496dd0
-_FREE = ('dropout', 'attention_dropout', 'initializer_range')  # may differ from the folder's model
+_FREE = ('dropout', 'attention_dropout', 'initializer_range', 'init')  # may differ from the folder's model
 
 def recipe_from(
     folder: str|Path,          # a stock transformers model with its tokenizer

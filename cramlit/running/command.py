@@ -8,6 +8,7 @@ __all__ = ['Needed', 'Settings', 'COMMANDS', 'EXAMPLES', 'TRAINING', 'EXTRAS', '
 
 # %% ../../nbs/running/81_command.ipynb #898f686f
 import argparse, inspect, io, json, os, re, shlex, sys
+from contextlib import redirect_stderr
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -412,13 +413,22 @@ def _missing(e: ModuleNotFoundError) -> str:
     raise e
 
 # %% ../../nbs/running/81_command.ipynb #69b2284e
-def main(
-    argv: list[str]|None = None,  # arguments; None = those of the process
-) -> int:                         # 0 done, 1 failed, 2 misused, 75 stopped and saved
-    "The `cramlit` command"
-    argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is replaced, not refused
-        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
+class _MayBeLost:
+    "Standard error; when its disk is full or its terminal gone, what is written is lost and the work goes on"
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self): self._attempt(self.stream.flush)
+
+    def _attempt(self, act, *args):
+        try: act(*args)
+        except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+def _main(argv: list[str]) -> int:
     if argv[:1] == ['--version']:
         from cramlit import __version__
         print(f'cramlit {__version__}')
@@ -445,6 +455,14 @@ def main(
     except KeyboardInterrupt: why, code = 'interrupted; the same command goes on where it stopped', 1
     print(f'cramlit: {why}', file=sys.stderr)
     return code
+
+def main(
+    argv: list[str]|None = None,  # arguments; None = those of the process
+) -> int:                         # 0 done, 1 failed, 2 misused, 75 stopped and saved
+    "The `cramlit` command"
+    for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is replaced, not refused
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
+    with redirect_stderr(_MayBeLost(sys.stderr)): return _main(sys.argv[1:] if argv is None else argv)
 
 # %% ../../nbs/running/81_command.ipynb #96d388e3
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook

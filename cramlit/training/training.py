@@ -8,7 +8,8 @@ __all__ = ['RUN_FORMAT', 'STATE', 'LOGS', 'PATIENCE', 'Run', 'fingerprint', 'loc
            'program_shapes', 'compile_model', 'micro_step', 'accumulate', 'make_scaler', 'update', 'Hook',
            'save_checkpoint', 'choose_checkpoint', 'expected_counts', 'resume', 'save_milestones', 'seed_dropout',
            'count_tokens', 'passes_multiple', 'progress_bar', 'warm_up', 'first_evaluation', 'train',
-           'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'shared_precision', 'go_on', 'pretrain_in']
+           'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'shared_precision', 'begin_with_counts',
+           'go_on', 'pretrain_in']
 
 # %% ../../nbs/training/35_training.ipynb #2f299dc1
 import errno, hashlib, json, math, sys
@@ -35,6 +36,7 @@ from ..data.batches import RULERS, WIDTH, Batch, Prefetcher, rank_slice, train_b
 from ..data.batches import validation_batches, validation_rows
 from ..data.masking import IGNORE, count_predictions
 from ..data.packing import Data, open_data, unlike, verify
+from ..model.cooccurrence import cooccurrence_embeddings
 from ..model.encoder import MaskedLM
 from .checkpoints import Saver, checkpoints, find_damage, newest_whole
 from .checkpoints import read_checkpoint, settle
@@ -427,19 +429,20 @@ def passes_multiple(
 @contextmanager
 def progress_bar(
     run: Run,
-    every: int,  # steps between two lines of the log
+    every: int,  # steps between two lines of the log; the first and the last step have one too
 ) -> Iterator[Callable[[float, float], None]]:  # to be called after each step with its loss and learning rate
     "The training loss in the log, and a bar on standard error: loss, tokens/s and time left"
     losses, seconds, tokens = list[float](), run.clock.seconds, run.tokens  # since the last line
     def report(loss: float, lr: float):
         nonlocal losses, seconds, tokens
         losses.append(loss)
-        if run.step % every: return
+        fraction = run.clock.fraction(run.step)
+        bar.update(min(100., 100*fraction) - bar.n)
+        if run.step % every and run.step > 1 and fraction < 1: return
         mean, rate = sum(losses)/len(losses), (run.tokens - tokens)/(run.clock.seconds - seconds)
         run.log(loss=mean, lr=lr, tokens_per_second=rate)
         left = f'{run.clock.left(run.step)/60:.1f} min left'
         bar.set_postfix_str(f'step {run.step}, loss {mean:.3f}, {rate:,.0f} tokens/s, {left}', refresh=False)
-        bar.update(min(100., 100*run.clock.fraction(run.step)) - bar.n)
         losses, seconds, tokens = [], run.clock.seconds, run.tokens
     with tqdm(total=100, desc='pretrain', file=sys.stderr, mininterval=2, disable=not run.world.main,
               bar_format='{desc} {percentage:3.0f}% |{bar:24}| {postfix}') as bar: yield report
@@ -518,6 +521,7 @@ def train(
 
     resume(run, model, optimizer, scaler)
     keep_share(grads, optimizer)
+    torch.cuda.empty_cache()  # the memory of others' shares, which were read too
     if world.device.type == 'cuda' or form == 'compiled': warm_up(micro, recipe, grads)
     fraction = first_evaluation(run, model, evaluate, save)
     with progress_bar(run, log_every) as report, catch_stop_signals(run.out/'stop') as stop_requested:
@@ -672,6 +676,21 @@ def shared_precision(
     said = formats[int(world.broadcast(formats.index(mine.dtype)))]
     return mine if mine.dtype == said else Precision(said, 'rank 0 has chosen it')
 
+@torch.no_grad()
+def begin_with_counts(
+    run: Run,         # a new one; its clock is set forward by what this takes
+    model: MaskedLM,  # gets its embedding matrix
+):
+    "Embeddings from co-occurrence counts instead of random ones, the same in every process"
+    began, matrix, cfg = run.clock.now(), model.embeddings.word.weight, run.recipe.model
+    if run.world.main:
+        vectors, seen = cooccurrence_embeddings(run.data, matrix.shape[1], run.recipe.seed)
+        vectors, seen = vectors.to(matrix.device), seen.to(matrix.device)
+        matrix[seen] = cfg.cooccurrence*cfg.initializer_range*vectors[seen]
+    else: matrix.zero_()
+    run.world.all_reduce(matrix.data)
+    run.clock.spent += run.clock.now() - began
+
 def go_on(
     run: Run,             # its folder is its own
     track: str,           # as `pretrain` takes them, and what follows too
@@ -689,6 +708,7 @@ def go_on(
     torch.manual_seed(recipe.seed)
     model = MaskedLM(recipe.model, run.data.padded_vocab_size).to(world.device)
     if weights: model.load_state_dict(weights)
+    elif recipe.model.cooccurrence and not checkpoints(run.out/'checkpoints'): begin_with_counts(run, model)
 
     with Tracker(track if world.main else '', run.out, run.identity()) as tracker:
         if world.main:
