@@ -145,20 +145,20 @@ PLANNED = {  # metric → heading, digits, and what its numbers are multiplied w
     'days_for_256m_samples': ('days for 256 M sequences', 1, 1), 'energy_kwh': ('energy, kWh', 1, 1)}
 
 def hours_for(
-    recipe: Recipe,
-    sequences: float,
-    gpu: GPU,
-    gpus: int,
-) -> float:
+    recipe: Recipe,    # what is trained
+    sequences: float,  # how many
+    gpu: GPU,          # on what
+    gpus: int,         # and on how many of it
+) -> float:            # hours
     "Hours of training at the planner's share of the GPU's peak"
     V = padded_vocab(recipe.tokenizer.vocab_size)
     flops = sequences*recipe.packing.seq_len*training_flops(recipe, V)
     return flops/(gpus*MFU*gpu.tflops*1e12)/3600
 
 def same_work_rows(
-    recipe: Recipe,
-    sequences: float,
-    ids: dict,       # what identifies the rows
+    recipe: Recipe,    # what is trained
+    sequences: float,  # how many
+    ids: dict,         # what identifies the rows
 ) -> list[dict]:
     "Hours that one, four and eight of each GPU take for so many sequences"
     about = ids | dict(stage='same_work', recipe=recipe.name, kind='planned')
