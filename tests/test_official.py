@@ -16,8 +16,9 @@ import cramlit.data.packing as packing
 from cramlit.core.randomness import make_key
 from cramlit.core.recipes import Packing
 from cramlit.core.scales import get_recipe
-from cramlit.data.masking import IGNORE, count_predictions
+from cramlit.data.masking import IGNORE, count_predictions, mask_rows
 from cramlit.data.packing import paper_rows
+from cramlit.data.tokenizer import padded_vocab
 from cramlit.model.encoder import MaskedLM
 from cramlit.training.optimizers import make_optimizer
 from cramlit.training.schedule import lr_factor
@@ -145,3 +146,37 @@ def test_the_same_weights_decay():
 def test_the_learning_rate_of_a_day_is_the_same():
     want, warmup = OFFICIAL['schedule'], get_recipe('24hbert').schedule.warmup
     assert [lr_factor(h/24, warmup) for h in want['hours']] == pytest.approx(want['factor'], abs=1e-12)
+
+
+def test_rows_of_the_embedding_matrix():
+    assert padded_vocab(30522) == 30528
+
+
+def test_masks_replace_as_often():
+    r, special = get_recipe('24hbert').masking, dict(pad=0, unk=1, cls=2, sep=3, mask=4)
+    rows = np.random.default_rng(0).integers(5, 30522, (4000, 128))
+    rows[:, 0], rows[:, -1] = special['cls'], special['sep']
+    m = mask_rows(rows, make_key(0, np.arange(4000)), r, special, 30522)
+    assert not np.isin(m.positions, (0, 127)).any()
+    shown = np.take_along_axis(m.input_ids, m.positions, 1)
+    masked, kept = (shown == special['mask']).mean(), (shown == m.labels).mean()
+    assert abs(masked - .8) < .005 and abs(kept - .1) < .005
+
+
+def test_the_values_of_the_published_command():
+    r = get_recipe('24hbert')
+    m, o, b, v = r.model, r.optim, r.batch, r.validation
+    assert (m.num_layers, m.hidden_size, m.num_heads, m.intermediate_size) == (24, 1024, 16, 4096)
+    assert (m.norm, m.ffn, m.position) == ('pre', 'gelu', 'absolute')
+    assert (m.dropout, m.attention_dropout, m.initializer_range) == (.1, .1, .02)
+    assert (o.method, o.beta1, o.beta2, o.eps, o.weight_decay, o.clip) == ('adamw', .9, .98, 1e-6, .01, 0)
+    assert (b.global_batch_size, b.micro_batch_size, r.schedule.warmup, r.seed) == (4096, 32, .06, 42)
+    assert (v.stop_loss, v.stop_after*24*60) == (6, 180)
+
+
+def test_what_the_chapter_calls_the_same_is_held_by_a_test_of_this_file():
+    chapter = Path(__file__).parent.parent/'nbs'/'guides'/'92_official_code.ipynb'
+    cells = [''.join(c['source']) for c in json.loads(chapter.read_text())['cells']]
+    table, = (c for c in cells if c.startswith('| what | where | held by |'))
+    held = [line.rstrip('| ').rsplit('|', 1)[1].strip(' `') for line in table.splitlines()[2:]]
+    assert len(held) > 25 and all(name.startswith('test_') and name in globals() for name in held)

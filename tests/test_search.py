@@ -10,7 +10,9 @@ from joblib import parallel_config
 from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.results import read_rows, result_row, write_rows
 from cramlit.core.scales import get_recipe, get_scale
+from cramlit.data.packing import prepare
 from cramlit.experiments import search as s
+from cramlit.experiments.comparison import evaluations
 from cramlit.experiments.search import best, choice_trials, grid_trials, parse_grid, run_trials, trial_table
 from cramlit.reporting.studies import write_choices, write_search
 from cramlit.running.command import main
@@ -229,6 +231,30 @@ def test_a_long_schedule_ends_high(text, data, tmp_path):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         lrs.append([line['lr'] for line in lines if 'lr' in line][-1])
     assert lrs == pytest.approx([1e-3*(1 - 19/20), 1e-3*(1 - 19/40)])
+
+
+def test_seconds_become_steps_once_and_two_studies_of_the_same_steps_agree_to_the_last_digit(text, tmp_path):
+    "Whatever else the machine does: only what was timed before the study knows of time"
+    first, *others = trials_of(text, (1e-3, 2e-3))
+    wide = replace(first, name='wide', settings=(*first.settings, 'model.intermediate_size=512'))
+    trials = [first, *others, wide, replace(first, name='another seed', seed=7)]
+    t, data, found = replace(TRIALS, budget=.5, steps=0), tmp_path/'data', {}
+    prepare(first.recipe, data)
+    for name in 'ab':
+        (tmp_path/name).mkdir()
+        if name == 'b': shutil.copy(tmp_path/'a'/'calibration.jsonl', tmp_path/'b')
+        compared = 'metric', 'trial', 'seed', 'value', 'span', 'kind'
+        rows = run_trials(trials, 'grid', data, tmp_path/name, t)
+        found[name] = [{k: r.get(k) for k in compared} for r in rows]
+    assert found['a'] == found['b']
+    times = {r['trial']: r['value'] for r in read_rows(tmp_path/'a'/'calibration.jsonl')}
+    assert set(times) == {first.name, 'wide'}  # rates and seeds take the same time
+    steps = {r['trial']: r['value'] for r in found['a'] if r['metric'] == 'steps'}
+    assert steps == {n: max(1, round(.5/times.get(n, times[first.name]))) for n in (x.name for x in trials)}
+    assert {r['value'] for r in found['a'] if r['metric'] == 'seconds'} == {.5}
+    assert {r['kind'] for r in found['a'] if r['metric'] == 'tokens_per_second'} == {'calibrated'}
+    runs = [p.parent for p in (tmp_path/'a'/'trials').rglob('metrics.jsonl')]
+    assert len(runs) == 4 and {evaluations(run)[-1][0] for run in runs} == {.5}
 
 
 def test_rows_of_trials_do_not_mix_with_those_of_a_run(tmp_path):

@@ -345,3 +345,10 @@ def test_a_compiled_run_is_the_eager_one(recipe, data, tmp_path, monkeypatch, ca
     assert made == [(False, True)]
     a, b = weights(tmp_path/'eager'), weights(tmp_path/'compiled')
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-6)
+
+
+def test_the_log_has_the_first_step_and_the_last_and_the_bar_is_full(recipe, data, tmp_path, capsys):
+    pretrain(recipe, data, tmp_path/'run', steps=45)
+    lines = [json.loads(line) for line in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines if 'loss' in line] == [1, 20, 40, 45]
+    assert 'pretrain 100% ' in capsys.readouterr().err

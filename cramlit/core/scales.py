@@ -32,6 +32,7 @@ class Finetune:
     max_length: int = 128     # tokens, both sentences together
     max_train: int = 0        # at most so many training examples a task; 0 = all
     max_eval: int = 0         # and so many validation examples
+    pooling: str = 'cls'      # cls | mean: what the classifier sees of the encoder's states
     large: Grid|None = None   # of `LARGE_TASKS`; None = as of all others
     protocol: str = 'plain'   # plain | paper: MRPC, STS-B and RTE start from a network that has learned MNLI
 
@@ -46,7 +47,7 @@ class Finetune:
 @dataclass(frozen=True)
 class Trials:
     "Pretraining runs that are compared with one another: a grid, and single choices"
-    budget: float = 24*3600.  # seconds each
+    budget: float = 24*3600.  # seconds each, turned into steps before the first
     steps: int = 0            # optimiser steps instead; 0 = by the clock
     overrides: tuple[str, ...] = ()  # what all of them change in the scale's recipe
     batch_sizes: tuple[int, ...] = (4096, 8192, 16384)
@@ -60,7 +61,7 @@ class Trials:
 @dataclass(frozen=True)
 class Comparison:
     "Recipes compared at equal budget, and the ablation that leads from one to another"
-    budget: float = 24*3600.  # seconds each
+    budget: float = 24*3600.  # seconds each, turned into steps before the first
     steps: int = 0            # optimiser steps instead; 0 = by the clock
     seeds: int = 3            # of each recipe
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)  # peaks that every recipe is tried with first

@@ -177,7 +177,8 @@ def validation_batches(
     "The same held-out sequences each time, with fixed masks; `CramlitError` when nothing is masked in them"
     special, vocab_size = data.manifest['special_ids'], data.manifest['vocab_size']
     ids = validation_rows(data, recipe, ruler)
-    size = max(recipe.batch.micro_batch_size, 64)  # no gradients are kept, so there is room for more
+    # without gradients there is room for more, though not for the scores of 64 long sequences
+    size = max(recipe.batch.micro_batch_size, min(64, 8192//ids.shape[1]))
 
     def masked(part: np.ndarray) -> Masked:
         if ruler != 'paper': return mask_for_validation(ids[part], special)

@@ -331,7 +331,7 @@ def write_comparison(
     tried = f'Peak learning rates tried with each: {listed}, one seed, a part of the budget.'
     if edge: tried += f' The best lies at the edge, and a better one perhaps outside, for {", ".join(edge)}.'
     scale, table = mine[0]['scale'], comparison_table(t, tasks_of_rows(mine), runs)
-    notes = [f'{seeds_and_seconds(t)}, in turns on the same machine. '
+    notes = [f'{seeds_and_seconds(t)}, as steps that were timed beforehand. '
              f'Mean ± standard deviation over seeds. {VALIDATION}', tried,
              'Times are parts of the budget: median over seeds, lowest and highest in parentheses. A seed '
              'that never comes down to the mark took more than 100 %.', SIGNIFICANCE, *stopped_early(t)]

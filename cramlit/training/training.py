@@ -429,19 +429,20 @@ def passes_multiple(
 @contextmanager
 def progress_bar(
     run: Run,
-    every: int,  # steps between two lines of the log
+    every: int,  # steps between two lines of the log; the first and the last step have one too
 ) -> Iterator[Callable[[float, float], None]]:  # to be called after each step with its loss and learning rate
     "The training loss in the log, and a bar on standard error: loss, tokens/s and time left"
     losses, seconds, tokens = list[float](), run.clock.seconds, run.tokens  # since the last line
     def report(loss: float, lr: float):
         nonlocal losses, seconds, tokens
         losses.append(loss)
-        if run.step % every: return
+        fraction = run.clock.fraction(run.step)
+        bar.update(min(100., 100*fraction) - bar.n)
+        if run.step % every and run.step > 1 and fraction < 1: return
         mean, rate = sum(losses)/len(losses), (run.tokens - tokens)/(run.clock.seconds - seconds)
         run.log(loss=mean, lr=lr, tokens_per_second=rate)
         left = f'{run.clock.left(run.step)/60:.1f} min left'
         bar.set_postfix_str(f'step {run.step}, loss {mean:.3f}, {rate:,.0f} tokens/s, {left}', refresh=False)
-        bar.update(min(100., 100*run.clock.fraction(run.step)) - bar.n)
         losses, seconds, tokens = [], run.clock.seconds, run.tokens
     with tqdm(total=100, desc='pretrain', file=sys.stderr, mininterval=2, disable=not run.world.main,
               bar_format='{desc} {percentage:3.0f}% |{bar:24}| {postfix}') as bar: yield report
