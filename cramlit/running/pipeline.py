@@ -77,8 +77,8 @@ STAGES = {s.name: s for s in (
     Stage('ablation', (), ('ablation',), recipes='all'),
     Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all'),
     Stage('poolings', ('pretrain',), ('appendix_poolings',), recipes='all', labelled=True, optional=True),
-    Stage('appendix_grids', (), ('appendix_pretraining', 'appendix_finetuning')),
-    Stage('appendix_hardware', ('table1_time',), ('appendix_hardware',)))}
+    Stage('appendix', ('table1_time',),
+          ('appendix_pretraining', 'appendix_finetuning', 'appendix_hardware', 'appendix_same_work')))}
 
 # %% ../../nbs/running/80_pipeline.ipynb #a1b2c301
 def _package() -> Path:
