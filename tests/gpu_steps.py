@@ -39,13 +39,13 @@ from cramlit.efficiency.benchmark import (
     seconds,
     stock_step,
 )
-from cramlit.efficiency.planner import gpu_called, peak_memory, training_flops
+from cramlit.efficiency.planner import GPU, gpu_called, peak_memory, training_flops
 from cramlit.model.encoder import MaskedLM
 from cramlit.model.stock_models import stock_config
 from cramlit.training import training
 from cramlit.training.checkpoints import checkpoints, load_run, optimizer_tensors, restore_optimizer
 from cramlit.training.distributed import World, join_world, usable_cpus
-from cramlit.training.training import fingerprint, form_of, pretrain, validate
+from cramlit.training.training import Hook, fingerprint, form_of, pretrain, validate
 
 PRECISIONS = {'fp32': Precision(torch.float32, 'check'), 'fp16': Precision(torch.float16, 'check'),
               'bf16': Precision(torch.bfloat16, 'check')}
@@ -53,6 +53,7 @@ TOLERANCE = {'fp32': 1e-3, 'fp16': 3e-2, 'bf16': 1e-1}  # of the largest element
 NO_DROPOUT = ('model.dropout=0', 'model.attention_dropout=0')
 SCALE = {'base': 'gpu', 'large': 'paper'}  # shape → where it is the size of recipe 24hbert
 GIB = 2**30
+EAGER = Hook()  # changes nothing, but that a run with one is not compiled: programs would take minutes
 MESSAGE = 335_000_000  # gradients of BERT-large: 1.34 GB in 32 bits
 
 
@@ -120,13 +121,13 @@ def machine(here: Here):
         properties = torch.cuda.get_device_properties(here.device)
         here.row('capability', float(f'{properties.major}.{properties.minor}'), '',
                  multiprocessors=properties.multi_processor_count)
-    best = choose_precision(here.device)
-    here.row('best_precision', None, '', why=best.reason, compiled=form_of(here.device))
     for name, precision in PRECISIONS.items():
         with here.check('products', precision=name):
             top = ceiling(here.device, precision, 512 if here.small else 0)
             here.row('ceiling', top, 'FLOP/s', precision=name)
     with here.check('copies'): copies(here)
+    form = form_of(here.device)  # tries the compiler
+    here.row('form', None, '', why=f'{form}; {choose_precision(here.device).reason}')
 
 
 def copies(here: Here):
@@ -171,6 +172,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def functional(here: Here):
+    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'  # for `resume`; it is read at the first product
     recipe, data = here.data('tiny')
     recipe = override(recipe, ['batch.micro_batch_size=8'])
     batches, V = list(train_batches(data, recipe, 0)), data.padded_vocab_size
@@ -195,8 +197,8 @@ def functional(here: Here):
             setup = setup_of(recipe, here, PRECISIONS[precision], V)
             step = our_step(setup, data, form=form)
             a, again, other = (gradient(setup, step, some, seed) for seed in (1, 1, 2))
-            assert difference(again, a) < 1e-3, 'one seed gave two gradients'
             assert difference(other, a) > 1e-2, 'two seeds gave one gradient'
+            assert difference(again, a) < difference(other, a)/10, 'one seed gave two gradients'
         if not here.small:
             with here.check('no_host_waits', **ids): never_waits(step, some)
         if (precision, form) == eager[-1]:
@@ -214,7 +216,6 @@ def never_waits(step: Contender, batches: list[Batch]):
 
 def resume(here: Here):
     "A run that was stopped and goes on ends with the weights of one that was not"
-    os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':4096:8'
     torch.use_deterministic_algorithms(True, warn_only=True)
     weights = {}
     for name in ('straight', 'again', 'stopped'):
@@ -224,9 +225,9 @@ def resume(here: Here):
         recipe, data = here.data('tiny')
         if name == 'stopped':
             (out/'stop').touch()  # it is read after the first step
-            with suppress(Interrupted): pretrain(recipe, data.folder, out, steps=6)
+            with suppress(Interrupted): pretrain(recipe, data.folder, out, steps=6, hook=EAGER)
             assert len(checkpoints(out/'checkpoints')) > 1, 'it did not stop'
-        pretrain(recipe, data.folder, out, steps=6)
+        pretrain(recipe, data.folder, out, steps=6, hook=EAGER)
         weights[name] = torch.cat([p.flatten() for p in load_run(out)[0].state_dict().values()])
     torch.use_deterministic_algorithms(False)
     chance = difference(weights['again'], weights['straight'])
@@ -351,7 +352,7 @@ def compile_(here: Here):
     base = sized(here, 'base', 32, *NO_DROPOUT)
     ids = dict(shape='base', micro_batch_size=base.batch.micro_batch_size)
     with here.check('compiled_is_eager', **ids):
-        gradients, batches = {}, both_masks(base)[:1 if here.small else 2]
+        gradients, batches = {}, both_masks(base)[1:]
         for form in ('eager', 'compiled'):
             gradients[form] = first_passes(here, base, best, form, batches, ids)
         off = difference(gradients['compiled'], gradients['eager'])
@@ -433,43 +434,45 @@ def speed(here: Here):
     best = choose_precision(here.device)
     top = ceiling(here.device, best, 512 if here.small else 0)
     sheet = gpu_called(torch.cuda.get_device_name()) if not here.small else None
-    ways = ['ours eager', 'stock eager']
-    if 'compiled' in forms(here): ways = ['ours compiled', 'stock compiled', 'ours eager']
-    shown = False
-    for rows, shape in product(sizes(here), ('large', 'base')):
+    shapes = list(product(sizes(here), ('large', 'base')))[:1 if here.small else None]
+    form = forms(here)[-1]
+    # first what matters most, then what takes no time to compile
+    jobs = [*((*shapes[0], f'{who} {form}') for who in ('ours', 'stock')),
+            *((*s, 'ours eager') for s in shapes),
+            *((*s, f'{who} {form}') for s in shapes[1:] for who in ('ours', 'stock'))]
+    found: dict[tuple[int, str, str], float] = {}
+    for rows, shape, way in dict.fromkeys(jobs):
         recipe = sized(here, shape, rows, steps=1)
-        tokens = recipe.batch.micro_batch_size*recipe.packing.seq_len
-        useful = tokens*training_flops(recipe, padded_vocab(recipe.tokenizer.vocab_size))
-        found: dict[str, float] = {}
-        for way in ways:
-            ids = dict(shape=shape, micro_batch_size=recipe.batch.micro_batch_size, variant=way,
-                       precision=str(best.dtype)[6:])
-            if not here.time_for(20, 'timed', **ids): continue
-            with here.check('timed', **ids):
-                try:
-                    it = contender(here, recipe, way)
-                    ms = milliseconds(here, lambda c=it: c.passes(c.batches(0)))
-                    update = milliseconds(here, it.update, 4)
-                except torch.OutOfMemoryError:
-                    here.row('ms_per_micro_batch', None, 'ms', **ids, why='does not fit')
-                    continue
-                found[way] = ms
-                here.row('ms_per_micro_batch', ms, 'ms', **ids)
-                here.row('ms_per_update', update, 'ms', **ids)
-                here.row('tokens_per_second', tokens/ms*1e3, 'tokens/s', **ids, counts='passes alone')
-                here.row('mfu', useful/ms*1e3/top, 'of the measured ceiling', **ids)
-                peak = sheet and useful/ms*1e3/(1e12*sheet.tflops)
-                why = '' if sheet else 'no datasheet is known'
-                here.row('mfu', peak, 'of the datasheet peak', **ids, why=why)
-                if way.startswith('ours') and not shown:
-                    shown = True
-                    for part, x in profiled(it, here.device)[0].items():
-                        here.row('share_of_step', x, 'of the time', **ids, part=part)
-            it = None
-        if set(ways[:2]) <= set(found):
-            here.row('times_as_fast_as_stock', found[ways[1]]/found[ways[0]], 'times', shape=shape,
-                     micro_batch_size=recipe.batch.micro_batch_size, variant=ways[0])
-        if here.small: break
+        ids = dict(shape=shape, micro_batch_size=recipe.batch.micro_batch_size, variant=way,
+                   precision=str(best.dtype)[6:])
+        if not here.time_for(40 if 'compiled' in way else 10, 'timed', **ids): continue
+        with here.check('timed', **ids):
+            try: found[rows, shape, way] = timed(here, recipe, way, top, sheet, ids, profile=not found)
+            except torch.OutOfMemoryError:
+                here.row('ms_per_micro_batch', None, 'ms', **ids, why='does not fit')
+        ours, stock = (found.get((rows, shape, f'{who} {form}')) for who in ('ours', 'stock'))
+        if way.startswith('stock') and ours and stock:
+            here.row('times_as_fast_as_stock', stock/ours, 'times', **ids)
+
+
+def timed(here: Here, recipe: Recipe, way: str, top: float, sheet: GPU|None, ids: dict,
+          profile: bool) -> float:
+    "Milliseconds of a micro-batch, and what follows from them"
+    it = contender(here, recipe, way)
+    batches = it.batches(0)
+    ms = milliseconds(here, lambda: it.passes(batches))
+    here.row('ms_per_micro_batch', ms, 'ms', **ids)
+    here.row('ms_per_update', milliseconds(here, it.update, 4), 'ms', **ids)
+    tokens = recipe.batch.micro_batch_size*recipe.packing.seq_len
+    flops = tokens*training_flops(recipe, padded_vocab(recipe.tokenizer.vocab_size))/ms*1e3  # a second
+    here.row('tokens_per_second', tokens/ms*1e3, 'tokens/s', **ids, counts='passes alone')
+    here.row('mfu', flops/top, 'of the measured ceiling', **ids)
+    why = '' if sheet else 'no datasheet is known'
+    here.row('mfu', flops/sheet.tflops/1e12 if sheet else None, 'of the datasheet peak', **ids, why=why)
+    if profile:
+        for part, x in profiled(it, here.device)[0].items():
+            here.row('share_of_step', x, 'of the time', **ids, part=part)
+    return ms
 
 
 # 6: several processes
@@ -530,7 +533,7 @@ def rank_train(here: Here, args):
     if args.kill and rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
         when_saved(args.into, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with patch.object(training, 'train', keep), suppress(Interrupted):
-        pretrain(override(recipe, size), data.folder, args.into, steps=args.steps)
+        pretrain(override(recipe, size), data.folder, args.into, steps=args.steps, hook=EAGER)
 
 
 def when_saved(run: Path, act):
@@ -544,9 +547,10 @@ def when_saved(run: Path, act):
 # 7: training
 
 def train(here: Here):
-    budget = 10. if here.fast or here.small else 40.  # of 60 seconds, the rest is for compilation and imports
+    budget = 10. if here.fast or here.small else 40.  # of 60 seconds; there is more to do than train
     roomy = not here.small and torch.cuda.mem_get_info()[1] > 20*GIB
-    size = f'batch.micro_batch_size={256 if roomy else 64}', 'batch.global_batch_size=256'
+    n = 128 if roomy else 64  # small steps: some hundred of them are needed to learn more than frequencies
+    size = f'batch.micro_batch_size={n}', f'batch.global_batch_size={n}', 'optim.lr=5e-4'
     small = {'24hbert': 'tiny', 'modern': 'tiny-modern'}
     for name in small:
         with here.check('trains', recipe=name):
@@ -557,12 +561,15 @@ def train(here: Here):
             shutil.rmtree(out, ignore_errors=True)
             when_saved(out, (out/'stop').touch)
             stopped = False
-            try: rows = pretrain(recipe, data.folder, out, budget, scale='gpu')
+            # a packed stream has one program, packed documents have three, and each takes half a minute
+            hook = EAGER if here.fast or recipe.packing.mode != 'stream' else None
+            ids = dict(recipe=name, form='eager' if hook else form_of(here.device))
+            try: rows = pretrain(recipe, data.folder, out, budget, scale='gpu', hook=hook)
             except Interrupted:
                 stopped = True
-                rows = pretrain(recipe, data.folder, out, budget, scale='gpu')
+                rows = pretrain(recipe, data.folder, out, budget, scale='gpu', hook=hook)
             values = {r['metric']: r['value'] for r in rows}
-            for r in rows: here.row(r['metric'], r['value'], r['unit'], recipe=name, precision=r['precision'])
+            for r in rows: here.row(r['metric'], r['value'], r['unit'], **ids, precision=r['precision'])
             assert stopped, 'it was not stopped'
             learned = values['validation_loss'] < values['unigram_entropy']
             assert learned, 'no better than the unigram baseline'

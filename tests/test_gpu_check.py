@@ -84,8 +84,8 @@ def prepared(text, tmp_path_factory):
     return folder
 
 
-def run(*steps, out, data):
-    "The command; the rows it leaves, by step"
+def run(*steps, out, data, code=0):
+    "The command; the rows it leaves"
     command = [sys.executable, ROOT/'tests'/'gpu_check.py', '--out', out, '--data', data, '--steps', *steps]
     for name in ('24hbert', 'modern'):  # they are not needed here
         (data/name).mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ def run(*steps, out, data):
     env = gpu_check.environment() | dict(CUDA_VISIBLE_DEVICES='')
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     logs = ''.join((out/f'{s}.log').read_text()[-3000:] for s in steps if (out/f'{s}.log').exists())
-    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert done.returncode == code, done.stdout + done.stderr + logs
     return gpu_check.read(out)
 
 
@@ -119,7 +119,7 @@ def test_two_ranks_end_with_the_same_weights(prepared, tmp_path):
 
 @pytest.mark.slow
 def test_what_needs_a_compiler_or_a_kill_or_a_gpu_runs_in_small(prepared, tmp_path):
-    rows = run('machine', 'compile', 'memory', 'speed', 'training', 'cards', out=tmp_path, data=prepared)
+    rows = run('machine', 'compile', 'memory', 'speed', 'cards', out=tmp_path, data=prepared)
     graphs = [r['value'] for r in rows if r['metric'] in ('graphs', 'graph_breaks')]
     assert graphs in ([], [0, 1]), 'one graph, no break; or no compiler'
     assert {check for check, *_ in checks(rows, 'cards')} == {
@@ -128,6 +128,14 @@ def test_what_needs_a_compiler_or_a_kill_or_a_gpu_runs_in_small(prepared, tmp_pa
     peaks = [r for r in rows if r['metric'] == 'peak_memory_bytes']
     assert {r['phase'] for r in peaks} == {'fresh', 'resumed', 'validating'}
     assert {r['value'] for r in peaks} == {None}, 'no figure without a GPU'
+
+
+@pytest.mark.slow
+def test_a_run_that_learns_nothing_is_found(prepared, tmp_path):
+    rows = run('training', out=tmp_path, data=prepared, code=1)  # words drawn at random teach no more
+    why = {r['recipe']: r['why'] for r in rows if r['metric'] == 'passed'}
+    assert set(why) == {'24hbert', 'modern'}
+    assert all('no better than the unigram baseline' in w for w in why.values()), 'stopped, and gone on'
 
 
 WITHOUT_EXTRAS = '''

@@ -29,17 +29,27 @@ from cramlit.evaluation.glue import Examples, Task, majority
 from cramlit.evaluation.protocol import (
     average,
     evaluate,
+    evaluate_reference,
     grid_work,
     job_results,
     jobs,
     load_tasks,
     median_run,
+    reference_encoder,
     run_suite,
     suite_work,
     task_rows,
 )
 from cramlit.model.stock_models import load_parts
-from cramlit.reporting.tables import NINE, PUBLISHED, gain_from_pretraining, gains, table4, write_table4
+from cramlit.reporting.tables import (
+    NINE,
+    PUBLISHED,
+    at_chance,
+    gain_from_pretraining,
+    gains,
+    table4,
+    write_table4,
+)
 from cramlit.running.command import main
 from cramlit.training.checkpoints import export_run
 from cramlit.training.training import pretrain
@@ -397,7 +407,7 @@ ODD = {'another prefix': 'weights of its encoder',
 def test_odd_folders_are_fine_tuned_in_float32(kind, tmp_path):
     folder = odd_folder(kind, tmp_path/'a b [v1]')
     network = classifier(folder, toy(), True, 0)
-    assert {p.dtype for p in network.parameters()} == {torch.float32} and network.config.num_labels == 2
+    assert {p.dtype for p in network.parameters()} == {torch.float32} and network.num_labels == 2
     result = run_job(jobs(toy(), replace(GRID, max_train=16), 1, ('pretrained',))[0], folder, toy())
     assert not result['diverged']
 
@@ -429,7 +439,7 @@ def test_any_stock_folder_is_fine_tuned_up_to_its_last_position(name, tmp_path):
     network = classifier(folder, task, True, 0).eval()
     features, collate = encode(tok, e, room), DataCollatorWithPadding(tok)
     with torch.no_grad():
-        alone, together = network(**collate(features[1:2])).logits, network(**collate(features[:2])).logits
+        alone, together = network(**collate(features[1:2])), network(**collate(features[:2]))
     assert max(len(f['input_ids']) for f in features) == room
     assert (alone[0] - together[1]).abs().max() < 1e-5  # padding changes nothing
 
@@ -519,16 +529,80 @@ def test_gradients_are_clipped_at_a_norm_of_one(model, monkeypatch):
     assert max(after for _, after in norms) < 1 + 1e-4
 
 
-@pytest.mark.parametrize('name', ['bert', 'roberta-prelayernorm', 'roberta'])
-def test_the_classifier_is_pooler_one_dropout_and_a_linear_layer(name, tmp_path):
-    settings = dict(hidden_dropout_prob=0., attention_probs_dropout_prob=0., classifier_dropout=.5)
-    network = classifier(stock_folder(name, tmp_path, **settings), toy(), True, 0)
-    found = []
-    for module in network.modules():
-        if isinstance(module, torch.nn.Dropout) and module.p == .5:
-            module.register_forward_hook(lambda module, given, out: found.append(given[0]))
-    network(torch.tensor([[1, 2, 3]]))
-    assert len(found) == 1 and found[0].abs().max() < 1  # behind the tanh
+@pytest.mark.parametrize('name', STOCK)
+@pytest.mark.parametrize('pooling', ['cls', 'mean'])
+def test_all_families_have_the_same_classifier(name, pooling, tmp_path):
+    "Pooled states, a layer and tanh, one dropout, a layer; nothing else, and nothing of the family's own"
+    network = classifier(stock_folder(name, tmp_path), toy(), True, 0, pooling)
+    parts = dict(network.named_children())
+    assert set(parts) == {'encoder', 'dense', 'dropout', 'out'} and parts['dropout'].p == .1
+    assert getattr(network.encoder, 'pooler', None) is None
+    ids, mask = torch.tensor([[1, 2, 3, 0]]), torch.tensor([[1, 1, 1, 0]])
+    network.eval()
+    with torch.no_grad():
+        states = network.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[0]
+        pooled = states[0] if pooling == 'cls' else states[:3].mean(0)
+        expected = network.out(torch.tanh(network.dense(pooled)))
+        torch.testing.assert_close(network(input_ids=ids, attention_mask=mask)[0], expected)
+    with pytest.raises(UsageError, match='pooling'): classifier(tmp_path, toy(), True, 0, 'max')
+
+
+def stand_in(folder, tmp_path, broken=''):
+    "An archive in the layout of the reference encoder's, with a small network and things that are not taken"
+    import zipfile
+    path = tmp_path/'model.zip'
+    with zipfile.ZipFile(path, 'w') as z:
+        for p in sorted(stock_folder('bert', folder).iterdir()):
+            if p.name not in (broken, 'special_tokens_map.json'): z.write(p, p.name)
+        z.writestr('special_tokens_map.json', '{"pad_token": "[PAD]"}')
+        z.writestr('1_Pooling/config.json', '{}')
+        z.writestr('modules.json', '[]')
+        z.writestr('run.py', 'raise SystemExit')
+    return path
+
+
+def test_the_reference_encoder_is_data_out_of_an_archive(tmp_path, monkeypatch):
+    archive = stand_in(tmp_path/'stock', tmp_path)
+    monkeypatch.setattr(protocol, 'fetch_member', lambda *args, source: archive)
+    folder = reference_encoder(tmp_path/'all-MiniLM-L6-v2')
+    assert {p.name for p in folder.iterdir()} == set(protocol._REFERENCE_FILES)
+    classifier(folder, toy(), True, 0)
+    before = (folder/'config.json').stat().st_mtime_ns
+    assert reference_encoder(folder) == folder and (folder/'config.json').stat().st_mtime_ns == before
+    archive.write_bytes(b'no archive')
+    with pytest.raises(CramlitError, match='delete it'): reference_encoder(tmp_path/'again')
+    stand_in(tmp_path/'other', tmp_path, 'model.safetensors')
+    with pytest.raises(CramlitError, match='model.safetensors'): reference_encoder(tmp_path/'again')
+
+
+def test_the_reference_is_a_column_and_marks_what_tells_nothing(tmp_path, monkeypatch):
+    "On labels that nothing predicts even a good encoder is at chance"
+    archive = stand_in(tmp_path/'stock', tmp_path)
+    monkeypatch.setattr(protocol, 'fetch_member', lambda *args, source: archive)
+    noise = Examples(toy().train.first, None, np.random.default_rng(0).integers(0, 2, 64).tolist())
+    tasks = [toy('told'), Task('noise', 2, ('accuracy',), noise, {'validation': noise.sample(32)})]
+    monkeypatch.setattr(protocol, 'load_tasks', lambda *args: tasks)
+    scale = replace(get_scale('tiny'), finetune=replace(GRID, epochs=(12,)))
+    with parallel_config('threading', n_jobs=1): rows = evaluate_reference(tmp_path/'out', scale, 'surrogate')
+    assert {r['variant'] for r in rows} == {'pretrained', 'majority', 'bag-of-words'}
+    assert all(r['reference'] and r['recipe'] == 'all-MiniLM-L6-v2' for r in rows)
+    heads = {(r['task'], r['variant']): r for r in rows if r['metric'] == 'headline'}
+    for r in heads.values():  # as if there were no doubt about the one and much about the other
+        if r['variant'] == 'pretrained':
+            r['seed_values'] = [95., 96., 95.5, 95.7] if r['task'] == 'told' else [50., 60., 45., 55.]
+    found = gains(rows)
+    assert set(found.versus) == {'majority'} and at_chance(found) == {'noise'}
+    text = write_table4(rows, tmp_path)[0].read_text()
+    assert 'noise§ accuracy' in text and 'told accuracy' in text and 'all-MiniLM-L6-v2, pretrained' in text
+    assert 'Apache-2.0' in text and 'no task has scores' not in text
+
+
+def test_a_table_has_one_pooling_for_all(tmp_path):
+    some = headline('x', 'pretrained', 5., 5., 5.)
+    rows = [r | dict(pooling=p, recipe=p) for p in ('cls', 'mean') for r in some]
+    with pytest.raises(UsageError, match='cls, mean'): write_table4(rows, tmp_path)
+    text = write_table4(rows[:2], tmp_path)[0].read_text()
+    assert 'first token' in text and 'mean over all tokens' not in text
 
 
 def test_a_task_may_start_from_the_network_that_learned_mnli(model, tmp_path, capsys):
@@ -552,7 +626,7 @@ def test_a_task_may_start_from_the_network_that_learned_mnli(model, tmp_path, ca
     start, = (out/'mnli').iterdir()
     learned = classifier(start, load_tasks('glue', ['mnli'], str(tmp_path/'glue'))[0], True, 0)
     before = classifier(model, load_tasks('glue', ['mnli'], str(tmp_path/'glue'))[0], True, 0)
-    parts = zip(learned.base_model.parameters(), before.base_model.parameters(), strict=True)
+    parts = zip(learned.encoder.parameters(), before.encoder.parameters(), strict=True)
     assert any((a != b).any() for a, b in parts)
     kept = {p: p.stat().st_mtime_ns for p in [*(out/'jobs').iterdir(), *start.iterdir()]}
     assert run(protocol='paper') == rows

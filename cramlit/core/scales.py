@@ -32,6 +32,7 @@ class Finetune:
     max_length: int = 128     # tokens, both sentences together
     max_train: int = 0        # at most so many training examples a task; 0 = all
     max_eval: int = 0         # and so many validation examples
+    pooling: str = 'cls'      # cls | mean: what the classifier sees of the encoder's states
     large: Grid|None = None   # of `LARGE_TASKS`; None = as of all others
     protocol: str = 'plain'   # plain | paper: MRPC, STS-B and RTE start from a network that has learned MNLI
 

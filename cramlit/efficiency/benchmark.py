@@ -41,7 +41,7 @@ from ..model.kernels import Dropout, summed_cross_entropy
 from ..training.distributed import Gradients, World
 from ..model.stock_models import stock_config
 from ..training.optimizers import make_optimizer, set_lr
-from ..training.training import accumulate, form_of, micro_step, update, validate
+from ..training.training import accumulate, form_of, make_scaler, micro_step, update, validate
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #5f56a31c
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def our_step(
     "A step as `train` takes it"
     recipe, grads, optimizer = setup.recipe, setup.grads, setup.optimizer
     timed = _shortened(recipe, most)
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.precision.scaled)
+    scaler = make_scaler(recipe, setup.precision, setup.device)
     micro = micro_step(setup.model, recipe, setup.precision, scaler, grads, form)
     set_lr(optimizer, 0.)
     def finish():

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MARKS', 'KINDS', 'VARIANTS', 'PUBLISHED', 'NINE', 'published_csv', 'published', 'needed', 'origin', 'shown',
            'write_table', 'glue_column', 'model_names', 'table4', 'p_text', 'difference_cells', 'gains',
-           'gain_from_pretraining', 'gains_table', 'standard_errors', 'write_table4', 'pretraining_grid',
+           'gain_from_pretraining', 'at_chance', 'gains_table', 'standard_errors', 'write_table4', 'pretraining_grid',
            'finetuning_grid']
 
 # %% ../../nbs/reporting/70_tables.ipynb #4c9782db
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -17,10 +17,11 @@ from statistics import mean
 import numpy as np
 import pandas as pd
 
-from ..core.recipes import CramlitError, Recipe, settings_of
+from ..core.recipes import CramlitError, Recipe, UsageError, settings_of
 from ..core.results import atomic
 from ..core.scales import LARGE_TASKS, Finetune, Scale
 from ..evaluation.glue import NOT_AVERAGED
+from ..evaluation.protocol import REFERENCE_NOTE
 from ..evaluation.statistics import Difference, headline_difference, holm
 
 # %% ../../nbs/reporting/70_tables.ipynb #7fe00161
@@ -90,6 +91,7 @@ def shown(
 
 # %% ../../nbs/reporting/70_tables.ipynb #79ea7941
 _IN_LATEX = {'≈': r'$\approx$', 'ρ': r'$\rho$', '−': '$-$', '–': '--', '†': r'$\dagger$', '‡': r'$\ddagger$',
+             '§': r'\S{}',
              '×': r'$\times$', '±': r'$\pm$', '<': '$<$', '>': '$>$'}
 
 def _latex(
@@ -141,10 +143,10 @@ def glue_column(
     return cells | ({NINE: f'{mean(known.values()):.1f}'} if len(known) == 9 else {})
 
 # %% ../../nbs/reporting/70_tables.ipynb #5cca4853
-def _line_name(row: dict) -> str:
+def _line_name(row: dict, chance: Collection[str]) -> str:
     "Task, validation set and metric"
     if row['task'] == 'average': return 'average'
-    task = row['task'] + ('†' if row.get('labels_from') == 'derived' else '')
+    task = row['task'] + ('†' if row.get('labels_from') == 'derived' else '') + '§'*(row['task'] in chance)
     split = row['split'].removeprefix('validation').strip('_')
     return ' '.join(part for part in (task, split, row['metric']) if part)
 
@@ -167,6 +169,7 @@ def model_names(
 def table4(
     rows: list[dict],  # of fine-tuning, summaries among them
     submitted: pd.DataFrame|None = None,  # test scores of our models, as `published` gives them
+    chance: Collection[str] = (),         # tasks to be marked, as `at_chance` gives them
 ) -> pd.DataFrame:     # texts: task, validation set and metric × variant of a model, or published system
     "Summaries of fine-tuning as a table; raises `CramlitError` when there are none"
     rows = [r for r in rows if r.get('aggregate') and r['metric'] != 'headline']
@@ -179,7 +182,7 @@ def table4(
         key = r['task'], r.get('split', ''), r['metric']
         baseline = r['variant'] in ('majority', 'bag-of-words')  # the same for every model
         column = r['variant'] if baseline else f'{models[_model(r)]}, {r["variant"]}'
-        names[key] = _line_name(r)
+        names[key] = _line_name(r, chance)
         columns.setdefault(column, {})[key] = shown(r, 1) + ' ‡'*bool(r.get('diverged'))
         if key in PUBLISHED: on_glue.setdefault(column, {})[PUBLISHED[key]] = r['value']
     if on_glue:
@@ -213,14 +216,16 @@ def difference_cells(
 def gains(
     rows: list[dict],  # of fine-tuning, summaries among them
 ) -> pd.DataFrame:     # model, versus, task, change, low, high, p; corrected for all lines together
-    "Every pretrained network against the same one from scratch and against the linear model"
+    "Pretrained against from scratch and the linear model; the reference encoder against the majority"
     names, lines = model_names(rows), []
     heads: dict[tuple[str, str], dict[str, dict]] = {}
     for r in rows:
         if r['metric'] != 'headline' or r['value'] is None or 'resampled' not in r: continue
         heads.setdefault((names[_model(r)], r['variant']), {})[r['task']] = r
     for (model, variant), ours in heads.items():
-        for versus in ('from-scratch', 'bag-of-words') if variant == 'pretrained' else ():
+        reference = any(r.get('reference') for r in ours.values())
+        for versus in (('majority',) if reference else ('from-scratch', 'bag-of-words')):
+            if variant != 'pretrained': continue
             theirs = heads.get((model, versus), {})
             groups = {task: [task] for task in ours if task in theirs}
             averaged = [task for task in groups if task not in NOT_AVERAGED]
@@ -243,6 +248,13 @@ def gain_from_pretraining(
     known['not told apart'] = ~known['better'] & ~known['worse']
     said = [f'{word} on {", ".join(mine.task[which])}' for word, which in known.items() if which.any()]
     return f'{model}, pretrained against {versus}: {"; ".join(said)}.'
+
+def at_chance(
+    found: pd.DataFrame,  # as `gains` gives it
+) -> set[str]:            # tasks; empty where there is no reference encoder
+    "The tasks on which not even the reference encoder is better than the majority class"
+    mine = found[(found.versus == 'majority') & (found.task != 'average')]
+    return set(mine.task[~((mine.p < .05) & (mine.change > 0))])
 
 def gains_table(
     found: pd.DataFrame,  # as `gains` gives it
@@ -290,6 +302,21 @@ def _diverged(rows: list[dict]) -> list[str]:
             for r in wild]
     return [f"‡ Seeds that diverged count with the score of the majority class: {'; '.join(each)}."]
 
+_POOLED = {'cls': 'the state of the first token', 'mean': 'the mean over all tokens'}
+
+def _one_pooling(rows: list[dict]) -> list[str]:
+    "A sentence on what all classifiers see; raises `UsageError` when it is not the same"
+    poolings = sorted({r['pooling'] for r in rows if r.get('pooling')})
+    if len(poolings) > 1:
+        raise UsageError(f'the rows have several poolings ({", ".join(poolings)}), and a table has one: '
+                         'fine-tune all models with the same')
+    return [f'All networks have the same classifier, on {_POOLED[p]}: a layer with tanh, dropout, a layer.'
+            for p in poolings]
+
+def _about_reference(rows: list[dict]) -> list[str]:
+    "What the reference encoder is, where there is one"
+    return [REFERENCE_NOTE] if any(r.get('reference') for r in rows) else []
+
 def write_table4(
     rows: list[dict],  # of fine-tuning
     folder: Path,      # where the files go
@@ -298,15 +325,18 @@ def write_table4(
     glue = next(r['suite'] for r in rows if r.get('suite')) == 'glue'
     models = sorted(model_names([r for r in rows if r['metric'] == 'headline']).values())
     found = gains(rows)
-    words = [gain_from_pretraining(found, m, v) for m in models for v in ('from-scratch', 'bag-of-words')]
+    references = model_names([r for r in rows if r.get('reference')]).values()
+    words = [gain_from_pretraining(found, m, v) for m in models for v in ('from-scratch', 'bag-of-words')
+             if m not in references]
     first = [_MNLI_FIRST] if any(r.get('variant') == 'mnli-first' for r in rows) else []
-    notes = [*words, _GAINS, _PROTOCOL, *first, *filter(None, [standard_errors(rows)]), *_diverged(rows),
-             _GLUE if glue else _SURROGATE]
+    notes = [*words, _GAINS, _PROTOCOL, *_one_pooling(rows), *first, standard_errors(rows), *_diverged(rows),
+             *_about_reference(rows), _GLUE if glue else _SURROGATE]
     file = folder/'submitted.csv'
     submitted = pd.read_csv(file, index_col=0) if file.exists() else None
     caption = f'Table 4. {"GLUE" if glue else "Surrogate tasks"}, measured at scale {rows[0]["scale"]}.'
     summaries = [r for r in rows if r.get('aggregate')]
-    files = write_table(table4(rows, submitted), folder/'table4_glue', caption, notes, summaries)
+    table, said = table4(rows, submitted, at_chance(found)), [note for note in notes if note]
+    files = write_table(table, folder/'table4_glue', caption, said, summaries)
     if len(found):
         gained = 'What pretraining gained, points of the headline.'
         files += write_table(gains_table(found), folder/'table4_gains', gained, [_ABOUT_GAINS], summaries)

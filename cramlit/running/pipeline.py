@@ -58,12 +58,14 @@ class Stage:
     headline: bool = False       # one of the few that show what the recipe learns
     timed: bool = False          # it measures speed: its numbers are this machine's and no other's
     labelled: bool = False       # it fine-tunes on labelled tasks, or needs what does
+    optional: bool = False       # run only when it is asked for by name
 
 STAGES = {s.name: s for s in (
     Stage('prepare', recipes='each', headline=True),
     Stage('pretrain', ('prepare',), recipes='each', headline=True),
     Stage('finetune', ('pretrain',), recipes='each', headline=True, labelled=True),
     Stage('figure_pretraining', ('pretrain',), ('loss_curve', 'lr_schedule'), recipes='all', headline=True),
+    Stage('reference', labelled=True, optional=True),
     Stage('table4_glue', ('finetune',), ('table4_glue', 'table4_gains', 'table4_published'), recipes='all',
           headline=True, labelled=True),
     Stage('table1_time', ('prepare',), ('table1_time',), timed=True),
@@ -74,8 +76,8 @@ STAGES = {s.name: s for s in (
     Stage('comparison', (), ('comparison', 'comparison_by_time'), recipes='all', labelled=True),
     Stage('ablation', (), ('ablation',), recipes='all'),
     Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all'),
-    Stage('appendix_grids', (), ('appendix_pretraining', 'appendix_finetuning')),
-    Stage('appendix_hardware', ('table1_time',), ('appendix_hardware',)))}
+    Stage('appendix', ('table1_time',),
+          ('appendix_pretraining', 'appendix_finetuning', 'appendix_hardware', 'appendix_same_work')))}
 
 # %% ../../nbs/running/80_pipeline.ipynb #a1b2c301
 def _package() -> Path:
@@ -195,8 +197,10 @@ def _depends(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
         for r in ws.recipes_of(stage, recipe): found[_label(n, r)] = digest(_depends(ws, n, r))
     glue = get_scale(ws.scale).suite == 'glue' and STAGES[stage].labelled
     if glue: found['GLUE'] = ws.glue_dir or 'the hub'
-    submitted = ws.figures/'submitted.csv'  # a user's scores from the GLUE server, for a line of Table 4
-    if 'table4_glue' in STAGES[stage].makes and submitted.exists(): found[submitted.name] = sha256(submitted)
+    if 'table4_glue' in STAGES[stage].makes:  # what it shows where it is there
+        submitted, reference = ws.figures/'submitted.csv', ws.folder('reference')/'rows.jsonl'
+        if submitted.exists(): found[submitted.name] = sha256(submitted)  # a user's scores from the server
+        if reference.exists(): found['reference'] = sha256(reference)
     return found
 
 def _label(stage: str, recipe: str) -> str:
@@ -371,7 +375,8 @@ def reproduce(
         if force and stage in _with_dependents(force): _move_aside(ws, stage, recipe)
     lacking: dict[str, str] = {}
     wanted = [(stage, recipe) for stage, recipe in _tasks(ws)
-              if (not only or stage == only) and (not headline or STAGES[stage].headline)]
+              if (stage == only if only else not STAGES[stage].optional)
+              and (not headline or STAGES[stage].headline)]
     for n, (stage, recipe) in enumerate(wanted, 1):
         why = _attempt(ws, stage, recipe, lacking, f'{n} of {len(wanted)}')
         if why: lacking[_label(stage, recipe)] = why
