@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 
 from cramlit.core.recipes import CramlitError
 from cramlit.running import pipeline
@@ -74,6 +76,11 @@ def test_the_kinds_of_numbers_are_told_apart(finished):
     speed = (finished/'paper_figures'/'table1_time.csv').read_text()
     hardware = (finished/'paper_figures'/'appendix_hardware.csv').read_text()
     assert '≈' in speed and '14.11' in speed and 'plan ' in hardware and 'h200' in hardware
+    lines = pd.read_csv(finished/'paper_figures'/'table1_time.csv', index_col=0)
+    assert 'cramlit, days' not in lines or torch.cuda.is_available()  # days of a CPU are nobody's
+    assert lines['8 × Titan V, days'].dropna().str.startswith('plan ').all()
+    hours = pd.read_csv(finished/'paper_figures'/'appendix_same_work.csv', index_col=0)['8 ×, hours']
+    assert 20 < float(hours['titan-v'].removeprefix('plan ')) < 30  # 24, as the authors measured it
 
 
 def test_done_stages_are_skipped_and_one_can_be_forced(finished, capsys):
@@ -115,7 +122,7 @@ class Pretend:
     def __call__(self, notebook, output, **parameters):
         name = f"{notebook.stem} {parameters.get('recipe', '')}".strip()
         self.ran.append(name)
-        for made in STAGES[notebook.stem].makes:
+        for made in ALL_STAGES[notebook.stem].makes:
             Path(parameters['figures']).mkdir(parents=True, exist_ok=True)
             (Path(parameters['figures'])/f'{made}.md').write_text(made)
         output.write_text(json.dumps(dict(cells=[], metadata=dict(kernelspec={}))))
@@ -165,12 +172,28 @@ def test_the_headline_is_a_part(tmp_path, pretend):
     assert [r.split()[0] for r in run.ran] == ['prepare', *FROM_PRETRAIN]
 
 
+def test_an_optional_stage_is_run_when_it_is_asked_for_and_table_4_follows_the_reference(tmp_path, pretend):
+    run, ws = pretend(), workspace('tiny', tmp_path/'out', tmp_path/'figures')
+    reproduce(ws)
+    optional = set(ALL_STAGES) - set(STAGES)
+    assert {'reference', 'poolings'} == optional and not optional & set(run.ran)
+    assert 'appendix_poolings' not in (ws.figures/'README.md').read_text()
+    del run.ran[:]
+    for name in ('poolings', 'reference'): reproduce(ws, only=name)
+    assert run.ran == ['poolings', 'reference']
+    assert 'appendix_poolings' in (ws.figures/'README.md').read_text()
+    (ws.folder('reference')/'rows.jsonl').write_text('{}')
+    del run.ran[:]
+    pipeline.reproduce(ws)
+    assert run.ran == ['table4_glue']
+
+
 def test_of_two_recipes_the_one_that_works_is_gone_on_with(tmp_path, pretend):
     run = pretend('pretrain bert-base')
     ws = workspace('tiny', tmp_path/'out', tmp_path/'figures', '24hbert,bert-base')
     with pytest.raises(CramlitError, match='4 stages came to nothing'): pipeline.reproduce(ws)
     assert 'finetune 24hbert' in run.ran and 'finetune bert-base' not in run.ran
-    assert {'table3_search', 'appendix_hardware'} <= set(run.ran)
+    assert {'table3_search', 'appendix'} <= set(run.ran)
 
 
 def test_what_was_deleted_is_made_again_and_what_is_elsewhere_too(tmp_path, pretend):

@@ -190,6 +190,13 @@ def test_a_trial_is_run_again_when_anything_that_decides_its_result_is_another(
         assert loss() == 1. and len(set(ran)) == len(ran)
 
 
+def test_a_search_takes_the_text_that_it_is_given(data, tmp_path):
+    trials = grid_trials('24hbert', 'tiny', replace(TRIALS, batch_sizes=(32,), lrs=(1e-3,)))
+    assert values(run_trials(trials, 'grid', data, tmp_path, TRIALS), 'steps') == [2]
+    run, = tmp_path.rglob('run.json')
+    assert json.loads(run.read_text())['recipe']['tokenizer']['vocab_size'] == 128
+
+
 def test_choices_change_what_they_say():
     t = replace(get_scale('paper').trials, seeds=1)
     changed = {trial.name: trial.recipe for trial in choice_trials('24hbert', 'paper', t)}

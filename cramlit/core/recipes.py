@@ -272,7 +272,7 @@ RECIPES = {r.name: r for r in (
                        **_MODERN)),
     # Geiping and Goldstein (2022), arXiv 2212.14034: "bert-c5" trained with "bert-o3" at batch 4096, values
     # from their repository (JonasGeiping/cramming). Their inner 3072 are both halves of the gate. What theirs
-    # has and ours has not: nbs/paper/appendix_grids.ipynb.
+    # has and ours has not: nbs/paper/appendix.ipynb.
     Recipe('cramming', packing=Packing('stream'), optim=Optim(1e-3, eps=1e-12, clip=0.5),
            schedule=Schedule(0.75), batch=Batch(4096, 128),
            model=Model(16, 768, 12, 1536, dropout=0., attention_dropout=0., bias=False, decoder_bias=False,

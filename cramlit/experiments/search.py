@@ -28,7 +28,7 @@ from ..core.recipes import digest, recipe_hash, unknown
 from ..core.results import read_rows, result_row, sha256, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.batches import rank_slice
-from ..data.packing import open_data, prepare
+from ..data.packing import as_prepared, open_data, prepare
 from ..efficiency.benchmark import Contender, make_setup, our_step, take_turns
 from ..evaluation.finetuning import FINETUNING_VERSION, check_length
 from ..evaluation.glue import Task
@@ -219,7 +219,8 @@ def train_trial(
     run: Path,     # its run's folder
 ) -> list[dict]:   # rows of pretraining
     "Pretrain a trial in one process or in several"
-    t, data, recipe = study.trials, trial.data or study.data, trial.recipe
+    t, data = study.trials, trial.data or study.data
+    recipe = as_prepared(trial.recipe, open_data(data), trial.all_settings)
     steps = study.steps(trial)
     budget = 0. if t.steps else t.budget  # beside calibrated steps it says how long they take
     how: dict[str, Any] = dict(budget=budget, steps=steps, scale=trial.scale)

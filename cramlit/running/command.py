@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..core.recipes import (
-    CramlitError, Interrupted, UsageError, differences, setting_text, settings_of, unknown)
+    CramlitError, Interrupted, Recipe, UsageError, differences, setting_text, settings_of, unknown)
 from ..core.results import note, result_row
 from ..core.scales import get_recipe, get_scale
 
@@ -25,7 +25,7 @@ Settings = Annotated[str, {'action': 'append', 'metavar': 'PATH=VALUE'}]
 # %% ../../nbs/running/81_command.ipynb #9402f789
 def prepare(
     source: Annotated[str, {'nargs': '+'}] = None,  # enwik8 | hub:NAME[:CONFIG] | files, folders
-    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
+    recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper: sequences of 32, 32, 128 or 128 tokens
     split_documents: str = '',  # where documents of a .txt end: blank | line | file; default: by looking
     init: str = '',           # folder of a stock model to go on from later: its tokenizer and its shape count
@@ -63,7 +63,7 @@ def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
     return rows
 
 def pretrain(
-    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
+    recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
     data: Needed = None,      # folder made by `cramlit prepare`
     init: str = '',           # folder of a stock model to go on from; default: random weights
@@ -175,7 +175,7 @@ def report(
 
 # %% ../../nbs/running/81_command.ipynb #fdb8b4d1
 def config(
-    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
+    recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
     Override: Settings = None,  # change one setting, such as -o model.num_layers=12
 ) -> list[dict]:
@@ -184,8 +184,25 @@ def config(
     print(*(f'{path}={setting_text(value)}' for path, value in settings.items()), sep='\n')
     return []
 
+def _finetuning_work(r: Recipe, planned: list[dict], scale: str) -> list[dict]:
+    "What fine-tuning on GLUE takes at a scale, at the plan's rate; nothing for surrogate tasks"
+    from cramlit.data.tokenizer import padded_vocab
+    from cramlit.efficiency.planner import training_flops
+    from cramlit.evaluation.protocol import suite_work
+    if get_scale(scale).suite != 'glue': return []
+    grid, rate = get_scale(scale).finetune, next(x for x in planned if x['metric'] == 'tokens_per_second')
+    V, total = padded_vocab(r.tokenizer.vocab_size), dict[str, int]()
+    for work in suite_work(grid).values(): total = {what: total.get(what, 0) + n for what, n in work.items()}
+    flops = training_flops(r, V, last_layer=1., head=0.)/training_flops(r, V)  # no head, but all positions
+    hours = total['sequences']*grid.max_length*flops/(rate['value']/rate['gpus'])/3600
+    ids = {k: rate[k] for k in ('stage', 'recipe', 'scale', 'gpu', 'gpus')}
+    why = f'all sequences {grid.max_length} tokens long, at the rate of pretraining'
+    return [result_row('finetunings', total['fine-tunings'], 'fine-tunings', **ids, kind='computed'),
+            result_row('finetuning_steps', total['steps'], 'steps', **ids, kind='computed'),
+            result_row('finetuning_gpu_hours', hours, 'GPU-hours', **ids, kind='planned', rests_on=why)]
+
 def plan(
-    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
+    recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'paper',     # tiny | laptop | gpu | paper
     gpu: str = '',            # titan-v | v100 | t4 | 2080-ti | 3090 | 4090 | a100 | h100 | h200
     measured: str = '',       # rows of a run, such as run/rows.jsonl: its rate counts, not the GPU's peak
@@ -206,12 +223,13 @@ def plan(
     rate = measured_rate(measured, r) if measured else 0.
     top = measured_ceiling(ceiling) if ceiling else 0.
     rows = work_out(r, gpus, parse_budget(budget), known, rate, mfu, price, scale, top)
+    rows += _finetuning_work(r, rows, scale)
     if pick_device().type != 'cuda': return rows
     from cramlit.efficiency.benchmark import check_plan
     return rows + check_plan(r, rows, pick_device())
 
 def search(
-    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
+    recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
     grid: str = '',           # other values for some axes, such as 'batch=64,128 lr=1e-3 warmup=0 length=1,2'
     budget: str = '',         # time for each trial: 90s, 6m, 24h; default: the scale's
