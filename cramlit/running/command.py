@@ -25,7 +25,7 @@ Settings = Annotated[str, {'action': 'append', 'metavar': 'PATH=VALUE'}]
 # %% ../../nbs/running/81_command.ipynb #9402f789
 def prepare(
     source: Annotated[str, {'nargs': '+'}] = None,  # enwik8 | hub:NAME[:CONFIG] | files, folders
-    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
+    recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper: sequences of 32, 32, 128 or 128 tokens
     split_documents: str = '',  # where documents of a .txt end: blank | line | file; default: by looking
     init: str = '',           # folder of a stock model to go on from later: its tokenizer and its shape count
@@ -63,7 +63,7 @@ def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
     return rows
 
 def pretrain(
-    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
+    recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
     data: Needed = None,      # folder made by `cramlit prepare`
     init: str = '',           # folder of a stock model to go on from; default: random weights
@@ -175,7 +175,7 @@ def report(
 
 # %% ../../nbs/running/81_command.ipynb #fdb8b4d1
 def config(
-    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
+    recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
     Override: Settings = None,  # change one setting, such as -o model.num_layers=12
 ) -> list[dict]:
@@ -202,7 +202,7 @@ def _finetuning_work(r: Recipe, planned: list[dict], scale: str) -> list[dict]:
             result_row('finetuning_gpu_hours', hours, 'GPU-hours', **ids, kind='planned', rests_on=why)]
 
 def plan(
-    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
+    recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'paper',     # tiny | laptop | gpu | paper
     gpu: str = '',            # titan-v | v100 | t4 | 2080-ti | 3090 | 4090 | a100 | h100 | h200
     measured: str = '',       # rows of a run, such as run/rows.jsonl: its rate counts, not the GPU's peak
@@ -229,7 +229,7 @@ def plan(
     return rows + check_plan(r, rows, pick_device())
 
 def search(
-    recipe: str = '24hbert',  # 24hbert | modern | bert-base | bert-large | cramming | mosaicbert
+    recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | gpu | paper
     grid: str = '',           # other values for some axes, such as 'batch=64,128 lr=1e-3 warmup=0 length=1,2'
     budget: str = '',         # time for each trial: 90s, 6m, 24h; default: the scale's
