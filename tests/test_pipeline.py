@@ -122,7 +122,7 @@ class Pretend:
     def __call__(self, notebook, output, **parameters):
         name = f"{notebook.stem} {parameters.get('recipe', '')}".strip()
         self.ran.append(name)
-        for made in STAGES[notebook.stem].makes:
+        for made in ALL_STAGES[notebook.stem].makes:
             Path(parameters['figures']).mkdir(parents=True, exist_ok=True)
             (Path(parameters['figures'])/f'{made}.md').write_text(made)
         output.write_text(json.dumps(dict(cells=[], metadata=dict(kernelspec={}))))
@@ -170,6 +170,22 @@ def test_the_headline_is_a_part(tmp_path, pretend):
     args = ['reproduce', '--scale', 'tiny', '--recipe', '24hbert', '--headline', '--out', str(tmp_path/'out')]
     assert main(args) == 1  # these notebooks leave no rows
     assert [r.split()[0] for r in run.ran] == ['prepare', *FROM_PRETRAIN]
+
+
+def test_an_optional_stage_is_run_when_it_is_asked_for_and_table_4_follows_the_reference(tmp_path, pretend):
+    run, ws = pretend(), workspace('tiny', tmp_path/'out', tmp_path/'figures')
+    reproduce(ws)
+    optional = set(ALL_STAGES) - set(STAGES)
+    assert {'reference', 'poolings'} == optional and not optional & set(run.ran)
+    assert 'appendix_poolings' not in (ws.figures/'README.md').read_text()
+    del run.ran[:]
+    for name in ('poolings', 'reference'): reproduce(ws, only=name)
+    assert run.ran == ['poolings', 'reference']
+    assert 'appendix_poolings' in (ws.figures/'README.md').read_text()
+    (ws.folder('reference')/'rows.jsonl').write_text('{}')
+    del run.ran[:]
+    pipeline.reproduce(ws)
+    assert run.ran == ['table4_glue']
 
 
 def test_of_two_recipes_the_one_that_works_is_gone_on_with(tmp_path, pretend):

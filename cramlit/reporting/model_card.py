@@ -180,7 +180,12 @@ Energy: {{ energy or 'not measured' }}.
 It started from other weights (fingerprint `{{ info.init }}`), not from random ones.
 {% endif %}
 Masked language model loss on held-out text: **{{ number(value.validation_loss) }}** nats a predicted
-token; the unigram baseline is {{ number(value.unigram_entropy) }}. Software: {{ versions }}.
+token, all of them replaced by `[MASK]`; the unigram baseline is {{ number(value.unigram_entropy) }}.
+{% if value.paper_loss -%}
+As the official code of 24hBERT validates, on sequences packed as in training, it is
+{{ number(value.paper_loss) }}.
+{% endif -%}
+Software: {{ versions }}.
 {% if row.stopped %}
 **The run stopped early:** {{ row.stopped }}
 {% endif %}

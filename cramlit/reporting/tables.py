@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARKS', 'KINDS', 'VARIANTS', 'PUBLISHED', 'NINE', 'published_csv', 'published', 'needed', 'origin', 'shown',
            'write_table', 'glue_column', 'model_names', 'table4', 'p_text', 'difference_cells', 'gains',
-           'gain_from_pretraining', 'at_chance', 'gains_table', 'standard_errors', 'write_table4', 'pretraining_grid',
-           'finetuning_grid']
+           'gain_from_pretraining', 'at_chance', 'gains_table', 'standard_errors', 'write_table4', 'poolings',
+           'write_poolings', 'pretraining_grid', 'finetuning_grid']
 
 # %% ../../nbs/reporting/70_tables.ipynb #4c9782db
 from collections.abc import Collection, Iterable
@@ -346,6 +346,40 @@ def write_table4(
         f.write('**Published GLUE test scores: other data, other hardware, another protocol than the '
                 f'measured table.**\n\n{numbers}\n\nSources: {"; ".join(sources)}.\n')
     return [*files, apart]
+
+# %% ../../nbs/reporting/70_tables.ipynb #70c00002
+def poolings(
+    rows: list[dict],  # of fine-tuning with both poolings
+) -> pd.DataFrame:     # model, variant, task, change, low, high, p; corrected for all lines together
+    "The mean of all states less the state of the first token, for every network and task"
+    names, lines = model_names(rows), []
+    heads: dict[tuple[str, str], dict[str, dict[str, dict]]] = {}
+    for r in rows:
+        if r['metric'] != 'headline' or 'seed_values' not in r: continue
+        of_network = heads.setdefault((names[_model(r)], r['variant']), {})
+        of_network.setdefault(r['task'], {})[r['pooling']] = r
+    for (model, variant), tasks in heads.items():
+        both = {task: found for task, found in tasks.items() if len(found) == 2}
+        groups = {task: [task] for task in both}
+        averaged = [task for task in both if task not in NOT_AVERAGED]
+        if len(averaged) > 1: groups['average'] = averaged
+        for name, of_group in groups.items():
+            mean_of_all, first = ([both[task][pooling] for task in of_group] for pooling in ('mean', 'cls'))
+            lines.append((model, variant, name, *headline_difference(mean_of_all, first)))
+    found = pd.DataFrame(lines, columns=('model', 'variant', 'task', *Difference._fields))
+    return found.assign(p=holm(found.p))
+
+def write_poolings(
+    rows: list[dict],  # of fine-tuning with both poolings
+    folder: Path,      # where the files go
+) -> list[Path]:       # the files written
+    "The table of both poolings"
+    found = poolings(rows)
+    if found.empty: raise CramlitError('no network was fine-tuned with both poolings: run the stage poolings')
+    named = found.set_index(found.model + ', ' + found.variant + ', ' + found.task)
+    table = pd.DataFrame({name: difference_cells(named, name, 1) for name in named.index}).T
+    caption = 'The mean of all states in place of the state of the first token, points of the headline.'
+    return write_table(table, folder/'appendix_poolings', caption, [_ABOUT_GAINS], rows)
 
 # %% ../../nbs/reporting/70_tables.ipynb #c1b947b6
 def _text(value) -> str:

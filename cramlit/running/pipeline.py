@@ -76,6 +76,7 @@ STAGES = {s.name: s for s in (
     Stage('comparison', (), ('comparison', 'comparison_by_time'), recipes='all', labelled=True),
     Stage('ablation', (), ('ablation',), recipes='all'),
     Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all'),
+    Stage('poolings', ('pretrain',), ('appendix_poolings',), recipes='all', labelled=True, optional=True),
     Stage('appendix', ('table1_time',),
           ('appendix_pretraining', 'appendix_finetuning', 'appendix_hardware', 'appendix_same_work')))}
 
@@ -331,7 +332,8 @@ def write_index(
              'Every table names the commit, the hardware and the versions it comes from; figures carry them '
              'inside. The notebooks that made them are [at the end](#time-spent), as they ran.']
     for s in STAGES.values():
-        if s.makes: parts += _section(ws, s, lacking)
+        not_asked_for = s.optional and s.name not in lacking and not any(map(ws.made, s.makes))
+        if s.makes and not not_asked_for: parts += _section(ws, s, lacking)
     parts += ['## Time spent', '\n'.join(lines)]
     with atomic(ws.figures/'README.md') as f: f.write('\n\n'.join(parts) + '\n')
     return ws.figures/'README.md'
