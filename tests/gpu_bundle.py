@@ -5,6 +5,7 @@
 There, with PyTorch, transformers and tokenizers: unpack it, and python tests/gpu_check.py --out DIR
 """
 import argparse
+import json
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ DATA = {  # folder → recipe, scale, and the documents that are taken for it
     '24hbert': ('24hbert', 'gpu', 2000), 'modern': ('modern', 'gpu', 2000)}
 WHEELS = ('fastcore', 'filelock', 'packaging', 'tqdm')  # pure Python: they are imported as they are
 LIMIT = 60e6  # bytes
+COMMIT = 'gpu_commit.json'
 
 
 def places() -> list[str]:
@@ -52,6 +54,13 @@ def copy_code(folder: Path):
         to = folder/path.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, to)
+    from cramlit.core.results import provenance
+    (folder/COMMIT).write_text(json.dumps({k: provenance()[k] for k in ('commit', 'dirty')}))
+
+
+def carried_commit() -> dict:
+    "Which commit was carried; empty in a checkout, which knows by itself"
+    return json.loads((ROOT/COMMIT).read_text()) if (ROOT/COMMIT).exists() else {}
 
 
 def pack(folder: Path) -> Path:

@@ -83,7 +83,7 @@ class Here:
 
     def row(self, metric: str, value: float|None, unit: str, **ids):
         ids = dict(stage='gpu_check', step=self.step, kind='measured') | ids
-        line = json.dumps(result_row(metric, value, unit, **ids)) + '\n'
+        line = json.dumps(result_row(metric, value, unit, **ids) | gpu_bundle.carried_commit()) + '\n'
         with open(self.out/'rows.jsonl', 'a') as f: f.write(line)
         print(line, end='', flush=True)
 

@@ -164,7 +164,9 @@ def test_a_bundle_holds_what_the_check_needs(prepared, tmp_path, monkeypatch):
     with tarfile.open(archive) as tar: names = set(tar.getnames())
     needed = 'cramlit/training/training.py', 'tests/gpu_check.py', 'tests/gpu_steps.py', 'tests/gpu_bundle.py'
     assert {f'bundle/{p}' for p in needed} <= names
+    assert gpu_bundle.carried_commit() == {}, 'this is a checkout'
     monkeypatch.setattr(gpu_bundle, 'ROOT', folder)
+    assert set(gpu_bundle.carried_commit()) == {'commit', 'dirty'}
     assert gpu_bundle.places() == [str(folder), str(folder/'wheels'/'absent-1-py3-none-any.whl')]
     monkeypatch.setattr(gpu_bundle, 'LIMIT', 10)
     with pytest.raises(SystemExit, match='take fewer documents'): gpu_bundle.pack(folder)

@@ -99,6 +99,7 @@ def test_a_book_or_ten_files_are_enough_at_every_scale(kind, scale, tmp_path, ca
     data = open_data(tmp_path/'data')
     assert len(data.train) > 1 and len(data.validation) >= 1
     assert len(data.train) > len(data.validation)
+    assert 'held out: 0,' not in err and 'held out: 0\n' not in err
 
 
 @pytest.mark.parametrize('how, documents', [('blank', 100), ('line', 600), ('file', 1)])

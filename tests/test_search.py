@@ -150,7 +150,7 @@ STAMP = dict(commit='measured', dirty=False, versions={}, hardware='another mach
 
 def test_a_trial_says_where_it_was_measured_and_not_where_it_is_read(text, data, tmp_path, monkeypatch):
     found = result_row('validation_loss', 3., 'nats', stopped='') | STAMP
-    score = result_row('headline', 60., '%', task='continuation') | STAMP
+    score = result_row('headline', 60., '%', task='continuation', resampled=1.) | STAMP
     monkeypatch.setattr(s, 'train_trial', lambda trial, study, run: (run/'checkpoints').mkdir(parents=True)
                         or [found])
     monkeypatch.setattr(s, 'export_all', lambda run, tokenizer: run/'model')

@@ -451,8 +451,9 @@ def _note_shares(recipe: Recipe, splits: dict, counts: Counter):
     reasons = ('duplicates', 'empty', f'articles under {MIN_WORDS} words', 'redirects',
                'pages of other namespaces', 'pages cut off by the end of the file')
     left_out = ', '.join(f'{counts[why]:,} {why}' for why in reasons if counts[why])
-    note(f'{counts["train"]:,} documents to train on, {counts["validation"]:,} held out'
-         + (f'; left out: {left_out}' if left_out else ''))
+    ends = counts['documents whose end is held out']
+    note(f'documents to train on: {counts["train"]:,}, held out: {counts["validation"]:,}'
+         + (f' and the ends of {ends:,}' if ends else '') + (f', left out: {left_out}' if left_out else ''))
     note(f'of {text:,} tokens of text {kept/text:.1%} are in the rows, and {unknown/text:.2%} are unknown')
     if kept < .85*text:
         note(f'what does not fit into rows of {recipe.packing.seq_len} tokens was dropped: '
