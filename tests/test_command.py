@@ -179,6 +179,7 @@ def test_scores_on_a_terminal_are_tasks_by_variants():
 def test_what_a_run_has_learned_in_words():
     def said(loss): return command._verdict([dict(metric='validation_loss', value=loss),
                                              dict(metric='unigram_entropy', value=6.6)])
-    assert said(4.6) == 'validation loss 4.600 nats a token, perplexity 99: 2.00 nats below the unigram baseline'
+    assert said(4.6) == ('validation loss 4.600 nats a token, perplexity 99: '
+                         '2.00 nats below the unigram baseline')
     assert 'not yet more than how frequent tokens are' in said(6.55)
     assert said(None) == 'the run has no validation loss'

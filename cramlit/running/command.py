@@ -57,7 +57,7 @@ def _verdict(rows: list[dict]) -> str:
     if not loss or not baseline: return 'the run has no validation loss'
     text = f'validation loss {loss:.3f} nats a token, perplexity {math.exp(loss):,.0f}'
     if loss < baseline - .1: return f'{text}: {baseline - loss:.2f} nats below the unigram baseline'
-    return f'{text}: not yet more than how frequent tokens are, which gives {baseline:.3f}; it needs more time'
+    return f'{text}: not yet more than how frequent tokens are, which gives {baseline:.3f}'
 
 def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
     "Write a run's stock model and its report; raises `StoppedEarly` when the run was"
