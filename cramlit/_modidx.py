@@ -1118,6 +1118,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'cramlit.running.command._show': ('running/command.html#_show', 'cramlit/running/command.py'),
                                          'cramlit.running.command._tasks_table': ( 'running/command.html#_tasks_table',
                                                                                    'cramlit/running/command.py'),
+                                         'cramlit.running.command._verdict': ( 'running/command.html#_verdict',
+                                                                               'cramlit/running/command.py'),
                                          'cramlit.running.command.bench': ('running/command.html#bench', 'cramlit/running/command.py'),
                                          'cramlit.running.command.config': ('running/command.html#config', 'cramlit/running/command.py'),
                                          'cramlit.running.command.export': ('running/command.html#export', 'cramlit/running/command.py'),

@@ -124,7 +124,7 @@ def test_a_terminal_gets_colour_and_a_pipe_gets_none():
     assert ['\x1b[36m' in s for s in screens] == [True, False]
     pipe = subprocess.run(args, env=env, capture_output=True, text=True)
     for shown in (*screens, pipe.stdout): assert 'parameters' in shown and len(shown.splitlines()) > 5
-    assert '\x1b' not in pipe.stdout and not pipe.stderr
+    assert '\x1b' not in pipe.stdout + pipe.stderr
     cells = [line.split('\t') for line in pipe.stdout.splitlines()]  # one line a result, in full
     assert {len(c) for c in cells} == {4} and all(not c[2] or float(c[2]) >= 0 for c in cells)
 
@@ -174,3 +174,12 @@ def test_scores_on_a_terminal_are_tasks_by_variants():
     table = command._tasks_table(rows)
     assert [c.header for c in table.columns] == ['task, %', 'majority', 'pretrained']
     assert [list(c.cells) for c in table.columns] == [['a', 'b'], ['50.0', '–'], ['61.2', '–']]
+
+
+def test_what_a_run_has_learned_in_words():
+    def said(loss): return command._verdict([dict(metric='validation_loss', value=loss),
+                                             dict(metric='unigram_entropy', value=6.6)])
+    assert said(4.6) == ('validation loss 4.600 nats a token, perplexity 99: '
+                         '2.00 nats below the unigram baseline')
+    assert 'not yet more than how frequent tokens are' in said(6.55)
+    assert said(None) == 'the run has no validation loss'

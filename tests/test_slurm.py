@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ touch "$CALLS/saved"
 @pytest.fixture
 def slurm(tmp_path):
     "Starts the batch file: stand-in for srun, options, environment → the process, and its notes"
-    notes = tmp_path/'calls'
+    notes, started = tmp_path/'calls', []
 
     def start(srun, *options, **env):
         (tmp_path/'bin').mkdir()
@@ -40,9 +41,12 @@ def slurm(tmp_path):
         places = dict(PATH=f"{tmp_path/'bin'}:{os.environ['PATH']}", CALLS=str(notes),
                       OUT=str(tmp_path/'run'), DATA=str(tmp_path/'data'))
         process = subprocess.Popen(['bash', SBATCH, *options], env=os.environ | ENV | places | env,
-                                   stderr=subprocess.PIPE, text=True)
+                                   stderr=subprocess.PIPE, text=True, start_new_session=True)
+        started.append(process)
         return process, notes
-    return start
+    yield start
+    for process in started:  # a test that failed leaves nothing running
+        with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(path, process, seconds=300):

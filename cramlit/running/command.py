@@ -7,7 +7,7 @@ __all__ = ['Needed', 'Settings', 'COMMANDS', 'EXAMPLES', 'TRAINING', 'EXTRAS', '
            'export', 'reproduce', 'report', 'config', 'plan', 'search', 'bench', 'watch', 'verify', 'main']
 
 # %% ../../nbs/running/81_command.ipynb #898f686f
-import argparse, inspect, io, json, os, re, shlex, sys
+import argparse, inspect, io, json, math, os, re, shlex, sys
 from contextlib import redirect_stderr
 from difflib import get_close_matches
 from pathlib import Path
@@ -50,6 +50,15 @@ def prepare(
 class StoppedEarly(CramlitError):
     "A run ended before its budget: what there is of it has been saved"
 
+def _verdict(rows: list[dict]) -> str:
+    "What a run has learned, in words"
+    found = {r.get('metric'): r.get('value') for r in rows}
+    loss, baseline = found.get('validation_loss'), found.get('unigram_entropy')
+    if not loss or not baseline: return 'the run has no validation loss'
+    text = f'validation loss {loss:.3f} nats a token, perplexity {math.exp(loss):,.0f}'
+    if loss < baseline - .1: return f'{text}: {baseline - loss:.2f} nats below the unigram baseline'
+    return f'{text}: not yet more than how frequent tokens are, which gives {baseline:.3f}'
+
 def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
     "Write a run's stock model and its report; raises `StoppedEarly` when the run was"
     from cramlit.training.checkpoints import export_all
@@ -58,6 +67,7 @@ def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
         from cramlit.reporting.run_report import write_page
         write_page(out)
     except ModuleNotFoundError as e: print(f'no {out}/report.html: {_missing(e)}', file=sys.stderr)
+    print(_verdict(rows), file=sys.stderr)
     why = rows[0]['stopped']
     if why: raise StoppedEarly(f'the run stopped early: {why}. What there is of it is in {out}')
     return rows
