@@ -220,7 +220,7 @@ def test_a_network_that_does_not_fit_is_left_out_with_the_reason(recipe, data, m
     assert all(r['value'] is None and 'needs about' in r['why'] for r in rows)
     assert rate_of(rows, 'bert-large', 1) == 0
     assert 'was not timed: it needs about' in write_table1(rows, tmp_path)[0].read_text()
-    assert table1(rows).loc['BERT-large, batch 128', 'stock, days'] == ''
+    assert table1(rows).loc['BERT-large, batch 128', 'stock, tokens/s'] == ''
 
 
 def test_savings_have_a_line_for_each_optimisation(setup, data, tmp_path):

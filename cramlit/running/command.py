@@ -198,8 +198,11 @@ def _finetuning_work(r: Recipe, planned: list[dict], scale: str) -> list[dict]:
     "What fine-tuning on GLUE takes at a scale, at the plan's rate; nothing for surrogate tasks"
     from cramlit.data.tokenizer import padded_vocab
     from cramlit.efficiency.planner import training_flops
-    from cramlit.evaluation.protocol import suite_work
     if get_scale(scale).suite != 'glue': return []
+    try: from cramlit.evaluation.protocol import suite_work
+    except ModuleNotFoundError as e:
+        note(f'fine-tuning is not counted: {_missing(e)}')
+        return []
     grid, rate = get_scale(scale).finetune, next(x for x in planned if x['metric'] == 'tokens_per_second')
     V, total = padded_vocab(r.tokenizer.vocab_size), dict[str, int]()
     for work in suite_work(grid).values(): total = {what: total.get(what, 0) + n for what, n in work.items()}
