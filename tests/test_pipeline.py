@@ -176,7 +176,7 @@ def test_an_optional_stage_is_run_when_it_is_asked_for_and_table_4_follows_the_r
     run, ws = pretend(), workspace('tiny', tmp_path/'out', tmp_path/'figures')
     reproduce(ws)
     optional = set(ALL_STAGES) - set(STAGES)
-    assert {'reference', 'poolings'} == optional and not optional & set(run.ran)
+    assert {'reference', 'packing', 'poolings'} == optional and not optional & set(run.ran)
     assert 'appendix_poolings' not in (ws.figures/'README.md').read_text()
     del run.ran[:]
     for name in ('poolings', 'reference'): reproduce(ws, only=name)

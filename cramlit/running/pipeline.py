@@ -76,6 +76,7 @@ STAGES = {s.name: s for s in (
     Stage('comparison', (), ('comparison', 'comparison_by_time'), recipes='all', labelled=True),
     Stage('ablation', (), ('ablation',), recipes='all'),
     Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all'),
+    Stage('packing', (), ('packing', 'packing_by_step'), optional=True),
     Stage('poolings', ('pretrain',), ('appendix_poolings',), recipes='all', labelled=True, optional=True),
     Stage('appendix', ('table1_time',),
           ('appendix_pretraining', 'appendix_finetuning', 'appendix_hardware', 'appendix_same_work')))}
