@@ -67,7 +67,8 @@ def test_a_chapter_is_a_page(built, pages, path):
     page, cells = pages[built[0]/Path(path).with_suffix('.html')].article, cells_of(path)
     assert not re.search(r'^#\| *(export|hide|default_exp)', page.get_text(), re.M)
     shown = [o for c in cells if '#| hide' not in ''.join(c['source']) for o in c.get('outputs', [])]
-    assert len(page.find_all('img')) == sum('image/png' in o.get('data', {}) for o in shown)
+    linked = sum(''.join(c['source']).count('![') for c in cells if c['cell_type'] == 'markdown')
+    assert len(page.find_all('img')) == linked + sum('image/png' in o.get('data', {}) for o in shown)
     code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
     if '#| default_exp' in code:
         assert page.find('dt', class_='sig') and 'offers' in page.find_all('h2')[-1].get_text()
