@@ -121,6 +121,25 @@ def test_interrupted_run_ends_like_an_unbroken_one(recipe, data, tmp_path, monke
     assert steps == sorted(steps) and tokens == [sum(counted[:step]) for step in steps]
 
 
+def test_a_folder_is_let_go_when_nothing_is_being_written_there(recipe, data, tmp_path, monkeypatch):
+    "as in a notebook: interrupted while a checkpoint is on its way to a slow disk, and called again at once"
+    recipe = override(recipe, ['checkpoint.every=0.25'])
+    write, real, calls = checkpoint.write_checkpoint, train.accumulate, []
+
+    def slowly(*args):
+        time.sleep(1)
+        return write(*args)
+
+    def broken_off(*args):
+        calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(checkpoint, 'write_checkpoint', slowly)
+    monkeypatch.setattr(train, 'accumulate', broken_off)
+    with pytest.raises(KeyboardInterrupt): pretrain(recipe, data, tmp_path/'run', steps=4)
+    assert saved(tmp_path/'run')['step'] == 1, 'the checkpoint that was on its way is whole'
+
+
 def test_a_signal_saves_the_step_that_was_under_way(recipe, data, tmp_path, monkeypatch):
     real, calls = train.accumulate, []
 

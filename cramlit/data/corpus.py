@@ -447,12 +447,12 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False)  # its threads may abort the process when that ends
         if not _is_text(file.schema_arrow, field):
             columns = ', '.join(f'{column.name} ({column.type})' for column in file.schema_arrow)
             raise CramlitError(f'{path} has no column "{field}" of strings, only {columns}: name the column '
                                'that holds the text, say with -o corpus.text_field=NAME')
-        batches = file.iter_batches(1024, columns=[field])
+        batches = file.iter_batches(1024, columns=[field], use_threads=False)
         records = (record for batch in batches for record in batch.to_pylist())
         for n, record in enumerate(records, 1): yield Document(f'{path.name}:{n}', record_text(record, field))
     except (pa.ArrowException, OSError) as e:

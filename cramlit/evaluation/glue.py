@@ -298,7 +298,8 @@ def _parquet_table(path: Path):
     import pyarrow
     from pyarrow.parquet import ParquetFile
     try:
-        with open(path, 'rb') as f: return ParquetFile(f).read()
+        # its threads may abort the whole process when that ends, and one file of a task takes none
+        with open(path, 'rb') as f: return ParquetFile(f, pre_buffer=False).read(use_threads=False)
     except (OSError, pyarrow.ArrowException) as e:
         raise CramlitError(f'cannot read {path}: {_why(e)}') from None
 

@@ -117,7 +117,8 @@ def lock_run_dir(
 def unlock_run_dir(
     run: Run,
 ):
-    "Let others train in this folder again"
+    "Let others train in this folder again, once nothing is being written there"
+    if run.saver.thread: run.saver.thread.join()  # an error of its own would hide the one that ended the run
     if run.lock: run.lock.release(force=True)
 
 def other_setting(
