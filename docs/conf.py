@@ -43,7 +43,7 @@ def add_contents(app, docname, source):
     def entries(folder):
         return [f'{title} </{path.removesuffix(".ipynb")}>' for path, title, _ in book.contents(folder)]
     if docname == root_doc:
-        trees = [toctree('Results', [f'{book.RESULTS}/README'])]
+        trees = [toctree('Results', [f'{book.RESULTS}/README', 'paper_figures/race/README'])]
         trees += [toctree(part.capitalize(), entries(f'nbs/{part}')) for part in book.PARTS]
         trees += [toctree("The paper's notebooks", entries('nbs/paper'))]
         trees += [toctree('About', ['Index of names <genindex>', 'CONTRIBUTING', 'CHANGELOG', 'LABBOOK'])]
