@@ -483,7 +483,7 @@ def figure_race(
         v = verdict.loc[e.name]
         ax.barh(y, v.seconds, color=COLOURS[0] if v.record else '0.75', height=.7)
         if v.high > v.low: ax.plot([v.low, v.high], [y, y], color='k', lw=1)
-        ax.text(max(v.seconds, 0. if pd.isna(v.high) else v.high), y, f'  {v.seconds:.0f} s', va='center')
+        ax.text(max(v.seconds, 0. if pd.isna(v.high) else v.high), y, f'  {v.seconds:.3g} s', va='center')
     ax.set_yticks(range(len(mine)), [e.change for e in mine])
     ax.invert_yaxis()
     ax.set_xlabel('seconds to the target')
