@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_text
+from conftest import PATIENCE, make_text
 
 from cramlit.core.scales import SCALES
 from cramlit.data.packing import open_data
@@ -82,7 +82,7 @@ def test_messages_that_cannot_be_written_end_no_work(tmp_path):
                  ['pretrain', '--data', data, '--out', run, '--steps', '2']):
         with open('/dev/full', 'w') as full:
             done = subprocess.run([sys.executable, '-m', 'cramlit', *args, '--scale', 'tiny'], text=True,
-                                  stdout=subprocess.PIPE, stderr=full, timeout=300)
+                                  stdout=subprocess.PIPE, stderr=full, timeout=PATIENCE)
         assert done.returncode == 0 and 'tokens' in done.stdout
     assert (tmp_path/'run'/'model'/'model.safetensors').exists()
 
