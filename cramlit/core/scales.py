@@ -117,7 +117,8 @@ _LAPTOP = (
     'validation.max_sequences=2048', 'checkpoint.every=0.05')
 _LAPTOP_MODERN = (
     'model.intermediate_size=256', 'model.window=8', 'model.global_every=2', 'batch.global_batch_size=64',
-    'batch.micro_batch_size=64', 'optim.lr=3e-3', 'optim.muon_lr=0.012', 'optim.momentum=0.9')
+    'batch.micro_batch_size=64', 'optim.lr=3e-3', 'optim.muon_lr=0.012', 'optim.momentum=0.9',
+    'model.cooccurrence=3')
 _LAPTOP_FINETUNE = Finetune((5,), (32,), (1e-3,), 3, max_length=64, max_train=1000, max_eval=1000)
 _LAPTOP_TRIALS = Trials(
     30., 0, ('validation.every=0.2', 'validation.max_sequences=512', 'validation.stop_loss=6.6',
