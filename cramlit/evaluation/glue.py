@@ -298,7 +298,7 @@ def _parquet_table(path: Path):
     import pyarrow
     from pyarrow.parquet import ParquetFile
     try:
-        # from memory and without threads: one that still held a file could abort the process at its end
+        # from memory and without threads: a thread that still has a Python file may abort the ending process
         return ParquetFile(pyarrow.BufferReader(path.read_bytes()), pre_buffer=False).read(use_threads=False)
     except (OSError, pyarrow.ArrowException) as e:
         raise CramlitError(f'cannot read {path}: {_why(e)}') from None
