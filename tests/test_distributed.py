@@ -1,4 +1,5 @@
 "Many processes, many machines, one clock, one result"
+import inspect
 import json
 import os
 import signal
@@ -12,10 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 import cramlit.core.devices as devices
 import cramlit.training.distributed as distributed
 from cramlit.core.recipes import CramlitError
+from cramlit.running import command
 from cramlit.training.checkpoints import checkpoints, find_damage
 from cramlit.training.distributed import join_world, launch
 
@@ -117,6 +120,14 @@ def test_too_many_bad_steps_end_the_run_with_a_diagnosis(text, data, tmp_path):
     assert done.stderr.count('the run stopped early: ') == 1
     assert 'lastly step 21' in done.stderr and 'train_batches' in done.stderr
     assert 'lastly step 21' in json_lines(tmp_path/'run'/'metrics.jsonl')[-1]['stopped']
+
+
+def test_torchrun_takes_no_option_of_ours_for_its_own():
+    "It takes the beginning of one of its options for the whole, wherever it stands, and knows two of each"
+    own = [o for action in get_args_parser()._actions for o in action.option_strings]
+    ours = [f'--{name}' for name in inspect.signature(command.pretrain).parameters if name != 'nproc']
+    assert '--recipe' in ours and '--run-path' in own
+    assert not [o for o in ours if any(other.startswith(o) for other in own)]
 
 
 @pytest.mark.parametrize('env, match', [
