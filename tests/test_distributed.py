@@ -2,6 +2,7 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -233,6 +234,18 @@ def test_another_number_of_processes_goes_on(text, data, tmp_path, alone):
     if not (tmp_path/'run'/'rows.jsonl').exists(): (tmp_path/'run'/'stop').unlink(missing_ok=True)
     run(1, arguments)
     same(log(tmp_path/'run', 'loss'), log(tmp_path/'whole', 'loss'))
+
+
+def test_a_rank_that_does_not_see_the_newest_checkpoint_goes_on_from_it(text, data, tmp_path):
+    settings = ['checkpoint.every=0.2', 'checkpoint.keep=9']
+    out, arguments = tmp_path/'run', options(text, data, tmp_path/'run', '--steps', '10', settings=settings)
+    run(2, arguments)
+    whole = load_file(checkpoints(out/'checkpoints')[-1]/'model.safetensors')
+    for path in checkpoints(out/'checkpoints')[-2:]: shutil.rmtree(path)
+    (out/'rows.jsonl').unlink()
+    run(2, arguments, LATE='1')
+    again = load_file(checkpoints(out/'checkpoints')[-1]/'model.safetensors')
+    for k in whole: assert torch.equal(again[k], whole[k]), k
 
 
 def start_two(text, data, out, steps):

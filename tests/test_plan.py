@@ -28,6 +28,7 @@ from cramlit.training.memory import (
     choose_micro_batch,
     gpu_memory,
     largest_share,
+    micro_batch_for,
     peak_memory,
     phases,
     room_for,
@@ -207,6 +208,16 @@ def test_the_paper_s_recipe_fits_into_12_and_11_gb_in_every_phase():
         for name in ('titan-v', '2080-ti'):
             assert max(phases(recipe, 30528, 32, gpus).values()) < GPUS[name].usable*2**30
     assert all(.9*g.memory < g.usable < g.memory for g in GPUS.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('gpu', GPUS.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize('name', ['24hbert', 'modern'])
+def test_the_largest_micro_batch_fits_in_every_phase(name, gpu):
+    recipe, usable = get_recipe(name), gpu.usable*2**30
+    for gpus in (1, 8):
+        largest = micro_batch_for(recipe, 30528, usable, gpus)
+        assert largest >= 16 and max(phases(recipe, 30528, largest, gpus).values()) < usable
 
 
 def test_mfu_of_the_datasheet_and_of_the_ceiling(tmp_path):
