@@ -5,6 +5,7 @@ POISON=A-B: the gradient of rank 1 is NaN in these steps
 LR_LOG=FILE: the rates of each rank
 MEMORY_LOG=FILE: resident memory at each step, in kB, files not counted
 MESSAGE=bfloat16: gradients travel in 16 bits
+LATE=R: rank R does not see the newest checkpoint in a list of them, as on a disk of another machine
 STOP_AT=F-NAME: a signal of this name when the run's own clock has first read a fraction F of its time
 """
 import functools
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import cramlit.training.checkpoints as saved
 import cramlit.training.training as train
 from cramlit.core.devices import Precision
 from cramlit.running.command import main
@@ -81,6 +83,9 @@ if 'MESSAGE' in os.environ:
 if 'STEP_CLOCK' in os.environ:
     train.accumulate, train.Clock = counted, functools.partial(Clock, now=step_clock)
 if 'POISON' in os.environ: train.accumulate = poisoned
+if os.environ.get('LATE') == str(rank):
+    every = saved.checkpoints
+    saved.checkpoints = train.checkpoints = lambda folder: every(folder)[:-1]
 if 'STOP_AT' in os.environ:
     fraction, name = os.environ['STOP_AT'].split('-')
     stopped_by_the_clock(float(fraction), name)
