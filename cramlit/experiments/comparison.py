@@ -214,8 +214,9 @@ def evaluations(
     run: Path,  # a run's folder
 ) -> list[tuple[float, float]]:  # seconds, validation loss
     "When a run was validated, and its losses; the times of calibrated steps where it counted them"
-    lines = [json.loads(line) for line in (run/'metrics.jsonl').read_text().splitlines()]
-    info = json.loads((run/'run.json').read_text()) if (run/'run.json').exists() else {}
+    lines = [json.loads(line) for line in (run/'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    about = run/'run.json'
+    info = json.loads(about.read_text(encoding='utf-8')) if about.exists() else {}
     calibrated = info.get('budget') and info.get('steps')
     def when(line): return line['step']*info['budget']/info['steps'] if calibrated else line['seconds']
     return [(when(l), l['validation_loss']) for l in lines if l.get('validation_loss') is not None]

@@ -114,14 +114,14 @@ def code_of(
     notebook: str|Path,  # a notebook that imports the package
 ) -> dict[str, str]:     # '' → the notebook's own code, such as core.recipes → that module's code
     "All code of this project that a notebook runs; not this chapter's, for the runner changes no result"
-    cells = json.loads(Path(notebook).read_text())['cells']
+    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
     found = {'': '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')}
     queue = list(_imports(found['']))
     while queue:
         name = queue.pop()
         short = name.removeprefix('cramlit.')
         if short in found or short == 'running.pipeline': continue
-        found[short] = _module_file(name).read_text()
+        found[short] = _module_file(name).read_text(encoding='utf-8')
         queue += _imports(found[short], name.rpartition('.')[0])
     return found
 
@@ -211,8 +211,9 @@ def _label(stage: str, recipe: str) -> str:
 # %% ../../nbs/running/80_pipeline.ipynb #aa37b17c
 def _note(folder: Path) -> dict:
     "What a stage wrote of itself; empty when it never started"
-    try: return json.loads((folder/'key.json').read_text())
+    try: found = json.loads((folder/'key.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) else {}
 
 def _sums(ws: Workspace, stage: str) -> dict[str, str]:
     "Checksums of a stage's tables and figures; empty for one that is not there"
@@ -267,7 +268,7 @@ def _run_stage(ws: Workspace, stage: str, recipe: str = ''):
 # %% ../../nbs/running/80_pipeline.ipynb #ab21ec04
 def _title_of(notebook: Path) -> tuple[str, str]:
     "A notebook's heading, and the line below it"
-    cells = json.loads(notebook.read_text())['cells']
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
     text = next(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
     heading, line = text.split('\n\n')[:2]
     return heading.removeprefix('# '), line.removeprefix('> ')
@@ -282,7 +283,7 @@ def is_noise(
 
 def _publish_notebook(ws: Workspace, stage: str, recipe: str = '') -> Path:
     "Copy a stage's executed notebook without noise, and with the usual folders in place of this machine's"
-    text = (ws.folder(stage, recipe)/f'{stage}.ipynb').read_text()
+    text = (ws.folder(stage, recipe)/f'{stage}.ipynb').read_text(encoding='utf-8')
     for here, usual in ((ws.figures, f'paper_figures/{ws.scale}'), (ws.out, f'runs/{ws.scale}')):
         text = text.replace(json.dumps(str(here), ensure_ascii=False)[1:-1], usual)
     text = text.replace('](../', '](../../../nbs/')  # links to chapters, from paper_figures/SCALE/notebooks
@@ -311,9 +312,17 @@ def _section(ws: Workspace, stage: Stage, lacking: dict[str, str]) -> list[str]:
         if stage.name in lacking: parts.append(f'**{name} is missing**: {lacking[stage.name]}')
         elif not path: parts.append(f'**{name} is missing**: it was not run. '
                                     '`cramlit reproduce` without --headline and --only makes it')
-        elif path.suffix == '.md': parts.append(path.read_text().strip())
+        elif path.suffix == '.md': parts.append(path.read_text(encoding='utf-8').strip())
         else: parts.append(f'![{heading}: {name.replace("_", " ")}]({path.name})')
     return parts
+
+_HEADING = '# Results at scale'
+
+def _check_figures(ws: Workspace):
+    "Raise `UsageError` when the page would replace one that is not ours"
+    page = ws.figures/'README.md'
+    if page.exists() and not page.read_text(encoding='utf-8', errors='replace').startswith(_HEADING):
+        raise UsageError(f'{page} is not a page of results: choose another --figures')
 
 def write_index(
     ws: Workspace,
@@ -328,7 +337,7 @@ def write_index(
         if note['done']: name, why = f'[{label}](notebooks/{_publish_notebook(ws, stage, recipe).name})', ''
         lines.append(f"| {name} | {note['seconds']/60:.1f} | {why} |")
         total += note['seconds']
-    parts = [f'# Results at scale {ws.scale}',
+    parts = [f'{_HEADING} {ws.scale}',
              f'Recipes: {", ".join(ws.recipes)}. All stages together took {total/3600:.2f} hours. '
              'Every table names the commit, the hardware and the versions it comes from; figures carry them '
              'inside. The notebooks that made them are [at the end](#time-spent), as they ran.']
@@ -374,6 +383,7 @@ def reproduce(
     "Run all stages that are not done and write the page; raises `CramlitError` naming those that failed"
     for name in filter(None, (only, force)):
         if name not in STAGES: raise unknown('stage', name, STAGES)
+    _check_figures(ws)
     for stage, recipe in _tasks(ws):
         if force and stage in _with_dependents(force): _move_aside(ws, stage, recipe)
     lacking: dict[str, str] = {}

@@ -167,6 +167,10 @@ def check_run(
 ):
     "Raise `UsageError` or `CramlitError` when this run cannot be: its data, its budget, its share of a batch"
     check_fits(run.recipe, run.data)
+    if run.world.main and not (run.out/'run.json').exists():
+        found = next((name for name in ('checkpoints', 'rows.jsonl', *LOGS) if (run.out/name).exists()), '')
+        if found: raise UsageError(f'{run.out} has {found} and no run.json, so it is no run that could be '
+                                   'continued: choose another --out')
     if run.clock.budget <= 0 and run.clock.steps <= 0:
         raise UsageError('give a budget of time or a number of steps above zero')
     rank_slice(run.recipe, 0, 0, run.world.size)
