@@ -36,7 +36,8 @@ repository, html_baseurl = (settings['DEFAULT'].get(key, '').strip() for key in 
 html_theme = 'sphinx_book_theme'
 html_theme_options = dict(show_toc_level=1, home_page_in_toc=True, navbar_persistent=[])
 if repository:  # buttons that lead to the source of a page
-    html_theme_options |= dict(repository_url=repository, use_repository_button=True, use_edit_page_button=True)
+    html_theme_options |= dict(repository_url=repository, use_repository_button=True,
+                               use_edit_page_button=True)
 templates_path = ['.']
 html_sidebars = {'**': ['navbar-logo.html', 'search-button-field.html', 'menu.html']}
 html_context = dict(menu=book.menu())
@@ -46,7 +47,7 @@ html_math_renderer = 'mathml'  # a browser shows it by itself: no script, and no
 
 
 def toctree(caption: str, pages: dict[str, str]) -> str:
-    entries = [f'{title} <{page}>' if page == 'genindex' else f'{title} </{page}>' for page, title in pages.items()]
+    entries = [f'{title} <{"" if page == "genindex" else "/"}{page}>' for page, title in pages.items()]
     return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', *entries, '```', ''])
 
 
@@ -106,9 +107,10 @@ def add_index(app, error):
     out = Path(app.outdir)
     shutil.copy(out/'README.html', out/'index.html')
     if not html_baseurl: return
-    pages = [f'<url><loc>{html_baseurl.rstrip("/")}/{page}.html</loc></url>' for page in sorted(app.env.found_docs)]
-    text = '<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n' + '\n'.join(pages) + '\n</urlset>\n'
-    (out/'sitemap.xml').write_text(text)
+    at = html_baseurl.rstrip('/')
+    pages = [f'<url><loc>{at}/{page}.html</loc></url>' for page in sorted(app.env.found_docs)]
+    opening = '<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
+    (out/'sitemap.xml').write_text('\n'.join([opening, *pages, '</urlset>']) + '\n')
 
 
 def setup(app):

@@ -125,7 +125,8 @@ def write_table(
 ) -> list[Path]:          # the files written
     "A table as Markdown, CSV and LaTeX"
     body, made_of = table.reset_index(names=table.index.name or ''), origin(rows)
-    texts = {'.md': '\n\n'.join([f'**{caption}**', markdown_table(body), *notes, f'```\n{made_of}\n```']) + '\n',
+    blocks = [f'**{caption}**', markdown_table(body), *notes, f'```\n{made_of}\n```']
+    texts = {'.md': '\n\n'.join(blocks) + '\n',
              '.csv': body.to_csv(index=False), '.tex': _latex(body, f'{made_of}\n{caption}')}
     for suffix, text in texts.items():
         with atomic(path.with_suffix(suffix)) as f: f.write(text)
