@@ -5,6 +5,7 @@ POISON=A-B: the gradient of rank 1 is NaN in these steps
 LR_LOG=FILE: the rates of each rank
 MEMORY_LOG=FILE: resident memory at each step, in kB, files not counted
 MESSAGE=bfloat16: gradients travel in 16 bits
+LATE=R: rank R does not see the newest checkpoint in a list of them, as on a disk of another machine
 STOP_AT=F-NAME: a signal of this name when the run's own clock has first read a fraction F of its time
 """
 import functools
@@ -28,7 +29,8 @@ def wrong_time():
 
 if os.environ.get('WRONG_CLOCK') == str(rank): time.monotonic = wrong_time
 
-import cramlit.training.training as train  # noqa: E402  the clock is wrong before it is imported
+import cramlit.training.checkpoints as saved  # noqa: E402  the clock is wrong before it is imported
+import cramlit.training.training as train  # noqa: E402
 from cramlit.core.devices import Precision  # noqa: E402
 from cramlit.running.command import main  # noqa: E402
 from cramlit.training.distributed import Gradients  # noqa: E402
@@ -80,6 +82,9 @@ if 'MESSAGE' in os.environ:
     message = getattr(torch, os.environ['MESSAGE'])
     train.Gradients = lambda model, world, _: Gradients(model, world, message)
 if 'POISON' in os.environ: train.accumulate = poisoned
+if os.environ.get('LATE') == str(rank):
+    every = saved.checkpoints
+    saved.checkpoints = train.checkpoints = lambda folder: every(folder)[:-1]
 if 'STOP_AT' in os.environ:
     fraction, name = os.environ['STOP_AT'].split('-')
     stopped_by_the_clock(float(fraction), name)

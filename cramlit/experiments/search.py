@@ -329,7 +329,7 @@ def run_trials(
 
 # %% ../../nbs/experiments/60_search.ipynb #8cc5a760
 _SETTINGS = ('trial', 'versus', 'recipe', 'seed', 'global_batch_size', 'lr', 'warmup', 'schedule_length',
-             'layers', 'hidden_size', 'span', 'stopped')
+             'layers', 'hidden_size', 'span', 'budget', 'stopped')
 
 def trial_table(
     rows: list[dict],   # of trials
