@@ -1062,6 +1062,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'cramlit/reporting/tables.py'),
                                           'cramlit.reporting.tables.glue_column': ( 'reporting/tables.html#glue_column',
                                                                                     'cramlit/reporting/tables.py'),
+                                          'cramlit.reporting.tables.markdown_table': ( 'reporting/tables.html#markdown_table',
+                                                                                       'cramlit/reporting/tables.py'),
                                           'cramlit.reporting.tables.model_names': ( 'reporting/tables.html#model_names',
                                                                                     'cramlit/reporting/tables.py'),
                                           'cramlit.reporting.tables.needed': ( 'reporting/tables.html#needed',

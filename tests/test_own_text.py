@@ -10,6 +10,7 @@ import pytest
 from conftest import PATIENCE, make_text
 
 from cramlit.core.scales import SCALES
+from cramlit.data.corpus import files
 from cramlit.data.packing import open_data
 from cramlit.running.command import main
 
@@ -109,6 +110,12 @@ def test_where_documents_end_can_be_said(how, documents, tmp_path, capsys):
                         '--split-documents', how, '-o', 'corpus.max_documents=0', '--out', tmp_path/'data')
     assert code == 0, err
     assert open_data(tmp_path/'data').manifest['documents']['documents'] == documents
+
+
+def test_a_blank_line_at_the_end_is_no_document(tmp_path):
+    (tmp_path/'own.txt').write_text('One.\nTwo.\n\nThree.\n\n')
+    for split, number in (('blank', 2), ('line', 3), ('file', 1)):
+        assert len(list(files(tmp_path/'own.txt', split=split))) == number
 
 
 def test_what_was_left_out_is_said_with_its_reason(tmp_path, capsys):
