@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PATIENCE
 from torture import save_costs, torture, torture_by_the_clock
 
 from cramlit.core.recipes import CramlitError, UsageError
@@ -29,7 +30,7 @@ def test_twenty_kills_change_nothing(text, tmp_path):
 @pytest.mark.slow
 def test_ten_runs_by_the_clock_that_are_stopped_near_their_end_finish(text, tmp_path):
     parts = torture_by_the_clock(10, tmp_path, [f'corpus.source={text}', *SETTINGS])
-    assert len(parts) == 10 and max(parts) >= 2
+    assert len(parts) == 10 and min(parts) >= 2, 'all were stopped, and all have ended'
 
 
 def test_the_cost_of_saving_is_taken(tmp_path):
@@ -61,7 +62,7 @@ def test_memory_is_flat(text, data, tmp_path, steps):
     exact = str(Path(__file__).with_name('exact.py'))
     command = [sys.executable, exact, '--scale', 'tiny', '--data', str(data), '--out', str(tmp_path/'run')]
     for s in (f'corpus.source={text}', *SETTINGS, *often): command += ['-o', s]
-    subprocess.run([*command, '--steps', str(steps)], check=True, stderr=subprocess.DEVNULL, timeout=500,
+    subprocess.run([*command, '--steps', str(steps)], check=True, stderr=subprocess.DEVNULL, timeout=PATIENCE,
                    env=os.environ | dict(MEMORY_LOG=str(tmp_path/'memory')))
     megabytes = [int(line)/1024 for line in (tmp_path/'memory').read_text().split()]
     assert len(megabytes) == steps
