@@ -322,8 +322,8 @@ def _write_documents(recipe: Recipe, folder: Path, counts: Counter):
     if held < enough:
         wanted = _more_wanted(nearest[all_held], max(enough, corpus.holdout*total) - held, total)
         _hold_out_more(folder, wanted, counts)
-        note(f'corpus.holdout={corpus.holdout} of so small a text is too little to evaluate on: '
-             f'{(held + sum(wanted.values()))/max(total, 1):.0%} of it was held out')
+        note('too few whole documents to hold out for evaluation: with the ends of others it is '
+             f'{(held + sum(wanted.values()))/max(total, 1):.0%} of the text')
 
 def tokenized_rows(
     docs: Iterable[Document],
