@@ -322,7 +322,7 @@ def _write_documents(recipe: Recipe, folder: Path, counts: Counter):
     if held < enough:
         wanted = _more_wanted(nearest[all_held], max(enough, corpus.holdout*total) - held, total)
         _hold_out_more(folder, wanted, counts)
-        note('too few whole documents to hold out for evaluation: with the ends of others it is '
+        note('the documents drawn for evaluation are too few: with more of them, or their ends, they are '
              f'{(held + sum(wanted.values()))/max(total, 1):.0%} of the text')
 
 def tokenized_rows(
