@@ -157,6 +157,7 @@ def reproduce(
     rehearse: bool = False,   # walk the path of scale paper with a small model and few steps, on the CPU
 ) -> list[dict]:
     "Run the paper's notebooks from raw text to tables and figures; finished stages are skipped"
+    from cramlit.data.corpus import enwik8
     from cramlit.evaluation.protocol import load_tasks
     from cramlit.running import pipeline
     if rehearse and scale != 'paper':
@@ -165,6 +166,8 @@ def reproduce(
         scale, os.environ['CUDA_VISIBLE_DEVICES'] = 'paper-rehearsal', ''
     recipes = recipe if isinstance(recipe, str) else ','.join(recipe)
     ws = pipeline.workspace(scale, out, figures or Path(out)/'paper_figures', recipes, glue_dir)
+    sources = [get_recipe(name, scale).corpus.source for name in ws.recipes]
+    if 'enwik8' in sources: enwik8()  # before any notebook, which could show no bar
     if glue_dir: load_tasks('glue', [], glue_dir)  # whatever is wrong with it is said before anything is run
     rows = pipeline.reproduce(ws, only, force, headline)
     table = ws.figures/'table4_glue.md'
@@ -487,7 +490,8 @@ def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ('-h', '--help'):
         lines = [f'  {name:10} {f.__doc__}' for name, f in COMMANDS.items()]
         lines = ['usage: cramlit COMMAND [OPTIONS]', '', *lines, '',
-                 'cramlit COMMAND --help: its options; cramlit --version']
+                 'cramlit COMMAND --help: its options; cramlit --version',
+                 'Fetched data is kept in CRAMLIT_CACHE, else XDG_CACHE_HOME/cramlit, else ~/.cache/cramlit']
         print('\n'.join(lines), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     try:
