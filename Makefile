@@ -8,10 +8,11 @@ TORCH  ?=
 # by content, not by date: nbdev-export touches pyproject.toml
 STAMP  := $(BIN)/.env-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)$(TORCH:%=-%)
 OUT    ?= runs/laptop
+SCALE  ?= laptop
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
 
-.PHONY: help env reproduce reproduce-all test test-slow export map clean-notebooks lint docs llms readme execute
+.PHONY: help env reproduce reproduce-all page test test-slow export map clean-notebooks lint docs llms readme execute
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -27,10 +28,13 @@ $(STAMP):
 env: $(STAMP)  ## create .venv with everything in it; make env TORCH=cu126 for a Titan V or V100
 
 reproduce: env  ## raw text to table and figures at scale laptop, 20 minutes on 2 cores
-	$(BIN)/cramlit reproduce --scale laptop --headline --out $(OUT) --figures paper_figures/laptop
+	$(BIN)/cramlit reproduce --scale laptop --headline --out $(OUT)
 
 reproduce-all: env  ## all tables, figures and executed notebooks of the paper at scale laptop: hours on 2 cores
-	$(BIN)/cramlit reproduce --scale laptop --out $(OUT) --figures paper_figures/laptop
+	$(BIN)/cramlit reproduce --scale laptop --out $(OUT)
+
+page: env  ## the committed page of a scale, from a clean commit: make page SCALE=laptop
+	$(BIN)/cramlit reproduce --scale $(SCALE) --out runs/$(SCALE) --figures paper_figures/$(SCALE)
 
 test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pipeline, pytest
 	$(BIN)/python tests/check_fresh.py

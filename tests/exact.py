@@ -5,10 +5,13 @@ POISON=A-B: the gradient of rank 1 is NaN in these steps
 LR_LOG=FILE: the rates of each rank
 MEMORY_LOG=FILE: resident memory at each step, in kB, files not counted
 MESSAGE=bfloat16: gradients travel in 16 bits
+LATE=R: rank R does not see the newest checkpoint in a list of them, as on a disk of another machine
+STOP_AT=F-NAME: a signal of this name when the run's own clock has first read a fraction F of its time
 """
 import functools
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,10 +29,12 @@ def wrong_time():
 
 if os.environ.get('WRONG_CLOCK') == str(rank): time.monotonic = wrong_time
 
-import cramlit.training.training as train  # noqa: E402  the clock is wrong before it is imported
+import cramlit.training.checkpoints as saved  # noqa: E402  the clock is wrong before it is imported
+import cramlit.training.training as train  # noqa: E402
 from cramlit.core.devices import Precision  # noqa: E402
 from cramlit.running.command import main  # noqa: E402
 from cramlit.training.distributed import Gradients  # noqa: E402
+from cramlit.training.schedule import Clock  # noqa: E402
 
 train.choose_precision = lambda device: Precision(torch.float32, 'the test compares curves')
 train.train = functools.partial(train.train, log_every=1)
@@ -59,10 +64,28 @@ def poisoned(micro, batches, grads):
     accumulate(bad_micro, batches, grads)
 
 
+def stopped_by_the_clock(fraction, name, sent=[]):  # noqa: B006  remembered from one reading to the next
+    read = Clock.seconds.fget
+
+    def seconds(clock):
+        now = read(clock)
+        if now >= fraction*(clock.budget - clock.reserve) and not sent:
+            sent.append(name)
+            os.kill(os.getpid(), signal.Signals[name])
+        return now
+    Clock.seconds = property(seconds)
+
+
 if 'LR_LOG' in os.environ: train.set_lr = log_lr
 if 'MEMORY_LOG' in os.environ: train.set_lr = log_memory
 if 'MESSAGE' in os.environ:
     message = getattr(torch, os.environ['MESSAGE'])
     train.Gradients = lambda model, world, _: Gradients(model, world, message)
 if 'POISON' in os.environ: train.accumulate = poisoned
+if os.environ.get('LATE') == str(rank):
+    every = saved.checkpoints
+    saved.checkpoints = train.checkpoints = lambda folder: every(folder)[:-1]
+if 'STOP_AT' in os.environ:
+    fraction, name = os.environ['STOP_AT'].split('-')
+    stopped_by_the_clock(float(fraction), name)
 sys.exit(main(['pretrain', *sys.argv[1:]]))

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from joblib import parallel_config
 
 from cramlit.core.recipes import RECIPES, CramlitError, UsageError, override
-from cramlit.core.results import result_row
+from cramlit.core.results import read_rows, result_row
 from cramlit.core.scales import SCALES, get_recipe, get_scale
 from cramlit.data.batches import RULERS, VALIDATION_RATE, mask_for_validation, validation_batches
 from cramlit.data.masking import IGNORE
@@ -22,17 +23,20 @@ from cramlit.experiments.comparison import (
     reached,
     recipe_trials,
     recipes_to_compare,
+    run_budgets,
     steps_between,
     with_data,
 )
 from cramlit.experiments.search import Trial, has_stock, run_trials, trial_table
 from cramlit.reporting.studies import (
     ablation_table,
+    against,
     choices_table,
     comparison_table,
     figure_by_time,
     trial_runs,
     unigram_baselines,
+    write_budgets,
 )
 
 SPECIAL = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -272,3 +276,40 @@ def test_each_text_has_its_own_unigram_baseline(tmp_path):
     lines = figure_by_time(trial_runs(rows, tmp_path), unigram_baselines(t)).axes[0].lines
     found = {line.get_label(): line.get_ydata()[0] for line in lines if 'unigram' in line.get_label()}
     assert found == {'a, unigram baseline': 6., 'b, unigram baseline': 6.5}
+
+
+@pytest.fixture
+def small_scale(text, monkeypatch):
+    "Scale tiny on the session's small text, in this process"
+    tiny = SCALES['tiny']
+    overrides = (*tiny.overrides, f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128')
+    monkeypatch.setitem(SCALES, 'tiny', replace(tiny, overrides=(*overrides, 'validation.max_sequences=64')))
+    with parallel_config('sequential'): yield 'tiny'
+
+
+def test_what_a_budget_buys_is_drawn_after_each_budget_and_again_to_the_last_digit(small_scale, tmp_path):
+    pages, counts = [], []
+    for name in 'ab':
+        for rows in run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/name):
+            files = write_budgets(rows, tmp_path/f'figures {name}', [])
+            counts.append(files[0].read_text().count('1 of 2 budgets have been run'))
+        pages.append({f.name: f.read_bytes() for f in files})
+    assert counts == [1, 0]*2 and pages[0] == pages[1]
+    table = pd.read_csv(tmp_path/'figures a'/'budgets.csv', index_col=0)
+    assert list(table.index) == ['majority', 'bag-of-words', 'modern, from scratch', 'modern, 4 steps',
+                                 'modern, 10 steps']
+    gains = pd.read_csv(tmp_path/'figures a'/'budgets_gains.csv', index_col=0)
+    assert list(gains.index) == ['modern, 10 steps against modern, from scratch',
+                                 'modern, 10 steps against bag-of-words']
+    rows, trials = read_rows(tmp_path/'a'), sorted((tmp_path/'a'/'trials').glob('*.json'))
+    before = [p.stat().st_mtime_ns for p in trials]
+    again = list(run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'a'))
+    assert again[-1] == rows and [p.stat().st_mtime_ns for p in trials] == before  # nothing is run twice
+
+
+def test_one_trial_is_compared_with_several_and_a_baseline_has_no_seeds():
+    lines = [dict(trial='x', seed=s, score=50 + s) for s in (1, 2, 3)]
+    lines += [dict(trial='y', seed=s, score=48 + s) for s in (7, 8, 9)] + [dict(trial='z', score=40.)]
+    found = against(pd.DataFrame(lines), [('x', 'y'), ('x', 'z')], 'score')
+    assert list(found.index) == ['x against y', 'x against z']
+    assert list(found.change) == [-4, 12] and found.p['x against z'] == pytest.approx(2*.0023, rel=.05)

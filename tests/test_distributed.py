@@ -1,6 +1,8 @@
 "Many processes, many machines, one clock, one result"
+import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,10 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 import cramlit.core.devices as devices
 import cramlit.training.distributed as distributed
 from cramlit.core.recipes import CramlitError
+from cramlit.running import command
 from cramlit.training.checkpoints import checkpoints, find_damage
 from cramlit.training.distributed import join_world, launch
 
@@ -117,6 +121,14 @@ def test_too_many_bad_steps_end_the_run_with_a_diagnosis(text, data, tmp_path):
     assert done.stderr.count('the run stopped early: ') == 1
     assert 'lastly step 21' in done.stderr and 'train_batches' in done.stderr
     assert 'lastly step 21' in json_lines(tmp_path/'run'/'metrics.jsonl')[-1]['stopped']
+
+
+def test_torchrun_takes_no_option_of_ours_for_its_own():
+    "It takes the beginning of one of its options for the whole, wherever it stands, and knows two of each"
+    own = [o for action in get_args_parser()._actions for o in action.option_strings]
+    ours = [f'--{name}' for name in inspect.signature(command.pretrain).parameters if name != 'nproc']
+    assert '--recipe' in ours and '--run-path' in own
+    assert not [o for o in ours if any(other.startswith(o) for other in own)]
 
 
 @pytest.mark.parametrize('env, match', [
@@ -222,6 +234,18 @@ def test_another_number_of_processes_goes_on(text, data, tmp_path, alone):
     if not (tmp_path/'run'/'rows.jsonl').exists(): (tmp_path/'run'/'stop').unlink(missing_ok=True)
     run(1, arguments)
     same(log(tmp_path/'run', 'loss'), log(tmp_path/'whole', 'loss'))
+
+
+def test_a_rank_that_does_not_see_the_newest_checkpoint_goes_on_from_it(text, data, tmp_path):
+    settings = ['checkpoint.every=0.2', 'checkpoint.keep=9']
+    out, arguments = tmp_path/'run', options(text, data, tmp_path/'run', '--steps', '10', settings=settings)
+    run(2, arguments)
+    whole = load_file(checkpoints(out/'checkpoints')[-1]/'model.safetensors')
+    for path in checkpoints(out/'checkpoints')[-2:]: shutil.rmtree(path)
+    (out/'rows.jsonl').unlink()
+    run(2, arguments, LATE='1')
+    again = load_file(checkpoints(out/'checkpoints')[-1]/'model.safetensors')
+    for k in whole: assert torch.equal(again[k], whole[k]), k
 
 
 def start_two(text, data, out, steps):

@@ -1,5 +1,6 @@
 "The whole pipeline at scale tiny: from enwik8 to the tables, skipped when done, redone when forced"
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,13 @@ import pytest
 import torch
 
 from cramlit.core.recipes import CramlitError
+from cramlit.core.results import provenance, read_json_lines
 from cramlit.running import pipeline
 from cramlit.running.command import main
 from cramlit.running.pipeline import STAGES as ALL_STAGES
-from cramlit.running.pipeline import Workspace, code_of, paper_notebook, workspace
+from cramlit.running.pipeline import Workspace, code_of, page_origin, paper_notebook, workspace
+
+ROOT = Path(__file__).parent.parent
 
 FROM_PRETRAIN = ['pretrain', 'finetune', 'figure_pretraining', 'table4_glue']
 STAGES = {name: s for name, s in ALL_STAGES.items() if not s.optional}
@@ -33,7 +37,7 @@ def test_tables_figures_and_models_are_there(finished):
     for name in made:
         suffixes = {n.partition('.')[2] for n in names if n.partition('.')[0] == name}
         if name != 'table4_published': assert suffixes in ({'md', 'csv', 'tex'}, {'svg', 'pdf'}), name
-    assert {n.partition('.')[0] for n in names} == {*made, 'README', 'notebooks'}
+    assert {n.partition('.')[0] for n in names} == {*made, 'README', 'notebooks', 'rows'}
     table = (figures/'table4_glue.md').read_text()
     for text in ('majority', 'bag-of-words', 'from-scratch', 'pretrained', 'not GLUE', 'Hardware:'):
         assert text in table
@@ -54,6 +58,39 @@ def test_the_index_shows_everything_and_misses_nothing(finished):
             assert f'({name}.svg)' in index or (figures/f'{name}.md').read_text().strip() in index, name
     assert 'is missing' not in index and 'hours' in index and 'Hardware:' in index
     assert '| [prepare 24hbert](notebooks/prepare_24hbert.ipynb) | ' in index
+
+
+def test_the_rows_of_a_page_are_beside_it_and_it_says_whose_they_are(finished):
+    figures = finished/'paper_figures'
+    rows = {p.stem: read_json_lines(p) for p in (figures/'rows').iterdir()}
+    assert {'pretrain_24hbert', 'finetune_modern', 'table3_search', 'comparison', 'scaling'} <= set(rows)
+    assert {(r['commit'], r['hardware']) for some in rows.values() for r in some} == {
+        (provenance()['commit'], provenance()['hardware'])}
+    said, = page_origin(rows)
+    assert said.startswith('All numbers are of one state') and said in (figures/'README.md').read_text()
+    elsewhere = {name: [r | dict(commit='0ther') for r in some] for name, some in rows.items()}
+    warning, table = page_origin(rows | dict(scaling=elsewhere['scaling']))
+    assert '2 origins' in warning and table.splitlines()[-1].endswith(' | scaling |') and '| 0ther |' in table
+
+
+COMMITTED = sorted((ROOT/'paper_figures').glob('*/README.md'))
+
+
+@pytest.mark.parametrize('page', COMMITTED, ids=lambda p: p.parent.name)
+def test_a_committed_page_says_of_which_commits_and_machines_it_is(page):
+    "A page says of its origin what its rows say; one from before rows were kept says that it is mixed"
+    rows = {p.stem: read_json_lines(p) for p in sorted((page.parent/'rows').glob('*.jsonl'))}
+    text = page.read_text()
+    if not rows:
+        assert 'earlier code on other machines' in text
+        return
+    origins = {(r['commit'], r['dirty'], r['hardware']) for some in rows.values() for r in some}
+    for commit, dirty, hardware in origins:
+        assert f'{commit}{" with changes" if dirty else ""}' in text and hardware in text
+    assert ('All numbers are of one state' in text) == (len(origins) == 1)
+    for path in page.parent.glob('*.md'):  # and no table is of a commit that no row has
+        for commits in re.findall(r'^Commit: (.+)$', path.read_text(), re.M):
+            assert {c.removesuffix('+changes') for c in commits.split(', ')} <= {c for c, *_ in origins}, path
 
 
 def test_executed_notebooks_are_there_to_be_read(finished):
@@ -109,9 +146,9 @@ def test_report_draws_from_the_rows(finished, tmp_path):
 
 def test_a_paper_notebook_runs_with_plain_papermill_from_any_folder(finished, tmp_path):
     command = [sys.executable, '-m', 'papermill', str(paper_notebook('figure_pretraining')), 'out.ipynb']
-    given = ['-p', 'scale', 'tiny', '-p', 'out', str(finished), '--no-progress-bar']
-    subprocess.run(command + given, cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path/'paper_figures'/'tiny'/'loss_curve.svg').exists()
+    given = ['-p', 'scale', 'tiny', '-p', 'out', str(finished), '-p', 'figures', str(tmp_path/'figures')]
+    subprocess.run([*command, *given, '--no-progress-bar'], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path/'figures'/'loss_curve.svg').exists()
 
 
 class Pretend:

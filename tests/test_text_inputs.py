@@ -1,4 +1,5 @@
 "Text as people have it: odd names, packings, encodings, scripts, folders and disks"
+import ast
 import bz2
 import errno
 import gzip
@@ -6,6 +7,7 @@ import json
 import lzma
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -464,6 +466,23 @@ def test_an_ascii_locale(own, tmp_path):
         done = subprocess.run(prepare_it, env=os.environ | ascii_only, capture_output=True)
         assert done.returncode == 0, done.stderr
     assert 'Fluß' in ' '.join(d.text for d in read_documents(tmp_path/'out'/'holdout.jsonl.gz'))
+
+
+def test_every_text_file_is_opened_as_utf8():
+    "Or as bytes: whatever a machine's own encoding is, no file of ours is written or read in it"
+    found = []
+    for path in Path(packing.__file__).parents[1].rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if not isinstance(node, ast.Call): continue
+            name = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
+            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            binary = name == 'open' and any(re.fullmatch('[rwax]b', text) for text in texts)
+            owner = getattr(getattr(node.func, 'value', None), 'id', '')
+            other = name == 'open' and owner in ('os', 'tarfile', 'bz2', 'gzip', 'lzma', 'z')
+            said = any(k.arg in ('encoding', None) for k in node.keywords) or 'utf-8' in texts
+            if name in ('open', 'read_text', 'write_text') and not (binary or other or said):
+                found.append(f'{path}:{node.lineno}')
+    assert not found
 
 
 # records

@@ -33,9 +33,9 @@ from cramlit.training.optimizers import make_optimizer
 EVERY = 20  # steps between two checkpoints
 
 
-def launch(data, out, length, settings, **env):
+def launch(data, out, length, settings, program=('-m', 'cramlit', 'pretrain'), **env):
     "Start or continue a run of the smallest scale in a process of its own"
-    command = [sys.executable, '-m', 'cramlit', 'pretrain', '--scale', 'tiny', *length]
+    command = [sys.executable, *program, '--scale', 'tiny', *length]
     command += ['--data', str(data), '--out', str(out)]
     for s in settings: command += ['-o', s]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,14 +97,14 @@ def torture(kills, out, settings=()):
     return dict(kills=done, in_save=in_save, identical=last[0] == last[1])
 
 
-def stop_near_the_end(data, out, budget, moment, settings=(), kill=False, **env):
-    "Stop a run by the clock at a moment (s), and let it go on; how often it was begun until it was finished"
+def stop_near_the_end(data, out, budget, fraction, settings=(), kill=False, **env):
+    "Stop a run when its clock reads a fraction of its time, and let it go on; in how many parts it was made"
+    at = f'{fraction}-{"SIGKILL" if kill else "SIGTERM"}'
     for part in range(1, 10):
-        process = launch(data, out, ['--budget', f'{budget}s'], [*settings, 'checkpoint.every=0.05'], **env)
-        if part == 1 and wait_for(process, (out/'metrics.jsonl').exists):  # the clock starts with the log
-            began = time.monotonic()
-            if wait_for(process, lambda start=began: time.monotonic() >= start + moment):
-                process.kill() if kill else process.terminate()
+        more = dict(STOP_AT=at) if part == 1 else {}
+        program = [str(Path(__file__).with_name('exact.py'))]
+        process = launch(data, out, ['--budget', f'{budget}s'], [*settings, 'checkpoint.every=0.05'], program,
+                         **env, **more)
         code = process.wait()
         if (out/'rows.jsonl').exists() and code == 0: return part
         if code not in (75, *([-signal.SIGKILL, -signal.SIGTERM] if part == 1 else [])): break
@@ -112,18 +112,19 @@ def stop_near_the_end(data, out, budget, moment, settings=(), kill=False, **env)
     raise RuntimeError(f'the run in {out} cannot be finished: code {code} in part {part}: {said}')
 
 
-def torture_by_the_clock(moments, out, settings=(), budget=8.):
+def torture_by_the_clock(moments, out, settings=(), budget=20.):
     """Runs that are stopped near their end, half of them by SIGKILL, with no git to be found; all must finish
 
-    Two at a time, since most of it is waiting. A part takes the budget, and what a process needs to start.
+    Each is stopped by what its own clock reads, so that a busy machine stops it no earlier and no later.
+    Two at a time, since much of it is waiting. A part takes the budget, and what a process needs to start.
     """
     data, nowhere = out/'data', out/'no-programs'
     prepare(get_recipe('24hbert', 'tiny', settings), data)
     nowhere.mkdir()
 
     def stop(n):
-        moment, kill = budget*(.7 + .3*n/moments), n % 2 == 1
-        return stop_near_the_end(data, out/f'run-{n}', budget, moment, settings, kill, PATH=str(nowhere))
+        fraction, kill = .7 + .3*n/(moments - 1), n % 2 == 1  # the last at the very end
+        return stop_near_the_end(data, out/f'run-{n}', budget, fraction, settings, kill, PATH=str(nowhere))
     with ThreadPoolExecutor(2) as pool: return list(pool.map(stop, range(moments)))
 
 

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from ..core.recipes import RECIPES, CramlitError, Packing, Recipe, UsageError
 from ..core.recipes import differences, recipe_from_dict, validate
 from ..core.randomness import make_key, uniform
-from ..core.results import atomic, cannot_read, cannot_write, locked, note, sha256, sync_folder
+from ..core.results import atomic, cannot_read, cannot_write, locked, note
+from ..core.results import set_aside, sha256, sync_folder
 from ..core.scales import SCALES, get_recipe
 from .corpus import MIN_WORDS, Document, documents, holdout_position
 from .corpus import same_source, source_state, unique
@@ -576,22 +577,21 @@ def _kept(recipe: Recipe, out: Path) -> dict:
     return {} if _changed(sources['files'], _sources(recipe)['files']) else manifest
 
 # %% ../../nbs/data/12_packing.ipynb #6e8b9839
+_OWN = r'manifest\.json|sources\.json|holdout\.jsonl\.gz|tokenizer|(train|validation|tune|report)-\d{5,}\.npy'
+
+def _in_the_way(work: Path, out: Path) -> list[Path]:
+    "Prepared data in a folder, the manifest first; without one, what an interrupted move has left of it"
+    own = [p for p in sorted(out.iterdir()) if re.fullmatch(_OWN, p.name)]
+    if not (out/'manifest.json').exists(): own = [p for p in own if (work/p.name).exists()]
+    return sorted(own, key=lambda p: p.name != 'manifest.json')
+
 def _move(work: Path, out: Path):
-    "Bring complete data to its place, the manifest last; what has gone before is not there any more"
+    "Bring complete data to its place, the manifest last; what is there of other data is moved aside"
+    if old := _in_the_way(work, out): note(f'the data of before is now in {set_aside(old, out)}')
     paths = sorted(work.iterdir(), key=lambda p: p.name == 'manifest.json')
     for path in paths: os.replace(path, out/path.name)
     sync_folder(out)
     work.rmdir()
-
-def _set_aside(out: Path):
-    "Move prepared data into a folder inside that is named after it; nothing of it is lost"
-    manifest = out/'manifest.json'
-    aside = out/'superseded'/sha256(manifest)[:8]
-    aside.mkdir(parents=True, exist_ok=True)
-    own = 'sources.json', 'tokenizer', 'holdout.jsonl.gz', '*.npy'
-    for path in (manifest, *(p for pattern in own for p in sorted(out.glob(pattern)))):
-        os.replace(path, aside/path.name)
-    note(f'the data of before is now in {aside}')
 
 def _fill(recipe: Recipe, out: Path) -> dict:
     "Make prepared data in a folder that this process has for itself, in place of data that is there"
@@ -601,9 +601,10 @@ def _fill(recipe: Recipe, out: Path) -> dict:
         return _kept(recipe, out) or _fill(recipe, out)
     if not there and any(not p.name.startswith('.') and p.name != 'lost+found' for p in out.iterdir()):
         raise UsageError(f'{out} is not empty and holds no prepared data: choose another --out')
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed before that
+    if os.path.lexists(work): note(f'what was in {work} is now in {set_aside([work], out)}')  # half-made
+    try: work.mkdir()
+    except OSError as e: raise cannot_write(out, e) from None
     try:
-        work.mkdir()
         sources = _sources(recipe)
         if there:
             changed = _changed(_read_sources(out)['files'], sources['files'])
@@ -617,7 +618,6 @@ def _fill(recipe: Recipe, out: Path) -> dict:
         shutil.rmtree(work, ignore_errors=True)
         if isinstance(e, OSError): raise cannot_write(out, e) from None
         raise
-    if there: _set_aside(out)
     _move(work, out)
     return manifest
 

@@ -298,8 +298,8 @@ def _parquet_table(path: Path):
     import pyarrow
     from pyarrow.parquet import ParquetFile
     try:
-        # its threads may abort the whole process when that ends, and one file of a task takes none
-        with open(path, 'rb') as f: return ParquetFile(f, pre_buffer=False).read(use_threads=False)
+        # from memory and without threads: a thread that still has a Python file may abort the ending process
+        return ParquetFile(pyarrow.BufferReader(path.read_bytes()), pre_buffer=False).read(use_threads=False)
     except (OSError, pyarrow.ArrowException) as e:
         raise CramlitError(f'cannot read {path}: {_why(e)}') from None
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..core.devices import choose_precision, pick_device, take_gpu
 from ..core.recipes import CramlitError, Interrupted, UsageError, digest, unknown
 from ..core.results import (
-    atomic, cannot_write, provenance, read_json_lines, result_row, sha256, write_rows)
+    atomic, cannot_write, provenance, read_json_lines, refuse_run, result_row, sha256, write_rows)
 from ..core.scales import Finetune, Scale
 from ..data.corpus import fetch_member
 from .finetuning import FINETUNING_VERSION, POOL, Job, check_length, classifier, run_job
@@ -512,6 +512,7 @@ def evaluate(
     protocol: str = '',    # plain | paper; '' = the scale's, and plain for the suite surrogate
 ) -> list[dict]:           # rows, also in out/rows.jsonl
     "Fine-tune a model on a suite under the protocol of a scale"
+    refuse_run(out)
     seeds, names = _seeds(seeds, scale), task_names(suite, list(tasks))
     if glue_dir and suite != 'glue': raise UsageError(f'--glue-dir is for --suite glue, this is {suite}')
     protocol = protocol or (scale.finetune.protocol if suite == 'glue' else 'plain')

@@ -8,7 +8,7 @@ __all__ = ['Trial', 'grid_trials', 'parse_grid', 'choices', 'choice_trials', 'St
            'best', 'search']
 
 # %% ../../nbs/experiments/60_search.ipynb #3f3ecdc5
-import hashlib, json, shutil
+import hashlib, json
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +25,7 @@ from joblib import delayed
 from ..core.devices import pick_device
 from ..core.recipes import Checkpoint, Model, Optim, Recipe, Schedule, UsageError, Validation
 from ..core.recipes import digest, recipe_hash, unknown
-from ..core.results import read_rows, result_row, sha256, write_rows
+from ..core.results import read_rows, refuse_run, result_row, sha256, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.batches import rank_slice
 from ..data.packing import as_prepared, open_data, prepare
@@ -35,7 +35,7 @@ from ..evaluation.glue import Task
 from ..evaluation.protocol import (
     common_provenance, find_result, jobs, load_tasks, run_grid, run_parallel, save_result, with_retry)
 from ..model.stock_models import family
-from ..training.checkpoints import export_all
+from ..training.checkpoints import export_all, remove_checkpoints
 from ..training.training import pretrain, pretrain_in
 
 # %% ../../nbs/experiments/60_search.ipynb #c54504a2
@@ -294,9 +294,9 @@ def run_trial(
     "A trial from its recipe to its rows; what it prints goes to log.txt"
     def work():
         save_result(folder.parent, key, lambda: dict(rows=trial_rows(trial, study, folder)))
-        shutil.rmtree(folder/'run'/'checkpoints')  # the model is kept; the optimizer's state is larger
+        remove_checkpoints(folder/'run'/'checkpoints')  # the model is kept; the optimizer's state is larger
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'log.txt', 'a', buffering=1) as log, redirect_stderr(log):
+    with open(folder/'log.txt', 'a', buffering=1, encoding='utf-8') as log, redirect_stderr(log):
         return with_retry(f'{trial.name}, seed {trial.seed}', work)
 
 # %% ../../nbs/experiments/60_search.ipynb #82855ace
@@ -329,7 +329,7 @@ def run_trials(
 
 # %% ../../nbs/experiments/60_search.ipynb #8cc5a760
 _SETTINGS = ('trial', 'versus', 'recipe', 'seed', 'global_batch_size', 'lr', 'warmup', 'schedule_length',
-             'layers', 'hidden_size', 'span', 'stopped')
+             'layers', 'hidden_size', 'span', 'budget', 'stopped')
 
 def trial_table(
     rows: list[dict],   # of trials
@@ -368,6 +368,7 @@ def search(
     glue_dir: str = '',  # a local copy of GLUE; empty: the hub
 ) -> list[dict]:         # rows of all trials, then of the best
     "The grid, from text to the best of each batch size"
+    refuse_run(out)
     t = parse_grid(grid, get_scale(scale).trials)
     if budget: t = replace(t, budget=budget, steps=0)
     trials = grid_trials(base, scale, t)

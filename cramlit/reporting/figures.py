@@ -107,7 +107,7 @@ def figure_lr(
         ax = fig.subplots()
         logs, unit, size = _read_logs(runs)
         for (name, log), colour in zip(logs.items(), cycle(COLOURS), strict=False):
-            info = json.loads((runs[name]/'run.json').read_text())
+            info = json.loads((runs[name]/'run.json').read_text(encoding='utf-8'))
             lr, schedule = info['recipe']['optim']['lr'], info['recipe']['schedule']
             x, end, label = log.seconds/size, log.seconds.max()/size, f'time, {unit}'
             if info['steps']: x, end, label = log.step, info['steps'], 'optimizer steps'

@@ -25,7 +25,7 @@ def finished_runs(
     for log in sorted(folder.rglob('metrics.jsonl')):
         left_out = {'trials', 'superseded'} & set(log.relative_to(folder).parts)
         if not left_out and (log.parent/'rows.jsonl').exists(): found.append(log.parent)
-    recipes = [json.loads((run/'run.json').read_text())['recipe'] for run in found]
+    recipes = [json.loads((run/'run.json').read_text(encoding='utf-8'))['recipe'] for run in found]
     names = [r['name'] for r in recipes]
     if len(set(names)) < len(names): names = [f"{r['name']} (seed {r['seed']})" for r in recipes]
     return dict(zip(names, found, strict=True))

@@ -7,8 +7,8 @@ __all__ = ['SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARKS', 'POOR', 'FEW'
            'seeds_and_seconds', 'stopped_early', 'whole_runs', 'best_table', 'figure_grid', 'write_search',
            'tasks_of_rows', 'choices_table', 'trial_runs', 'figure_choices', 'figure_schedules', 'figure_loss_task',
            'write_choices', 'with_average', 'comparison_table', 'unigram_baselines', 'figure_by_time',
-           'write_comparison', 'ablation_table', 'write_ablation', 'scaling_table', 'figure_by_compute',
-           'write_scaling']
+           'write_comparison', 'ablation_table', 'write_ablation', 'against', 'budgets_table', 'budget_gains',
+           'reference_scores', 'figure_budgets', 'write_budgets', 'scaling_table', 'figure_by_compute', 'write_scaling']
 
 # %% ../../nbs/reporting/75_studies.ipynb #1996b438
 from itertools import product
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from ..core.scales import get_scale
-from ..evaluation.statistics import median_text
+from ..evaluation.statistics import difference, median_text
 from ..experiments.comparison import compare, evaluations, reached
 from ..experiments.scaling import RESAMPLES, Fit, fit_runs
 from ..experiments.search import best, trial_table
@@ -366,6 +366,136 @@ def write_ablation(
              *stopped_early(t)]
     caption = f"What each change does in the same time, scale {mine[0]['scale']}."
     return write_table(ablation_table(t), folder/'ablation', caption, notes, mine)
+
+# %% ../../nbs/reporting/75_studies.ipynb #75e10002
+def against(
+    t: pd.DataFrame,  # as `trial_table` gives it
+    pairs: list[tuple[str, str]],  # names of trials: the first is compared with the second
+    value: str,       # the column that is compared
+) -> pd.DataFrame:    # a line a pair: change, low, high, p; corrected for all pairs together
+    "Trials beside others, where one may be compared with several"
+    named = [t[t.trial == a].assign(trial=f'{a} against {b}', versus=b) for a, b in pairs]
+    return compare(pd.concat([t.assign(versus=''), *named]), value)
+
+def _pretrained(t: pd.DataFrame) -> pd.DataFrame:
+    "The networks that have had a budget, the shortest first, recipes in their order"
+    mine = t.dropna(subset='budget')
+    order = list(dict.fromkeys(mine.recipe))
+    return mine.sort_values('budget', kind='stable').sort_values(
+        'recipe', key=lambda names: names.map(order.index), kind='stable')
+
+def budgets_table(
+    t: pd.DataFrame,   # of the budgets, as `trial_table` gives it
+    tasks: list[str],  # columns of it
+) -> pd.DataFrame:     # texts: trial × loss, average, tasks, what it has more than others
+    "What each budget came to, and what stands beside it"
+    t, lines = with_average(t, tasks), {}
+    trained = _pretrained(t)
+    rest = t[~t.trial.isin(trained.trial)]
+    for name, group in [*rest.groupby('trial', sort=False), *trained.groupby('trial', sort=False)]:
+        line = {'MLM loss, nats': mean_and_deviation(group.validation_loss, 3),
+                'average, %': mean_and_deviation(group.average, 1)}
+        for versus, title in ((f'{group.recipe.iloc[0]}, from scratch', 'from scratch'),
+                              ('bag-of-words', 'bag-of-words')):
+            cells = dict.fromkeys((f'less {title}', f'95 % interval, {title}'), '')
+            if name in set(trained.trial):
+                found = against(t, [(name, versus)], 'average')
+                told = difference_cells(found, f'{name} against {versus}', 1)
+                cells = dict(zip(cells, (told['change'], told['95 % interval']), strict=True))
+            line |= cells
+        for task in tasks: line[f'{task}, %'] = mean_and_deviation(group[task], 1)
+        lines[name] = line
+    return pd.DataFrame(lines).T
+
+def budget_gains(
+    t: pd.DataFrame,   # of the budgets, as `trial_table` gives it
+    tasks: list[str],  # columns of it
+) -> pd.DataFrame:     # recipe and other side × change, low, high, p, corrected
+    "Every recipe at the longest budget against from scratch and bag of words, on the average"
+    t = with_average(t, tasks)
+    longest = _pretrained(t)
+    longest = longest[longest.budget == longest.budget.max()]
+    pairs = [(name, versus) for name, recipe in dict(zip(longest.trial, longest.recipe, strict=True)).items()
+             for versus in (f'{recipe}, from scratch', 'bag-of-words')]
+    return against(t, pairs, 'average')
+
+def reference_scores(
+    rows: list[dict],  # of fine-tuning the reference encoder; may be none
+    tasks: list[str],
+) -> dict[str, float]: # task → percent, with `average`; empty unless every task has one
+    "Headlines of the reference encoder"
+    heads = [r for r in rows if r['metric'] == 'headline' and r['variant'] == 'pretrained']
+    found = {r['task']: r['value'] for r in heads}
+    if not set(tasks) <= set(found): return {}
+    return found | dict(average=float(np.mean([found[task] for task in tasks])))
+
+def _mean_line(ax, values: pd.Series, label: str, **how):
+    "The mean over seeds as a horizontal line, its interval as a band"
+    mean = difference(values, 0.)
+    ax.axhline(values.mean(), lw=1, label=label, **how)
+    if not np.isnan(mean.low): ax.axhspan(mean.low, mean.high, color=how['color'], alpha=.12, lw=0)
+
+@matplotlib.rc_context(STYLE)
+def figure_budgets(
+    t: pd.DataFrame,   # of the budgets, as `trial_table` gives it
+    tasks: list[str],  # columns of it
+    reference: dict[str, float],  # as `reference_scores` gives it
+) -> Figure:
+    "Scores against the budget of pretraining, with intervals over seeds; what has no budget as lines"
+    t, names = with_average(t, tasks), ['average', *tasks[:2]]
+    trained = _pretrained(t)
+    by_steps = trained.span.iloc[0] == f'{trained.budget.iloc[0]:g} steps'
+    unit, size = ('steps', 1) if by_steps else time_unit(trained.budget.max())
+    fig = Figure(figsize=(2.5*len(names), 3.1), layout='constrained')
+    for ax, name in zip(fig.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for (recipe, mine), colour in zip(trained.groupby('recipe', sort=False), COLOURS, strict=False):
+            points = {budget: difference(group[name], 0.) for budget, group in mine.groupby('budget')}
+            x = [budget/size for budget in points]
+            ax.plot(x, [d.change for d in points.values()], 'o-', ms=4, color=colour, label=recipe)
+            ax.vlines(x, [d.low for d in points.values()], [d.high for d in points.values()], color=colour)
+            ax.plot(mine.budget/size, mine[name], '.', ms=2, color=colour, alpha=.6)
+            scratch = t[t.trial == f'{recipe}, from scratch'][name]
+            _mean_line(ax, scratch, f'{recipe}, from scratch', color=colour, ls='--')
+        for other, style in (('majority', ':'), ('bag-of-words', '-.')):
+            for value in t[t.trial == other][name]:
+                ax.axhline(value, color='0.3', ls=style, lw=1, label=other)
+        if reference: ax.axhline(reference[name], color='k', lw=1, label='reference encoder')
+        ax.set(xscale='log', xlabel=f'pretraining, {unit}', title=name)
+        ax.set_xticks(sorted({b/size for b in trained.budget}), minor=False)
+        ax.xaxis.set_major_formatter('{x:g}')
+        ax.xaxis.set_minor_locator(NullLocator())
+    fig.axes[0].set_ylabel('score, %')
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
+    return fig
+
+def write_budgets(
+    rows: list[dict],       # as `run_budgets` gives them, of some budgets or of all
+    folder: Path,           # where the files go
+    reference: list[dict],  # rows of the reference encoder; may be none
+) -> list[Path]:
+    "What a budget buys: the table of all budgets, the one of what is claimed, and the figure"
+    mine = needed(rows, 'the budgets', stage='trial', study='budgets')
+    t, tasks, scale = trial_table(mine), tasks_of_rows(mine), mine[0]['scale']
+    trained, planned = _pretrained(t), get_scale(scale).comparison.budgets
+    done, longest = trained.budget.nunique(), trained[trained.budget == trained.budget.max()]
+    said = f'**{done} of {len(planned)} budgets have been run**, the shortest first.'
+    partial = [said] if done < len(planned) else []
+    notes = [*partial, f'{trained.seed.nunique()} seeds of pretraining for each budget, as steps that were '
+             'timed beforehand; each budget is a run of its own, with a schedule of its own length. Mean ± '
+             'standard deviation over seeds; a score is the median over seeds of fine-tuning, from scratch '
+             'too. The recipes are as they are at this scale, and were not tuned for each budget. '
+             f'{VALIDATION}',
+             'The intervals are those of each line alone, of seeds and validation examples.']
+    claims = [*partial, 'Claimed is no more than this table, which has the longest budget alone: '
+              f'{", ".join(longest.trial.unique())}. {SIGNIFICANCE}']
+    if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
+    gains = budget_gains(t, tasks)
+    told = pd.DataFrame({name: difference_cells(gains, name, 1) for name in gains.index}).T
+    fig = figure_budgets(t, tasks, reference_scores(reference, tasks))
+    caption = f'What a budget buys, scale {scale}.'
+    return [*write_table(budgets_table(t, tasks), folder/'budgets', caption, notes, mine),
+            *write_table(told, folder/'budgets_gains', 'Average of the tasks, points.', claims, mine),
+            *write_figure(fig, folder/'what_a_budget_buys', mine)]
 
 # %% ../../nbs/reporting/75_studies.ipynb #28f67705
 POOR = .03    # standard deviation of log L above which a law is said to fit poorly

@@ -90,6 +90,7 @@ def pretrain(
     "Train a recipe for a budget, and save it as a stock transformers model, OUT/model, with OUT/report.html"
     from cramlit.data.packing import as_prepared, open_data
     from cramlit.model.stock_models import family, init_from
+    from cramlit.training.checkpoints import check_export_folder
     from cramlit.training.distributed import processes
     from cramlit.training.schedule import run_length
     from cramlit.training.tracking import check_tracker
@@ -98,7 +99,9 @@ def pretrain(
     settings = [*(Override or []), *([] if seed is None else [f'seed={seed}'])]
     r, weights = get_recipe(recipe, scale, [] if init else settings), None
     if init: r, weights = init_from(init, data, r, settings)
-    if not bare: family(r.model)  # raises when there is no stock model to save it as
+    if not bare:
+        family(r.model)  # raises when there is no stock model to save it as
+        check_export_folder(Path(out)/'model')
     seconds, n_steps = run_length(budget, steps, get_scale(scale))
     r = as_prepared(r, open_data(data), settings)
     rank, size = processes(nproc or get_scale(scale).processes)
@@ -171,7 +174,7 @@ def reproduce(
     if glue_dir: load_tasks('glue', [], glue_dir)  # whatever is wrong with it is said before anything is run
     rows = pipeline.reproduce(ws, only, force, headline)
     table = ws.figures/'table4_glue.md'
-    if table.exists(): print('\n' + table.read_text(), file=sys.stderr)
+    if table.exists(): print('\n' + table.read_text(encoding='utf-8'), file=sys.stderr)
     print(f'All tables and figures on one page: {os.path.relpath(ws.figures/"README.md")}', file=sys.stderr)
     return rows
 

@@ -1,0 +1,181 @@
+"What the commands did not make they do not remove, empty or write over, wherever they are sent"
+import os
+import shutil
+
+import pytest
+from conftest import make_text
+
+from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.data.packing import open_data, verify
+from cramlit.running import pipeline
+from cramlit.running.command import main
+from cramlit.running.pipeline import reproduce, workspace
+from cramlit.training.checkpoints import (
+    checkpoints,
+    find_damage,
+    remove_checkpoints,
+    verify_folder,
+    write_checkpoint,
+)
+from cramlit.training.training import pretrain
+
+SETTINGS = ('--scale', 'tiny', '-o', 'corpus.holdout=0.1', '-o', 'tokenizer.vocab_size=128',
+            '-o', 'validation.max_sequences=64')
+
+
+def prepare(source, out): return main(['prepare', '--source', str(source), *SETTINGS, '--out', str(out)])
+
+
+def train(data, out):
+    return main(['pretrain', *SETTINGS, '--data', str(data), '--out', str(out), '--steps', '2'])
+
+
+def thesis(folder, name='thesis.tex'):
+    "Years of work"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/name).write_text('years of work')
+    return folder/name
+
+
+def found(folder):
+    return [p for p in folder.rglob('*thesis*') if p.is_file() and p.read_text() == 'years of work']
+
+
+@pytest.fixture
+def source(tmp_path): return make_text(tmp_path/'text', documents=40)
+
+
+def test_a_text_that_goes_to_and_fro_leaves_each_of_its_data(source, tmp_path):
+    "The third time, the data to be moved aside is that of the first time, to the byte"
+    first, out = (source/'000.txt').read_text(), tmp_path/'data'
+    for n, text in enumerate([first, first + ' More.', first, first + ' More.', first]):
+        (source/'000.txt').write_text(text)
+        os.utime(source/'000.txt', ns=(n, n))
+        assert prepare(source, out) == 0
+    verify(open_data(out))
+    assert [p.name for p in sorted((out/'superseded').iterdir())] == ['1', '2', '3', '4']
+    for old in (out/'superseded').iterdir(): verify(open_data(old))
+
+
+@pytest.mark.parametrize('moved', range(1, 9))
+def test_a_kill_while_data_takes_the_place_of_older_data_loses_neither(source, tmp_path, monkeypatch, moved):
+    out, real, calls = tmp_path/'data', os.replace, []
+    assert prepare(source, out) == 0
+    (source/'000.txt').write_text('Another text, which is not the one that was there. It has two sentences.')
+
+    def dying(a, b):
+        if tmp_path/'data'/'superseded' in b.parents or b.parent == out:
+            calls.append(b)
+            if len(calls) == moved: raise KeyboardInterrupt
+        real(a, b)
+    monkeypatch.setattr('cramlit.data.packing.os.replace', dying)
+    assert prepare(source, out) == 1 and len(calls) == moved
+    monkeypatch.undo()
+    assert prepare(source, out) == 0
+    verify(open_data(out))
+    assert not (out/'.prepare').exists() and len(list((out/'superseded').rglob('tokenizer'))) == 1
+
+
+def test_what_lies_where_data_is_made_is_moved_and_named(source, tmp_path, capsys):
+    out = tmp_path/'data'
+    thesis(out/'.prepare')
+    assert prepare(source, out) == 0
+    assert f'{out}/superseded/1' in capsys.readouterr().err and len(found(out)) == 1
+    thesis(out, 'thesis.npy')
+    (source/'000.txt').write_text('Another text.')
+    assert prepare(source, out) == 0 and (out/'thesis.npy').exists()
+
+
+def test_data_stays_where_nothing_can_be_moved_aside(source, tmp_path, capsys):
+    out = tmp_path/'data'
+    assert prepare(source, out) == 0
+    thesis(out, 'superseded')
+    (source/'000.txt').write_text('Another text.')
+    assert prepare(source, out) == 1 and 'superseded: it is a file' in capsys.readouterr().err
+    verify(open_data(out))
+    (out/'superseded').rename(out/'thesis')
+    assert prepare(source, out) == 0 and found(out)
+
+
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'samples.jsonl', 'rows.jsonl',
+                                  'checkpoints/step-00000001/thesis', 'model/thesis'])
+def test_a_folder_that_is_no_run_is_not_continued(data, tmp_path, name, capsys):
+    path = tmp_path/'out'/name
+    thesis(path.parent, path.name)
+    assert train(data, tmp_path/'out') == 2
+    assert 'choose another' in capsys.readouterr().err and path.read_text() == 'years of work'
+    assert [str(p.relative_to(tmp_path/'out')) for p in (tmp_path/'out').rglob('*') if p.is_file()] == [name]
+
+
+def test_copies_of_checkpoints_are_no_checkpoints(recipe, data, tmp_path, capsys):
+    "A copy beside them is neither continued from, counted nor removed; nor is what was put into one"
+    pretrain(recipe, data, tmp_path/'run', steps=2)
+    folder = tmp_path/'run'/'checkpoints'
+    newest = checkpoints(folder)[-1]
+    names = ['step-00000002-backup', 'step-00000001.bak', 'step-by-step', '.step-mine.tmp']
+    for name in names: shutil.copytree(newest, folder/name)
+    thesis(folder/'.step-00000007.tmp')
+    thesis(newest)
+    (tmp_path/'run'/'rows.jsonl').unlink()
+    pretrain(recipe, data, tmp_path/'run', steps=2)
+    assert [p.name for p in checkpoints(folder)] == ['step-00000001', 'step-00000002']
+    assert all((folder/name/'state.json').exists() for name in names) and len(found(folder)) == 2
+    assert 'step-00000002-kept-1 has more in it' in capsys.readouterr().err
+    assert [find_damage(p) for p in checkpoints(folder)] == ['', '']
+    assert [row['value'] for row in verify_folder(tmp_path/'run')] == [0, 2]
+    remove_checkpoints(folder)
+    assert not checkpoints(folder) and len(found(folder)) == 2
+
+
+def test_a_folder_in_the_way_of_a_checkpoint_is_not_removed(tmp_path):
+    thesis(tmp_path/'.step-00000001.tmp')
+    with pytest.raises(CramlitError, match='step-00000001'): write_checkpoint(tmp_path, {}, dict(step=1))
+    assert len(found(tmp_path)) == 1
+    write_checkpoint(tmp_path, {}, dict(step=2))
+    remove_checkpoints(tmp_path)
+    assert os.listdir(tmp_path) == ['.step-00000001.tmp']
+
+
+def test_other_files_beside_milestones_and_exports(data, tmp_path):
+    run, to = tmp_path/'run', tmp_path/'gift'
+    more = ['-o', 'checkpoint.milestones=0.5']
+    again = ['pretrain', *SETTINGS, *more, '--data', str(data), '--out', str(run), '--steps', '2']
+    assert main(again) == 0
+    for name in ('.DS_Store', 'thesis'): thesis(run/'milestones', name)
+    assert main(again) == 0
+    export = ['export', '--run', str(run), '--to', str(to)]
+    thesis(to/'.cramlit-export.part')
+    for n in range(4):
+        assert main(export) == 0
+        (to/'model.safetensors').write_bytes(b'other weights')
+        if n == 2: shutil.rmtree(to/'superseded'/'2')  # the numbers have a gap
+    assert len(found(to)) == 1 and sorted(os.listdir(to/'superseded')) == ['1', '2', '3']
+
+
+@pytest.mark.parametrize('command', [
+    ['glue', '--model', 'model', '--tasks', 'cloze'], ['search', '--scale', 'tiny']])
+def test_rows_of_a_run_are_not_replaced_by_other_rows(command, tmp_path, capsys):
+    (tmp_path/'run.json').write_text('{}')
+    thesis(tmp_path, 'rows.jsonl')
+    assert main([*command, '--out', str(tmp_path)]) == 2
+    assert 'choose another --out' in capsys.readouterr().err
+    assert (tmp_path/'rows.jsonl').read_text() == 'years of work'
+
+
+def test_pages_and_stages_of_others(tmp_path):
+    page = thesis(tmp_path/'figures', 'README.md')
+    with pytest.raises(UsageError, match='choose another --figures'):
+        reproduce(workspace('tiny', tmp_path/'out', tmp_path/'figures'), only='prepare')
+    assert page.read_text() == 'years of work' and not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('content', ['[]', 'null', '{"question": 1', '"x"'])
+def test_a_folder_with_a_note_of_another_program_is_moved_aside(content, tmp_path, capsys):
+    ws = workspace('tiny', tmp_path/'out', tmp_path/'figures')
+    folder = thesis(ws.folder('prepare', '24hbert')).parent
+    (folder/'key.json').write_text(content)
+    pipeline._move_aside(ws, 'prepare', '24hbert')
+    assert pipeline._note(folder) == {} and len(found(tmp_path/'out')) == 1
+    (folder/'key.json').parent.mkdir()
+    (folder/'key.json').write_text(content)
+    assert pipeline._note(folder) == {} and not pipeline._is_done(ws, 'prepare', '24hbert')
