@@ -371,7 +371,7 @@ def _next(name: str, given: dict) -> list[str]:
         init = ['--init', g['init']] if g['init'] else []
         return [f'the text is in {out}', call('pretrain', *same, *init, *rest, '--data', out, '--out', 'run')]
     if name == 'pretrain':
-        page = Path(out)/'report.html'
+        page = Path(g['out'])/'report.html'
         course = [f'the course of the run is in {page}'] if page.exists() else []  # it takes an extra
         if g['bare']: return course
         return [f'the model is in {out}/model', *course,
