@@ -90,6 +90,14 @@ def test_torchrun_does_not_start_again_what_has_stopped(error, alone, in_torchru
     assert capsys.readouterr().err.count('cramlit: ') == 2
 
 
+@pytest.mark.parametrize('name, says', [('verify', 'starts anew'), ('search', 'goes on where it stopped')])
+def test_ctrl_c_is_one_line_that_says_what_the_same_command_does(name, says, monkeypatch, capsys):
+    def fail(folder: str): raise KeyboardInterrupt
+    monkeypatch.setitem(COMMANDS, name, fail)
+    assert main([name, 'x']) == 1
+    assert capsys.readouterr().err == f'cramlit: interrupted; the same command {says}\n'
+
+
 def test_a_missing_extra_is_named_and_a_missing_report_is_no_failure(monkeypatch, capsys, data, tmp_path):
     def fail(folder: str): raise ModuleNotFoundError(name='sklearn.metrics')
     monkeypatch.setitem(COMMANDS, 'verify', fail)

@@ -485,6 +485,8 @@ class _MayBeLost:
         try: act(*args)
         except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
+_GO_ON = 'glue', 'pretrain', 'reproduce', 'search'  # commands that keep what they have finished
+
 def _main(argv: list[str]) -> int:
     if argv[:1] == ['--version']:
         from cramlit import __version__
@@ -510,7 +512,9 @@ def _main(argv: list[str]) -> int:
             code = 0  # torchrun starts again what ends otherwise
     except ModuleNotFoundError as e: why, code = _missing(e, argv[0]), 1
     except OSError as e: why, code = f'{e.strerror or e}: {e.filename or ""}', 1
-    except KeyboardInterrupt: why, code = 'interrupted; the same command goes on where it stopped', 1
+    except KeyboardInterrupt:
+        on = 'goes on where it stopped' if argv[0] in _GO_ON else 'starts anew'
+        why, code = f'interrupted; the same command {on}', 1
     print(f'cramlit: {why}', file=sys.stderr)
     return code
 

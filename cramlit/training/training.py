@@ -139,7 +139,8 @@ def check_run(
         raise UsageError(f'{run.data.folder} was prepared with {other}: '
                          'run `cramlit prepare` with this recipe and scale into another folder')
     if run.world.main and not (run.out/'run.json').exists():
-        found = next((name for name in ('checkpoints', 'rows.jsonl', *LOGS) if (run.out/name).exists()), '')
+        names = 'manifest.json', 'checkpoints', 'rows.jsonl', *LOGS
+        found = next((name for name in names if (run.out/name).exists()), '')
         if found: raise UsageError(f'{run.out} has {found} and no run.json, so it is no run that could be '
                                    'continued: choose another --out')
     if run.clock.budget <= 0 and run.clock.steps <= 0:
