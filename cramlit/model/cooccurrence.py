@@ -30,7 +30,8 @@ def count_pairs(
     pair, n = np.unique(pairs, return_counts=True)
     index = torch.from_numpy(np.stack(np.divmod(pair, vocab_size)))
     shape = vocab_size, vocab_size
-    return torch.sparse_coo_tensor(index, torch.from_numpy(n).float(), shape, check_invariants=False).coalesce()
+    counts = torch.sparse_coo_tensor(index, torch.from_numpy(n).float(), shape, check_invariants=False)
+    return counts.coalesce()
 
 # %% ../../nbs/model/23_cooccurrence.ipynb #23c0000b
 def positive_pmi(
@@ -51,7 +52,7 @@ def cooccurrence_embeddings(
     data: Data,  # prepared text
     size: int,   # values of a vector; at most the vocabulary's
     seed: int,   # of the random projections
-) -> tuple[Tensor, Tensor]:  # float32 [V, size], each column of mean 0 and deviation 1; pairs of each token, [V]
+) -> tuple[Tensor, Tensor]:  # float32 [V, size], each column of mean 0 and deviation 1; [V], pairs of each
     "Vectors of tokens from what stands beside them, and in how many pairs each token was"
     counts = count_pairs(data.train, data.padded_vocab_size, data.manifest['special_ids'])
     pmi = positive_pmi(counts)
@@ -102,7 +103,9 @@ def begin_with_counts(
     if rotary:
         length = vectors.square().mean(1, keepdim=True).sqrt()
         vectors = torch.cat([vectors, torch.zeros(len(vectors), 2), length], 1)
-        vectors[data.manifest['special_ids']['mask']] = torch.tensor([0.]*(cfg.hidden_size - 3) + [1., -1., 0.])
+        mark = torch.zeros(cfg.hidden_size)
+        mark[-3], mark[-2] = 1, -1
+        vectors[data.manifest['special_ids']['mask']] = mark
         look_at_neighbours(model)
         torch.nn.init.eye_(model.head.transform.weight)
     model.embeddings.word.weight.copy_(spread*vectors)
