@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'STATE', 'LOGS', 'PATIENCE', 'Run', 'fingerprint', 'acquire_run_dir', 'check_run', 'summed_loss',
            'check_same_weights', 'validate', 'form_of', 'program_shapes', 'compile_model', 'micro_step', 'accumulate',
-           'make_scaler', 'update', 'Hook', 'save_checkpoint', 'resume', 'passes_multiple', 'progress_bar', 'warm_up',
-           'first_evaluation', 'train', 'should_stop_early', 'count_skips', 'result_rows', 'pretrain',
-           'shared_precision', 'begin_with_counts', 'go_on', 'pretrain_in']
+           'make_scaler', 'update', 'Hook', 'resume', 'passes_multiple', 'progress_bar', 'warm_up', 'train',
+           'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'shared_precision', 'begin_with_counts',
+           'go_on', 'pretrain_in']
 
 # %% ../../nbs/training/36_training.ipynb #2f299dc1
 import hashlib, json, math, sys
@@ -306,13 +306,8 @@ class Hook:
 STATE = ('step', 'sequences', 'tokens', 'skipped', 'in_a_row', 'stopped', 'done')  # is in a checkpoint
 LOGS = ('metrics.jsonl', 'samples.jsonl')  # files of lines with a step
 
-def save_checkpoint(
-    run: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    grads: Gradients,  # knows which process has what of the optimizer's state
-):
+def _save_checkpoint(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer,
+                     scaler: torch.amp.GradScaler, grads: Gradients):
     "Begin to write a checkpoint: all processes send what they keep, the main one writes"
     with whole_state(grads, optimizer):
         if not run.world.main: return
@@ -412,13 +407,9 @@ def warm_up(
     grads.buffer.zero_()
 
 # %% ../../nbs/training/36_training.ipynb #35a5000d
-def first_evaluation(
-    run: Run,           # its clock gets its `reserve`, and starts
-    model: MaskedLM,
-    evaluate: Callable[[str], float],  # by a ruler
-    save: Callable[[], None],
-) -> float:             # fraction of the budget spent
-    "Evaluate, set aside the time for the end, start the clock; `UsageError` when a new run has no time"
+def _first_evaluation(run: Run, model: MaskedLM, evaluate: Callable[[str], float],
+                      save: Callable[[], None]) -> float:
+    "Evaluate, set aside time for the end, start the clock: the fraction spent; `UsageError` without any time"
     clock, world, recipe = run.clock, run.world, run.recipe
     began, fraction = clock.now(), clock.fraction(run.step)
     loss = evaluate('tune')
@@ -467,13 +458,13 @@ def train(
     def evaluate(ruler: str) -> float:
         check_same_weights(model, world)
         return validate(model, run.data, recipe, precision, world, ruler)
-    def save(): save_checkpoint(run, model, optimizer, scaler, grads)
+    def save(): _save_checkpoint(run, model, optimizer, scaler, grads)
 
     resume(run, model, optimizer, scaler)
     keep_share(grads, optimizer)
     torch.cuda.empty_cache()  # the memory of others' shares, which were read too
     if world.device.type == 'cuda' or form == 'compiled': warm_up(micro, recipe, grads)
-    fraction = first_evaluation(run, model, evaluate, save)
+    fraction = _first_evaluation(run, model, evaluate, save)
     with progress_bar(run, log_every) as report, catch_stop_signals(run.out/'stop') as stop_requested:
         while fraction < 1 and not run.stopped:
             # the rate of each group goes up to its peak and down to 0 as the fraction goes from 0 to 1
