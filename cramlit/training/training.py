@@ -351,7 +351,7 @@ def resume(
         scaler.load_state_dict(state['scaler'])
     if not run.world.main: return
     for path in (run.out/name for name in LOGS if (run.out/name).exists()):
-        lines = read_json_lines(path, growing=True) if state else []  # a kill may have cut the last one
+        lines = read_json_lines(path, True, ['step']) if state else []  # a kill may have cut the last one
         write_rows(path, (line for line in lines if line['step'] <= run.step))
 
 def _save_milestones(run: Run, model: nn.Module, fraction: float):
