@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import PATIENCE
 from safetensors.torch import load_file
 
 import cramlit.training.checkpoints as checkpoint
@@ -189,11 +190,11 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(recipe, data, text, tmp
                '--out', str(tmp_path/'run'), '--steps', '50000', *(x for s in settings for x in ('-o', s))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path/'run'/'metrics.jsonl'
-    for _ in range(3000):
+    for _ in range(10*PATIENCE):
         if process.poll() is not None or metrics.exists() and metrics.read_text().count('\n') > 2: break
         time.sleep(.1)
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and 'same command goes on' in err and 'Traceback' not in err
 
 

@@ -120,7 +120,7 @@ class _Zstd(io.RawIOBase):
 
 def _open_zip(path: Path) -> IO[bytes]:
     z = zipfile.ZipFile(path)
-    members = [m for m in z.infolist() if not m.is_dir()]
+    members = [m for m in z.infolist() if not m.is_dir() and not m.filename.startswith('__MACOSX/')]
     if len(members) != 1:
         raise CramlitError(f'{path} holds {len(members)} files where one is expected: unpack them')
     try: return z.open(members[0])
@@ -529,6 +529,7 @@ def _text_file(path: Path, split: str) -> Iterator[Document]:
         for text in filter(str.strip, whole + parts):
             n += 1
             yield Document(f'{path.name}:{n}', text)
+    if n and not rest.strip(): return  # the file ends where its last document does
     yield Document(f'{path.name}:{n + 1}' if n else path.name, rest.strip() if between else rest)
 
 # %% ../../nbs/data/10_corpus.ipynb #d9b37a15
