@@ -10,7 +10,7 @@ import nbformat
 from book_map import PARTS, title
 from docutils.utils.math.latex2mathml import tex2mathml
 
-from cramlit.running.pipeline import is_noise
+from cramlit.running.pipeline import STAGES, is_noise
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = 'paper_figures/laptop'
@@ -25,6 +25,44 @@ def contents(
         number = f'{path.name[:2]} ' if path.name[:2].isdigit() else ''
         found.append((str(path.relative_to(ROOT)), number + heading, line))
     return found
+
+
+def stages() -> list[tuple[str, str]]:  # of each notebook the path from the root and its title
+    "The paper's notebooks in the order in which they run: as they ran where they have, else as they are"
+    found = []
+    for name, stage in STAGES.items():
+        heading, _ = title(ROOT/'nbs'/'paper'/f'{name}.ipynb')
+        each = stage.recipes == 'each'
+        ran = sorted((ROOT/RESULTS/'notebooks').glob(f'{name}_*.ipynb' if each else f'{name}.ipynb'))
+        for path in ran:
+            recipe = f': {path.stem.removeprefix(name)[1:]}' if each else ''
+            found.append((str(path.relative_to(ROOT)), heading + recipe))
+        if not ran: found.append((f'nbs/paper/{name}.ipynb', heading))
+    return found
+
+
+def with_results(
+    text: str,  # of a notebook under nbs/paper
+    name: str,  # of its stage
+) -> str:
+    "A stage's notebook with links to where it has run, below its title"
+    nb = nbformat.reads(text, as_version=4)
+    ran = [f'[{title}](../../{path})' for path, title in stages()
+           if path.startswith(RESULTS) and Path(path).stem.startswith(name)]
+    if ran: nb.cells.insert(1, nbformat.v4.new_markdown_cell('As it ran: ' + ' · '.join(ran)))
+    return nbformat.writes(nb)
+
+
+def menu() -> dict[str, dict[str, dict[str, str]]]:  # group → part, or '' → page without a suffix → its title
+    "What stands at the side"
+    def pages(found): return {path.removesuffix('.ipynb'): title for path, title, *_ in found}
+    *parts, guides = PARTS
+    return {'Guide': {'': {'README': 'Front page'} | pages(contents(f'nbs/{guides}'))},
+            'Chapters': {part.capitalize(): pages(contents(f'nbs/{part}')) for part in parts},
+            'Results': {'': {f'{RESULTS}/README': 'All tables and figures'},
+                        'Stages in order': pages(stages())},
+            'Reference': {'': {'genindex': 'Index of names', 'CONTRIBUTING': 'How to help',
+                               'CHANGELOG': 'Changes', 'LABBOOK': 'Lab book'}}}
 
 
 def llms_text() -> str:

@@ -1,4 +1,6 @@
 "How Sphinx builds the site: the root of the repository is its source, so that links hold in both places"
+import configparser
+import html
 import shutil
 import sys
 from pathlib import Path
@@ -27,31 +29,47 @@ autodoc_member_order = 'bysource'
 autodoc_typehints_format, add_module_names = 'short', False
 maximum_signature_line_length = 100
 
+settings = configparser.ConfigParser(delimiters=['='])
+settings.read(Path(__file__).parent.parent/'settings.ini')
+repository, html_baseurl = (settings['DEFAULT'].get(key, '').strip() for key in ('git_url', 'doc_host'))
+
 html_theme = 'sphinx_book_theme'
-html_theme_options = dict(show_navbar_depth=1, show_toc_level=1, home_page_in_toc=True, navbar_persistent=[])
+html_theme_options = dict(show_toc_level=1, home_page_in_toc=True, navbar_persistent=[])
+if repository:  # buttons that lead to the source of a page
+    html_theme_options |= dict(repository_url=repository, use_repository_button=True,
+                               use_edit_page_button=True)
+templates_path = ['.']
+html_sidebars = {'**': ['navbar-logo.html', 'search-button-field.html', 'menu.html']}
+html_context = dict(menu=book.menu())
 html_show_copyright = False
 html_static_path, html_css_files = ['style.css'], ['style.css']
 html_math_renderer = 'mathml'  # a browser shows it by itself: no script, and none from elsewhere
 
 
-def toctree(caption: str, entries: list[str]) -> str:
+def toctree(caption: str, pages: dict[str, str]) -> str:
+    entries = [f'{title} <{"" if page == "genindex" else "/"}{page}>' for page, title in pages.items()]
     return '\n'.join(['```{toctree}', ':hidden:', f':caption: {caption}', *entries, '```', ''])
 
 
 def add_contents(app, docname, source):
-    "What stands at the side: the parts in order, on the front page; executed notebooks below the results"
-    def entries(folder):
-        return [f'{title} </{path.removesuffix(".ipynb")}>' for path, title, _ in book.contents(folder)]
+    "The order of the pages, on the front page; titles for tables by themselves; a way to a stage's results"
     if docname == root_doc:
-        trees = [toctree('Results', [f'{book.RESULTS}/README'])]
-        trees += [toctree(part.capitalize(), entries(f'nbs/{part}')) for part in book.PARTS]
-        trees += [toctree("The paper's notebooks", entries('nbs/paper'))]
-        trees += [toctree('About', ['Index of names <genindex>', 'CONTRIBUTING', 'CHANGELOG', 'LABBOOK'])]
-        source[0] += '\n\n' + '\n'.join(trees)
+        for group, parts in book.menu().items():
+            for part, pages in parts.items():
+                others = {page: title for page, title in pages.items() if page != root_doc}
+                source[0] += '\n\n' + toctree(part or group, others)
     if docname.startswith('paper_figures') and source[0][0] not in '#{':  # a table by itself
         source[0] = f'# {Path(docname).name}\n\n{source[0]}'
-    if docname == f'{book.RESULTS}/README' and entries(f'{book.RESULTS}/notebooks'):
-        source[0] += '\n\n' + toctree('As they ran', entries(f'{book.RESULTS}/notebooks'))
+    if docname.startswith('nbs/paper/'): source[0] = book.with_results(source[0], Path(docname).name)
+
+
+def add_description(app, pagename, templatename, context, doctree):
+    "The line below a page's title, for search engines and for those who send a link"
+    quote = next(doctree.findall(nodes.block_quote), None) if doctree else None
+    if not quote: return
+    line = html.escape(' '.join(quote.astext().split()))
+    for key in ('name="description"', 'property="og:description"'):
+        context['metatags'] += f'<meta {key} content="{line}">\n'
 
 
 def rst(text: str) -> str:
@@ -84,13 +102,20 @@ def block_math(writer, node):
 
 
 def add_index(app, error):
-    "The front page under the name that servers and readers look for"
+    "The front page under the name that servers and readers look for; all pages for search engines"
+    if error: return
     out = Path(app.outdir)
-    if not error: shutil.copy(out/'README.html', out/'index.html')
+    shutil.copy(out/'README.html', out/'index.html')
+    if not html_baseurl: return
+    at = html_baseurl.rstrip('/')
+    pages = [f'<url><loc>{at}/{page}.html</loc></url>' for page in sorted(app.env.found_docs)]
+    opening = '<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">'
+    (out/'sitemap.xml').write_text('\n'.join([opening, *pages, '</urlset>']) + '\n')
 
 
 def setup(app):
     app.connect('build-finished', add_index)
     app.connect('source-read', add_contents)
+    app.connect('html-page-context', add_description)
     app.connect('autodoc-process-docstring', add_docments)
     app.add_html_math_renderer('mathml', (inline_math, None), (block_math, None))

@@ -39,12 +39,13 @@ from cramlit.efficiency.benchmark import (
     seconds,
     stock_step,
 )
-from cramlit.efficiency.planner import GPU, gpu_called, peak_memory, training_flops
+from cramlit.efficiency.planner import GPU, gpu_called, training_flops
 from cramlit.model.encoder import MaskedLM
 from cramlit.model.stock_models import stock_config
 from cramlit.training import training
 from cramlit.training.checkpoints import checkpoints, load_run, optimizer_tensors, restore_optimizer
 from cramlit.training.distributed import World, join_world, usable_cpus
+from cramlit.training.memory import peak_memory
 from cramlit.training.training import Hook, fingerprint, form_of, pretrain, validate
 
 PRECISIONS = {'fp32': Precision(torch.float32, 'check'), 'fp16': Precision(torch.float16, 'check'),

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 from fastcore.docments import docments
 from packaging.requirements import Requirement
 
@@ -119,7 +120,7 @@ def test_a_terminal_gets_colour_and_a_pipe_gets_none():
     args = [sys.executable, '-m', 'cramlit', 'plan', '--scale', 'tiny', '--gpu', 't4']
     env = {k: v for k, v in os.environ.items() if k not in ('NO_COLOR', 'FORCE_COLOR')}
     env |= dict(TERM='xterm-256color', COLUMNS='120')
-    screens = [pexpect.run(' '.join(args), env=env | more, timeout=120, encoding='utf-8')
+    screens = [pexpect.run(' '.join(args), env=env | more, timeout=PATIENCE, encoding='utf-8')
                for more in ({}, dict(NO_COLOR='1'))]
     assert ['\x1b[36m' in s for s in screens] == [True, False]
     pipe = subprocess.run(args, env=env, capture_output=True, text=True)

@@ -79,8 +79,29 @@ def test_a_chapter_is_a_page(built, pages, path):
 def test_chapters_stand_at_the_side_in_order(built, pages):
     links = [a['href'] for a in pages[built[0]/'index.html'].select('nav.bd-links a[href]')]
     chapters = [p.replace('.ipynb', '.html') for p in CHAPTERS]
-    assert [h for h in links if re.match(r'nbs/\w+/\d', h)] == chapters
-    assert links.index(f'{book.RESULTS}/README.html') < links.index(chapters[0])
+    guides = [p for p in chapters if '/guides/' in p]
+    assert [h for h in links if re.match(r'nbs/\w+/\d', h)] == guides + chapters[:-len(guides)]
+    assert guides[0] == 'nbs/guides/90_own_corpus.html'
+    assert links.index(f'{book.RESULTS}/README.html') > links.index(chapters[0])
+
+
+def test_stages_stand_in_the_order_of_the_pipeline_as_they_ran(built, pages):
+    names = [Path(path).stem for path, _ in book.stages()]
+    order = [next(name for name in book.STAGES if n.startswith(name)) for n in names]
+    assert list(dict.fromkeys(order)) == list(book.STAGES)
+    ran = [path for path, _ in book.stages() if path.startswith(book.RESULTS)]
+    assert ran and all(pages[built[0]/Path(path).with_suffix('.html')].select('div.output') for path in ran)
+
+
+def test_the_part_of_a_page_is_open_and_the_others_are_folded(built, pages):
+    menu = pages[built[0]/'nbs'/'data'/'13_masking.html'].select_one('nav.bd-links')
+    opened = [d.summary.get_text() for d in menu.select('details details') if d.has_attr('open')]
+    assert opened == ['Data'] and 'Masking' in menu.select_one('li.active').get_text()
+
+
+def test_a_page_says_what_it_is_about(built, pages):
+    head = pages[built[0]/'nbs'/'data'/'13_masking.html'].head
+    assert head.select_one('meta[name=description]')['content'].startswith('Which tokens are masked')
 
 
 def test_comments_beside_arguments_are_shown(built, pages):

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_text
+from conftest import PATIENCE, make_text
 
 from cramlit.core.scales import SCALES
+from cramlit.data.corpus import files
 from cramlit.data.packing import open_data
 from cramlit.running.command import main
 
@@ -82,7 +83,7 @@ def test_messages_that_cannot_be_written_end_no_work(tmp_path):
                  ['pretrain', '--data', data, '--out', run, '--steps', '2']):
         with open('/dev/full', 'w') as full:
             done = subprocess.run([sys.executable, '-m', 'cramlit', *args, '--scale', 'tiny'], text=True,
-                                  stdout=subprocess.PIPE, stderr=full, timeout=300)
+                                  stdout=subprocess.PIPE, stderr=full, timeout=PATIENCE)
         assert done.returncode == 0 and 'tokens' in done.stdout
     assert (tmp_path/'run'/'model'/'model.safetensors').exists()
 
@@ -109,6 +110,12 @@ def test_where_documents_end_can_be_said(how, documents, tmp_path, capsys):
                         '--split-documents', how, '-o', 'corpus.max_documents=0', '--out', tmp_path/'data')
     assert code == 0, err
     assert open_data(tmp_path/'data').manifest['documents']['documents'] == documents
+
+
+def test_a_blank_line_at_the_end_is_no_document(tmp_path):
+    (tmp_path/'own.txt').write_text('One.\nTwo.\n\nThree.\n\n')
+    for split, number in (('blank', 2), ('line', 3), ('file', 1)):
+        assert len(list(files(tmp_path/'own.txt', split=split))) == number
 
 
 def test_what_was_left_out_is_said_with_its_reason(tmp_path, capsys):

@@ -9,25 +9,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cramlit.core.recipes import CramlitError, UsageError, recipe_hash
 from cramlit.core.scales import get_recipe
-from cramlit.efficiency import planner
 from cramlit.efficiency.planner import (
     GPUS,
-    NCCL,
-    RESERVED,
     forward_flops,
     gpu_called,
-    gpu_memory,
-    largest_share,
     measured_ceiling,
     measured_rate,
-    peak_memory,
-    phases,
     plan,
-    room_for,
     training_flops,
 )
 from cramlit.model.encoder import MaskedLM
 from cramlit.running.command import main
+from cramlit.training import memory
+from cramlit.training.distributed import World
+from cramlit.training.memory import (
+    NCCL,
+    RESERVED,
+    choose_micro_batch,
+    gpu_memory,
+    largest_share,
+    micro_batch_for,
+    peak_memory,
+    phases,
+    room_for,
+)
 
 
 def run(capsys, *args):
@@ -108,7 +113,7 @@ def test_the_micro_batch_shares_out_the_global_batch():
     def micro(gpus):
         rows = plan(get_recipe('24hbert'), gpus, gpu=GPUS['titan-v'])
         return next(r['value'] for r in rows if r['metric'] == 'micro_batch_size')
-    assert micro(8) == 32  # 40 would fit, and do not divide 512
+    assert micro(8) == 32  # more would fit, and does not divide 512
     with pytest.raises(UsageError, match='cannot be shared out among 5 GPUs'): micro(5)
 
 
@@ -169,8 +174,8 @@ def by_hand(monkeypatch):
     def peak(recipe, vocab_size, n, training=True):
         fixed = {'parameters': 1340, 'gradients': 1340, 'optimiser state': 2680, 'temporary': 0}
         return fixed | dict(activations=100*n if training else n)
-    monkeypatch.setattr(planner, 'peak_memory', peak)
-    monkeypatch.setattr(planner, 'largest_share', lambda recipe, vocab_size, gpus: (50, 335))
+    monkeypatch.setattr(memory, 'peak_memory', peak)
+    monkeypatch.setattr(memory, 'largest_share', lambda recipe, vocab_size, gpus: (50, 335))
 
 
 def test_what_is_on_a_gpu_by_hand(by_hand):
@@ -205,6 +210,16 @@ def test_the_paper_s_recipe_fits_into_12_and_11_gb_in_every_phase():
     assert all(.9*g.memory < g.usable < g.memory for g in GPUS.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('gpu', GPUS.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize('name', ['24hbert', 'modern'])
+def test_the_largest_micro_batch_fits_in_every_phase(name, gpu):
+    recipe, usable = get_recipe(name), gpu.usable*2**30
+    for gpus in (1, 8):
+        largest = micro_batch_for(recipe, 30528, usable, gpus)
+        assert largest >= 16 and max(phases(recipe, 30528, largest, gpus).values()) < usable
+
+
 def test_mfu_of_the_datasheet_and_of_the_ceiling(tmp_path):
     recipe = get_recipe('24hbert', 'laptop')
     def mfu(*args, **more):
@@ -236,3 +251,22 @@ def test_a_gpu_is_known_by_what_its_driver_calls_it():
                      ('titan-v', '2080-ti', 'h100', 'h200'), strict=True))
     assert {name: gpu_called(name).name for name in known} == known
     assert gpu_called('2 × AMD EPYC') is None
+
+
+def test_processes_on_one_gpu_share_its_memory(by_hand, monkeypatch):
+    recipe = get_recipe('24hbert', overrides=['batch.micro_batch_size=0'])
+    monkeypatch.setattr(memory, 'free_memory', lambda device: 2*(RESERVED + 5360 + 100*67))
+    assert choose_micro_batch(recipe, 128, World(sharing=2)) == 64
+
+
+def test_a_run_keeps_its_micro_batch_or_says_why_not(by_hand, monkeypatch, capsys):
+    recipe = get_recipe('24hbert', overrides=['batch.micro_batch_size=0', 'batch.global_batch_size=192'])
+    def chosen(earlier, memory_for):
+        monkeypatch.setattr(memory, 'free_memory', lambda device: RESERVED + 5360 + 100*(memory_for + 3))
+        return choose_micro_batch(recipe, 128, World(), earlier), capsys.readouterr().err
+    assert chosen(0, 104) == (96, '') and chosen(24, 104) == (24, '')
+    size, said = chosen(96, 48)
+    assert size == 48 and 'micro-batch of 96 sequences no longer fits: from here on it is 48' in said
+    size, said = chosen(80, 104)
+    assert size == 96 and 'does not divide the share' in said
+    with pytest.raises(UsageError, match='does not fit'): chosen(0, -3)

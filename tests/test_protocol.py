@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from joblib import cpu_count, delayed, effective_n_jobs, parallel_config
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
 import cramlit.evaluation.finetuning as finetuning
 import cramlit.evaluation.protocol as protocol
@@ -112,6 +112,28 @@ def test_a_fine_tuning_that_diverges_counts_as_the_majority_and_says_so(model, t
         assert (r['diverged'], r['diverged_seeds'], r['seeds'], r['spread_high']) == (True, 2, 3, 99.)
     assert summaries[0]['value'] == runs[0]['value'] < 99
     with pytest.raises(CramlitError, match='toy diverged: there is nothing'): median_run(results[:2])
+
+
+@pytest.mark.parametrize('steps', [10, 1])
+def test_the_rates_of_a_fine_tuning(steps, model, monkeypatch):
+    "Those of transformers, but that a single step is taken, which would be nothing but warm-up"
+    rates = []
+
+    class Noted(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            rates.append(self.param_groups[0]['lr'])
+            return super().step(*args, **kwargs)
+    monkeypatch.setattr(torch.optim, 'AdamW', Noted)
+    task = toy(n=8*steps)
+    finetuning.run_job(finetuning.Job(task.name, 'pretrained', 1, 8, 1e-3, 0, .1, .2, 64, 0, 0), model, task)
+    stock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = get_linear_schedule_with_warmup(stock, round(.2*steps), steps)
+    wanted = []
+    for _ in range(steps):
+        wanted.append(stock.param_groups[0]['lr'])
+        stock.step()
+        schedule.step()
+    assert rates == pytest.approx(wanted, abs=1e-12) and max(rates) > 0
 
 
 def test_logits_that_are_no_numbers_are_a_divergence_whatever_the_last_loss_was(model, monkeypatch):

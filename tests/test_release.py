@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = '''datasets pyarrow joblib pandas sklearn scipy tabulate matplotlib plotext papermill nbclient
@@ -73,7 +74,7 @@ def test_the_source_archive_installs_in_an_empty_environment(tmp_path):
     assert not [n for n in names if n.startswith(('runs', '_docs', '.venv'))]
     venv.create(tmp_path/'env')
     python = tmp_path/'env'/'bin'/'python'
-    clean = dict(cwd=tmp_path, env={}, capture_output=True, text=True, timeout=120)
+    clean = dict(cwd=tmp_path, env={}, capture_output=True, text=True, timeout=PATIENCE)
     install = ['install', '--quiet', '--no-deps', '--no-index', wheel]
     subprocess.run([sys.executable, '-m', 'pip', '--python', python, *install], check=True, **clean)
     where = subprocess.run([python, '-c', 'import cramlit; print(cramlit.__file__)'], **clean).stdout

@@ -5,7 +5,6 @@ import multiprocessing
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import PATIENCE
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import cramlit.core.devices as devices
 import cramlit.evaluation.protocol as protocol
+import cramlit.training.memory as memory
 import cramlit.training.training as train
 from cramlit.core.devices import Precision
 from cramlit.core.recipes import RECIPES, CramlitError, Interrupted, override
@@ -277,6 +278,7 @@ class Cards:
     "GPUs that are not there: which thread is on which"
     def __init__(self, monkeypatch, count):
         self.now, self.busy, self.most = threading.local(), Counter(), Counter()
+        self.two = threading.Barrier(2)
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
         monkeypatch.setattr(torch.cuda, 'set_device', lambda i: setattr(self.now, 'gpu', i))
@@ -285,7 +287,7 @@ class Cards:
         gpu = self.now.gpu
         self.busy[gpu] += 1
         self.most[gpu] = max(self.most[gpu], self.busy[gpu])
-        time.sleep(.02)
+        if not fails: self.two.wait(PATIENCE)  # two jobs work at a time, always
         self.busy[gpu] -= 1
         if fails: raise CramlitError('this job fails')
         return ''
@@ -368,6 +370,9 @@ def two_ranks(rank, folder, recipe):
     world, found = World(rank, 2), {}
     train.choose_precision = lambda device: (HALF, FP32)[rank]
     found['precision'] = str(train.shared_precision(world).dtype)
+    memory.free_memory = lambda device: (9e9, 6e9)[rank]
+    memory.room_for = lambda recipe, vocab_size, bytes, gpus: int(bytes/1e9)  # sequences
+    found['micro'] = [train.choose_micro_batch(recipe, V, world, (earlier, 99)[rank]) for earlier in (0, 2)]
 
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)
@@ -393,11 +398,12 @@ def two_ranks(rank, folder, recipe):
 
 
 def test_ranks_agree_or_say_so(tmp_path):
-    "One overflows, both skip and halve; one bit differs, both stop; one has another GPU, both do as rank 0"
+    "One overflows, both skip and halve; one bit differs, both stop; of different GPUs the least counts"
     recipe = small('24hbert', 'batch.global_batch_size=64')
     torch.multiprocessing.spawn(two_ranks, (str(tmp_path), recipe), nprocs=2)
     a, b = (json.loads((tmp_path/f'{rank}.json').read_text()) for rank in range(2))
     assert a == b and a['precision'] == 'torch.float16'
+    assert a['micro'] == [4, 2], 'the larger GPU has room for 9; rank 0 knows of an earlier part with 2'
     assert a['scale'] == [2.**20, 2.**20, 2.**19, 2.**19], '2^16 for each of the 16 micro-batches of a step'
     start, first, skipped, last = a['weights']
     assert start != first == skipped != last

@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import PATIENCE
 from safetensors.torch import load_file
 
 import cramlit.training.checkpoints as checkpoint
@@ -189,11 +190,11 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(recipe, data, text, tmp
                '--out', str(tmp_path/'run'), '--steps', '50000', *(x for s in settings for x in ('-o', s))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path/'run'/'metrics.jsonl'
-    for _ in range(3000):
+    for _ in range(10*PATIENCE):
         if process.poll() is not None or metrics.exists() and metrics.read_text().count('\n') > 2: break
         time.sleep(.1)
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and 'same command goes on' in err and 'Traceback' not in err
 
 
@@ -371,3 +372,30 @@ def test_the_log_has_the_first_step_and_the_last_and_the_bar_is_full(recipe, dat
     lines = [json.loads(line) for line in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]
     assert [line['step'] for line in lines if 'loss' in line] == [1, 20, 40, 45]
     assert 'pretrain 100% ' in capsys.readouterr().err
+
+
+def test_an_open_micro_batch_is_chosen_recorded_and_kept(recipe, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'choose_precision', lambda device: Precision(torch.float32, 'less rounding'))
+    still = ['model.dropout=0', 'model.attention_dropout=0', 'batch.global_batch_size=24']
+    auto = override(recipe, [*still, 'batch.micro_batch_size=0'])
+    rows = {}
+    for size in (0, 4):
+        r = override(auto, [f'batch.micro_batch_size={size}'])
+        rows[size] = pretrain(r, data, tmp_path/str(size), steps=5)
+    assert 'micro-batches of 24 sequences' in capsys.readouterr().err
+    assert {r['micro_batch_size'] for r in rows[0]} == {24} and 'micro_batch_size' not in rows[4][0]
+    a, b = ([r['value'] for r in rows[size] if r['unit'] == 'nats'] for size in (0, 4))
+    assert a == pytest.approx(b, rel=1e-5), 'the same but for rounding'
+    info = json.loads((tmp_path/'0'/'run.json').read_text())
+    assert info['micro_batch_size'] == 24 and info['recipe']['batch']['micro_batch_size'] == 0
+
+    (tmp_path/'stopped').mkdir()
+    (tmp_path/'stopped'/'stop').touch()  # it is read after the first step
+    with pytest.raises(Interrupted): pretrain(auto, data, tmp_path/'stopped', steps=5)
+    path = tmp_path/'stopped'/'run.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(micro_batch_size=8)))
+    went_on = pretrain(auto, data, tmp_path/'stopped', steps=5)
+    assert {r['micro_batch_size'] for r in went_on} == {8}
+    path.write_text(path.read_text().replace('"micro_batch_size": 8', '"micro_batch_size": "many"'))
+    with pytest.raises(UsageError, match='cannot be compared'):
+        pretrain(auto, data, tmp_path/'stopped', steps=5)

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import pexpect
 import pytest
 import torch
+from conftest import PATIENCE
 from safetensors.torch import load_file
 
 import cramlit.training.tracking as track
@@ -392,7 +393,7 @@ def test_how_a_run_stands(going, done):
 
 def watch(*args, **env):
     command = [sys.executable, '-m', 'cramlit.running.command', 'watch', *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600,
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE,
                           env=os.environ | dict(PYTHONIOENCODING='utf-8') | env)
 
 
@@ -443,7 +444,7 @@ def terminal():
     def start(*args, **env):
         command = ['-m', 'cramlit.running.command', 'watch', *map(str, args)]
         env = {k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm-256color') | env
-        child = pexpect.spawn(sys.executable, command, dimensions=(30, 90), timeout=600,
+        child = pexpect.spawn(sys.executable, command, dimensions=(30, 90), timeout=PATIENCE,
                               encoding='utf-8', env=env)
         children.append(child)
         return child

@@ -137,7 +137,7 @@ class Schedule:
 class Batch:
     "Sequences an optimiser step, and how many of them are in memory at a time"
     global_batch_size: int = limited(4096, at_least=1)  # 4096 = 32 a GPU · 8 GPUs · 16 accumulation steps
-    micro_batch_size: int = limited(32, at_least=1)
+    micro_batch_size: int = limited(32, at_least=0)  # 0 = the largest that fits and divides a process's share
 
 # %% ../../nbs/core/00_recipes.ipynb #07a61f95
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def validate(
     _check_model(r.model)
     _check(r.packing.seq_len <= r.model.max_positions, 'packing.seq_len', r.packing.seq_len,
            f'at most model.max_positions={r.model.max_positions}')
-    micro = r.batch.micro_batch_size
+    micro = r.batch.micro_batch_size or 1
     _check(r.batch.global_batch_size % micro == 0, 'batch.global_batch_size', r.batch.global_batch_size,
            f'a multiple of batch.micro_batch_size={micro}')
     k, n = r.masking, round(r.masking.rate*r.packing.seq_len)

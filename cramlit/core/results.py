@@ -121,9 +121,10 @@ def locked(
                                  'or choose another folder') from None
             note(f'another process works in {folder}: waiting for its end')
             seconds = -1
-        except OSError as e:
+        except (OSError, NotImplementedError) as e:
             without_locks = errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP
-            if e.errno not in without_locks: raise cannot_write(folder, e) from None
+            if isinstance(e, OSError) and e.errno not in without_locks:
+                raise cannot_write(folder, e) from None
             note(f'{folder} is on a file system without locks: see that no other process works in it')
             break
     try: yield

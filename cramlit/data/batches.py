@@ -40,7 +40,7 @@ def rank_slice(
     world: int,  # all processes
 ) -> np.ndarray:  # int64 [G / world]: the positions of this rank
     "Which part of a step's global batch is a rank's; raises `UsageError` when it cannot be shared out evenly"
-    G, micro = recipe.batch.global_batch_size, recipe.batch.micro_batch_size
+    G, micro = recipe.batch.global_batch_size, recipe.batch.micro_batch_size or 1  # 0 = not chosen yet
     if G % (world*micro):
         raise UsageError(f'batch.global_batch_size={G} cannot be shared by {world} processes '
                          f'in micro-batches of {micro}: choose a multiple of {world*micro}')
@@ -57,6 +57,10 @@ class Batch:
     attention_mask: torch.Tensor|None  # bool [B, W], True = text; None = there is no padding
     positions: torch.Tensor            # int64 [B, K]
     labels: torch.Tensor               # int64 [B, K]; -100 in empty slots
+
+    @property
+    def tokens(self) -> int:  # padding not counted
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
     def map(
         self,

@@ -524,6 +524,7 @@ def _text_file(path: Path, split: str) -> Iterator[Document]:
         for text in filter(str.strip, whole + parts):
             n += 1
             yield Document(f'{path.name}:{n}', text)
+    if n and not rest.strip(): return  # the file ends where its last document does
     yield Document(f'{path.name}:{n + 1}' if n else path.name, rest.strip() if between else rest)
 
 # %% ../../nbs/data/10_corpus.ipynb #d9b37a15

@@ -6,8 +6,8 @@
 __all__ = ['DOCUMENTED', 'FULL', 'INSIDE', 'PARTS', 'WITHOUT', 'WITH', 'SAMPLES', 'BATCHES', 'Contender', 'Setup', 'make_setup',
            'our_step', 'uncut', 'stock_step', 'stock_steps', 'seconds', 'devices', 'Timing', 'time_step', 'take_turns',
            'ceiling', 'profiled', 'OtherLoss', 'dense_head', 'whole_last_layer', 'PlainAttention', 'plain_scores',
-           'plain_kernels', 'lengthen', 'text_batches', 'our_steps', 'step_rows', 'bench_rows', 'free_memory',
-           'speed_rows', 'validation_row', 'random_batch', 'measured_step', 'check_plan']
+           'plain_kernels', 'lengthen', 'text_batches', 'our_steps', 'step_rows', 'bench_rows', 'speed_rows',
+           'validation_row', 'random_batch', 'measured_step', 'check_plan']
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #88c2c5dc
 import re, sys
@@ -35,11 +35,12 @@ from ..data.batches import Batch, Prefetcher, epochs_and_rows, rank_slice, train
 from ..data.masking import IGNORE, count_predictions, mask_rows
 from ..data.packing import Data
 from ..data.tokenizer import load_tokenizer, padded_vocab
-from .planner import gpu_called, peak_memory, replace_modules, training_flops
+from .planner import gpu_called, training_flops
 from ..model.encoder import AttentionContext, MaskedLM, SelfAttention, gather, rotate
 from ..model.kernels import Dropout, summed_cross_entropy
 from ..training.distributed import Gradients, World
 from ..model.stock_models import stock_config
+from ..training.memory import free_memory, peak_memory, replace_modules
 from ..training.optimizers import make_optimizer, set_lr
 from ..training.training import accumulate, form_of, make_scaler, micro_step, update, validate
 
@@ -495,17 +496,12 @@ def bench_rows(
 # %% ../../nbs/efficiency/51_benchmark.ipynb #db43735f
 BATCHES = (128, 256, 4096, 8192, 16384)
 
-def free_memory(device: torch.device) -> float:  # bytes
-    "What could be used now"
-    if device.type != 'cuda':
-        import psutil  # here: a GPU needs it not
-        return psutil.virtual_memory().available
-    torch.cuda.empty_cache()  # what torch keeps for later counts as free
-    return torch.cuda.mem_get_info(device)[0]
-
 def _fitting(recipe: Recipe, vocab_size: int, device: torch.device) -> tuple[Recipe, str]:
     "The recipe with its micro-batch halved until it fits; '' or why it does not fit at all"
     micro, free = recipe.batch.micro_batch_size, free_memory(device)
+    if not free:
+        import psutil  # here: a GPU needs it not
+        free = psutil.virtual_memory().available
     need = 1.5*sum(peak_memory(recipe, vocab_size, micro).values())  # stock keeps more than ours
     if need <= free: return recipe, ''
     if micro % 2: return recipe, f'needs about {need/1e9:.0f} GB of memory, {free/1e9:.0f} GB are free'

@@ -200,12 +200,13 @@ def train_classifier(
     targets = targets.float() if model.num_labels == 1 else targets.long()
     rng = np.random.default_rng(job.seed)
     batches = [b for _ in range(job.epochs) for b in make_batches(features, job.batch_size, rng, pool)]
+    warmup = job.warmup if len(batches) > 1 else 0.  # which starts at rate 0: a single step would do nothing
     optimizer = torch.optim.AdamW(parameter_groups(model, job.weight_decay), lr=job.lr, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.scaled)
     model.train()
     losses = []
     for step, index in enumerate(batches):
-        lr = job.lr*lr_factor(step/len(batches), job.warmup)
+        lr = job.lr*lr_factor(step/len(batches), warmup)
         for group in optimizer.param_groups: group['lr'] = lr
         batch = collate([features[i] for i in index]).to(device)
         with autocast(device, precision): loss = classification_loss(model(**batch), targets[index])

@@ -94,7 +94,7 @@ def figure_loss(
                     label=f'{name}, validation')
         draw_unigram(ax, entropies, dict(zip(runs, cycle(COLOURS), strict=False)))
         ax.set(xlabel=f'time, {unit}', ylabel='cross-entropy, nats')
-        ax.legend()
+        ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../../nbs/reporting/71_figures.ipynb #f5365732
@@ -118,7 +118,7 @@ def figure_lr(
                 used = log.lr.notna()
                 ax.plot(x[used], log.lr[used], '.', ms=3, color=colour, label=f'{name}, used')
         ax.set(xlabel=label, ylabel='learning rate')
-        ax.legend()
+        ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../../nbs/reporting/71_figures.ipynb #b590f590
@@ -136,7 +136,7 @@ def figure_rate(
             ax.plot(log.seconds[known]/size, log.tokens_per_second[known], '.-', lw=.8, ms=3,
                     color=colour, label=name)
         ax.set(xlabel=f'time, {unit}', ylabel='tokens a second', ylim=(0, None))
-        if ax.lines: ax.legend()
+        if ax.lines: ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../../nbs/reporting/71_figures.ipynb #49cf0530

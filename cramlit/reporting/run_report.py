@@ -7,7 +7,7 @@ __all__ = ['TEMPLATE', 'Snapshot', 'read_run', 'state', 'duration', 'explain', '
            'predictions', 'licence', 'spelled', 'report_html', 'write_page', 'loss_plot', 'Frame', 'watch']
 
 # %% ../../nbs/reporting/72_run_report.ipynb #79f8ebde
-import json, time
+import json, shlex, sys, time
 from base64 import b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -296,12 +296,17 @@ def licence(
     return "see the data set's card on the hub" if source.startswith('hub:') else ''
 
 def _provenance(run: Snapshot) -> dict[str, object]:
-    "Recipe, text, commit, versions, hardware"
+    "Recipe, text, command, date, commit, versions, hardware"
     info, source = run.info, run.info['recipe']['corpus']['source']
     known = dict(recipe=f"{info['recipe']['name']} ({info['recipe_hash']})", scale=info['scale'],
                  seed=info['seed'], data=info['data'], text=source,
                  licence=licence(source) or 'not known: these are own files',
                  budget=f"{info['steps']:,} steps" if info['steps'] else duration(info['budget']))
+    program, *arguments = sys.argv
+    ours = Path(program).name in ('cramlit', '__main__.py')
+    if ours: known['command'] = shlex.join(['cramlit', *arguments])
+    written = _written(run.folder/'metrics.jsonl')
+    if written: known['date'] = f'{datetime.fromtimestamp(written, UTC):%Y-%m-%d %H:%M UTC}'
     if not run.rows: return known | {'commit, hardware, versions': 'recorded when the run is over'}
     row = run.rows[0]
     commit = (row['commit'] or 'outside a checkout') + (' with changes' if row['dirty'] else '')

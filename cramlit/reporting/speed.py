@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'NUMBERS', 'NETWORKS', 'LARGE_BATCH', 'PLANNED', 'ABOUT', 'SHAPES', 'contender_table', 'planned_days',
-           'table1', 'write_table1', 'rate_of', 'hours_for', 'same_work_rows', 'same_work', 'hardware', 'table2',
-           'write_table2', 'not_timed', 'best_stock', 'figure_bench', 'write_bench', 'table_gpu', 'write_gpu',
-           'bench_steps', 'bench_finetuning']
+           'table1', 'write_table1', 'rate_of', 'same_work_rows', 'same_work', 'hardware', 'table2', 'write_table2',
+           'best_stock', 'figure_bench', 'write_bench', 'table_gpu', 'write_gpu', 'bench_steps', 'bench_finetuning']
 
 # %% ../../nbs/reporting/74_speed.ipynb #edc9bfa6
 import sys
@@ -21,7 +20,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.devices import pick_device
-from ..core.recipes import Recipe, unknown
+from ..core.recipes import Recipe, UsageError, unknown
 from ..core.results import result_row, write_rows
 from ..core.scales import get_recipe, get_scale, get_shape
 from ..data.packing import open_data, prepare
@@ -80,7 +79,7 @@ def planned_days(
 ) -> dict:
     "Days that the paper's machine would take for 256 million sequences, by the planner"
     recipe = get_shape(network, 'paper')
-    hours = hours_for(recipe, 256e6, GPUS['titan-v'], 8)
+    hours = _hours(recipe, 256e6, GPUS['titan-v'], 8)
     return result_row('days_for_256m_samples', hours/24, 'days', **ids, stage='speed', recipe=network,
                       kind='planned')
 
@@ -144,12 +143,7 @@ PLANNED = {  # metric → heading, digits, and what its numbers are multiplied w
     'tokens_per_second': ('tokens/s', 0, 1), 'steps': ('steps in the budget', 0, 1),
     'days_for_256m_samples': ('days for 256 M sequences', 1, 1), 'energy_kwh': ('energy, kWh', 1, 1)}
 
-def hours_for(
-    recipe: Recipe,    # what is trained
-    sequences: float,  # how many
-    gpu: GPU,          # on what
-    gpus: int,         # and on how many of it
-) -> float:            # hours
+def _hours(recipe: Recipe, sequences: float, gpu: GPU, gpus: int) -> float:
     "Hours of training at the planner's share of the GPU's peak"
     V = padded_vocab(recipe.tokenizer.vocab_size)
     flops = sequences*recipe.packing.seq_len*training_flops(recipe, V)
@@ -162,7 +156,7 @@ def same_work_rows(
 ) -> list[dict]:
     "Hours that one, four and eight of each GPU take for so many sequences"
     about = ids | dict(stage='same_work', recipe=recipe.name, kind='planned')
-    return [result_row('hours', hours_for(recipe, sequences, gpu, n), 'hours', **about, gpu=gpu.name, gpus=n)
+    return [result_row('hours', _hours(recipe, sequences, gpu, n), 'hours', **about, gpu=gpu.name, gpus=n)
             for gpu in GPUS.values() for n in (1, 4, 8)]
 
 def same_work(
@@ -198,15 +192,13 @@ def write_table2(
     notes = [KINDS, 'Each line is our step without one optimisation, timed in turns with the complete one. '
              'Gained is what the slower step would not have done of 24 hours of work; a line with something '
              f"more gains what it adds. Rates of {max(r.get('devices', 1) for r in mine)} device(s). "
-             'Sparse validation follows from the time of a sequence.', *not_timed(mine),
+             'Sparse validation follows from the time of a sequence.', *_not_timed(mine),
              'The values of the published table were not recovered.']
     caption = f"Table 2. What each optimisation buys, {mine[0]['recipe']} at scale {mine[0]['scale']}."
     return write_table(table2(mine), folder/'table2_savings', caption, notes, mine)
 
-def not_timed(
-    rows: list[dict],  # of `bench_rows`
-) -> list[str]:        # sentences
-    "What could not be timed, and why"
+def _not_timed(rows: list[dict]) -> list[str]:
+    "Sentences: what could not be timed, and why"
     return [f"Not timed: {r['variant'].replace('_', ' ')}, {r['why']}." for r in rows if r.get('why')]
 
 # %% ../../nbs/reporting/74_speed.ipynb #8f647652
@@ -250,7 +242,7 @@ def write_bench(
              f"Steps of {r['global_batch_size']} sequences in micro-batches of {r['micro_batch_size']}, for "
              f"stock as documented of {gcd(DOCUMENTED, r['micro_batch_size'])}; dropout as in the recipe; "
              f"products in {r['precision']}. tokens/s count padding; MFU counts what is needed for text, "
-             f'against {top/1e9:,.0f} GFLOP/s of one large product.', *not_timed(rows),
+             f'against {top/1e9:,.0f} GFLOP/s of one large product.', *_not_timed(rows),
              f"Made by `cramlit bench --shape {r['shape']}`."]
     table = contender_table(rows, *(m for m in COLUMNS if m != 'hours_of_24'))
     files = write_table(table, path, f"Training steps, shape {r['shape']}.", notes, rows)
@@ -306,6 +298,8 @@ def bench_steps(
     name, scale, own = SHAPES[shape]
     text = ['corpus.source=enwik8', 'corpus.max_documents=2000', 'corpus.holdout=0.02']
     recipe, folder = get_recipe(name, scale, [*text, *own, *settings]), data or out/'data'/shape
+    if not recipe.batch.micro_batch_size:
+        raise UsageError('a benchmark needs a micro-batch: give batch.micro_batch_size above 0')
     if not data: prepare(recipe, folder)
     opened, device = open_data(folder), pick_device()
     V, ids = opened.padded_vocab_size, dict(stage='bench', scale=scale, shape=shape)

@@ -9,9 +9,10 @@ __all__ = ['SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARKS', 'POOR', 'FEW'
            'write_choices', 'with_average', 'comparison_table', 'unigram_baselines', 'figure_by_time',
            'write_comparison', 'tuning_table', 'write_tuning', 'ablation_table', 'write_ablation', 'against',
            'budgets_table', 'budget_gains', 'reference_scores', 'figure_budgets', 'write_budgets', 'scaling_table',
-           'figure_by_compute', 'write_scaling']
+           'figure_by_compute', 'write_scaling', 'race_tables', 'figure_race', 'write_race']
 
 # %% ../../nbs/reporting/75_studies.ipynb #1996b438
+import re
 from itertools import product
 from pathlib import Path
 
@@ -21,13 +22,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from ..core.results import atomic
 from ..core.scales import get_scale
 from ..evaluation.statistics import difference, median_text
 from ..experiments.comparison import compare, evaluations, reached
 from ..experiments.scaling import RESAMPLES, Fit, fit_runs
 from ..experiments.search import best, over_seeds, trial_table
+from ..experiments.speedrun import LEVEL, SEEDS, TRACKS, Entry, judge, target
 from .figures import COLOURS, STYLE, draw_unigram, time_unit, write_figure
-from .tables import difference_cells, needed, write_table
+from .tables import difference_cells, needed, p_text, write_table
 from ..training.schedule import lr_factor
 
 # %% ../../nbs/reporting/75_studies.ipynb #5832028a
@@ -616,3 +619,76 @@ def write_scaling(
     caption = f"Loss against compute, scale {first['scale']}."
     return [*write_table(scaling_table(t, fit), folder/'scaling', caption, notes, mine),
             *write_figure(figure_by_compute(t, fit), folder/'loss_by_compute', mine)]
+
+# %% ../../nbs/reporting/75_studies.ipynb #75ace002
+def race_tables(
+    entries: list[Entry],
+    rows: list[dict],       # of a track
+    verdict: pd.DataFrame,  # of `judge`
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # texts: records, rejected
+    "What became of every entry that has been run"
+    lines: dict[bool, dict] = {True: {}, False: {}}
+    for e in entries:
+        if e.name not in verdict.index: continue
+        v, first = verdict.loc[e.name], not lines[True]
+        commits = sorted({r['commit'] for r in rows if r['id'] == e.id and r['metric'] == 'validation_loss'})
+        width = f' ({v.low:.1f}–{v.high:.1f})' if v.high > v.low else ''
+        line = {'date': e.date, 'seconds': f'{v.seconds:.1f}{width}', 'part': f'{v.part:.0%}',
+                'what changed': e.change, 'steps': f'{e.steps:,}',
+                'loss, nats': f'{v.loss:.3f} ± {v.deviation:.3f}',
+                'p, target': '' if first else p_text(v.p_target),
+                'p, record': '' if first else p_text(v.p_faster),
+                'commit': ', '.join(commits), 'by': e.author}
+        if not v.record: line['why not'] = v.why
+        lines[bool(v.record)][f'[{e.name}](entries/{e.track}/{e.name}.json)'] = line
+    return tuple(pd.DataFrame(part).T for part in (lines[True], lines[False]))
+
+@matplotlib.rc_context(STYLE)
+def figure_race(
+    entries: list[Entry],   # those that shall be shown
+    verdict: pd.DataFrame,  # of `judge`
+) -> Figure:
+    "Seconds to the target, a bar an entry, records in colour; the lines are 95 % intervals of the clock"
+    mine = [e for e in entries if e.name in verdict.index]
+    fig = Figure(figsize=(5.5, .7 + .3*len(mine)), layout='constrained')
+    ax = fig.subplots()
+    for y, e in enumerate(mine):
+        v = verdict.loc[e.name]
+        ax.barh(y, v.seconds, color=COLOURS[0] if v.record else '0.75', height=.7)
+        if v.high > v.low: ax.plot([v.low, v.high], [y, y], color='k', lw=1)
+        ax.text(max(v.seconds, 0. if pd.isna(v.high) else v.high), y, f'  {v.seconds:.3g} s', va='center')
+    ax.set_yticks(range(len(mine)), [e.change for e in mine])
+    ax.invert_yaxis()
+    ax.set_xlabel('seconds to the target')
+    return fig
+
+def write_race(
+    entries: list[Entry],  # of a track
+    rows: list[dict],      # theirs
+    page: Path,            # the folder of the race
+) -> list[Path]:
+    "Both tables and the figure of a track, in files and between the marks of the page"
+    track, verdict = entries[0].track, judge(entries, rows)
+    if verdict.empty: return []
+    goal = target([r for r in rows if r['id'] == entries[0].id])
+    records, rejected = race_tables(entries, rows, verdict)
+    notes = [f'Target: {goal:.2f} nats, the mean of the first entry, which takes {TRACKS[track].seconds:g} s '
+             f'by definition. Loss: mean ± standard deviation of {len(SEEDS)} seeds or more. Seconds: median '
+             'over turns of the clock, with the 95 % interval of their mean.',
+             f'p: one-sided, below {LEVEL:g} both for a record; that the loss is not below the target, and '
+             'that the time is not below that of the record before.']
+    files = write_table(records, page/track, f'Records, track {track}.', notes, rows)
+    if len(rejected):
+        caption = f'Entries that were no records, track {track}.'
+        files += write_table(rejected, page/f'{track}_rejected', caption, [], rows)
+    files += write_figure(figure_race(entries, verdict), page/f'{track}_seconds', rows)
+    readme = page/'README.md'
+    if readme.exists():
+        shown = [path.read_text().partition('```')[0].strip() for path in files if path.suffix == '.md']
+        picture = f'![Seconds to the target, track {track}]({track}_seconds.svg)'
+        parts = [shown[0], picture, *shown[1:], f'Every run: [`{track}.jsonl`]({track}.jsonl).']
+        begin, end = f'<!-- {track} -->', f'<!-- end of {track} -->'
+        inside = '\n\n'.join([begin, *parts, end])
+        text = re.sub(f'{begin}.*{end}', lambda _: inside, readme.read_text(), flags=re.DOTALL)
+        with atomic(readme) as f: f.write(text)
+    return files

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'KINDS', 'VARIANTS', 'PUBLISHED', 'NINE', 'published_csv', 'published', 'needed', 'origin', 'shown',
-           'write_table', 'glue_column', 'model_names', 'table4', 'p_text', 'difference_cells', 'gains',
-           'gain_from_pretraining', 'at_chance', 'gains_table', 'standard_errors', 'write_table4', 'poolings',
+           'markdown_table', 'write_table', 'glue_column', 'model_names', 'table4', 'p_text', 'difference_cells',
+           'gains', 'gain_from_pretraining', 'at_chance', 'gains_table', 'standard_errors', 'write_table4', 'poolings',
            'write_poolings', 'pretraining_grid', 'finetuning_grid']
 
 # %% ../../nbs/reporting/70_tables.ipynb #4c9782db
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -104,6 +105,17 @@ def _latex(
     for character, command in _IN_LATEX.items(): text = text.replace(character, command)
     return ''.join(f'% {line}\n' for line in comments.splitlines()) + text
 
+_NUMBER = re.compile(r'(≈ |plan |[<+−])?\d')  # how it begins
+
+def markdown_table(
+    body: pd.DataFrame,  # of texts
+) -> str:
+    "A table for Markdown, with columns of numbers to the right and minus signs for hyphens"
+    body = body.map(lambda text: re.sub(r'(?<![\w.–-])-(?=\d)', '−', text))
+    filled = [[text for text in body.iloc[:, k] if text] for k in range(body.shape[1])]
+    sides = ['right' if texts and all(map(_NUMBER.match, texts)) else 'left' for texts in filled]
+    return body.to_markdown(index=False, disable_numparse=True, colalign=sides if len(body) else None)
+
 def write_table(
     table: pd.DataFrame,  # of texts, as they shall be read; '' where nothing was measured
     path: Path,           # without a suffix
@@ -113,8 +125,8 @@ def write_table(
 ) -> list[Path]:          # the files written
     "A table as Markdown, CSV and LaTeX"
     body, made_of = table.reset_index(names=table.index.name or ''), origin(rows)
-    markdown = body.to_markdown(index=False, disable_numparse=True)
-    texts = {'.md': '\n\n'.join([f'**{caption}**', markdown, *notes, f'```\n{made_of}\n```']) + '\n',
+    blocks = [f'**{caption}**', markdown_table(body), *notes, f'```\n{made_of}\n```']
+    texts = {'.md': '\n\n'.join(blocks) + '\n',
              '.csv': body.to_csv(index=False), '.tex': _latex(body, f'{made_of}\n{caption}')}
     for suffix, text in texts.items():
         with atomic(path.with_suffix(suffix)) as f: f.write(text)
@@ -340,7 +352,8 @@ def write_table4(
     if len(found):
         gained = 'What pretraining gained, points of the headline.'
         files += write_table(gains_table(found), folder/'table4_gains', gained, [_ABOUT_GAINS], summaries)
-    apart, numbers = folder/'table4_published.md', published('table4').fillna('').to_markdown()
+    apart, known = folder/'table4_published.md', published('table4')
+    numbers = markdown_table(known.map(lambda x: '' if pd.isna(x) else f'{x:.1f}').reset_index(names=''))
     sources = sorted(pd.read_csv(published_csv()).query("table == 'table4'").source.unique())
     with atomic(apart) as f:
         f.write('**Published GLUE test scores: other data, other hardware, another protocol than the '

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Needed', 'Settings', 'COMMANDS', 'EXAMPLES', 'TRAINING', 'EXTRAS', 'prepare', 'StoppedEarly', 'pretrain', 'glue',
-           'export', 'reproduce', 'report', 'config', 'plan', 'search', 'bench', 'watch', 'verify', 'main']
+           'export', 'reproduce', 'report', 'config', 'plan', 'search', 'bench', 'race', 'watch', 'verify', 'main']
 
 # %% ../../nbs/running/81_command.ipynb #898f686f
 import argparse, inspect, io, json, math, os, re, shlex, sys
@@ -279,6 +279,23 @@ def bench(
     if model: return bench_finetuning(model, turns, Path(out))
     return bench_steps(shape, turns, brief, data, Path(out), list(Override or []))
 
+def race(
+    entry: Annotated[str, {'opt': False, 'nargs': '*'}] = None,  # files to run; default: all without rows
+    track: str = 'laptop',    # laptop | gpu | tiny
+    page: str = 'paper_figures/race',  # folder of the race: entries, rows, tables
+    calibrate: bool = False,  # time all entries anew, on a machine that does nothing else
+    out: str = 'runs/race',   # folder for text and runs; finished runs there are not run again
+) -> list[dict]:
+    "Run an entry of the race to the target loss with five seeds, judge it, and draw the page"
+    from cramlit.experiments.speedrun import judge, run_race
+    from cramlit.reporting.studies import write_race
+    entries, rows = run_race(entry or [], track, page, out, calibrate)
+    print(*write_race(entries, rows, Path(page)), sep='\n', file=sys.stderr)
+    ids = dict(stage='race', track=track)
+    return [result_row('seconds_to_target', v.seconds, 's', **ids, trial=v.Index, record=v.record, why=v.why,
+                       p_target=v.p_target, p_faster=v.p_faster)
+            for v in judge(entries, rows).itertuples()]
+
 def watch(
     folder: str,          # a run's folder
     once: bool = False,   # print one frame and end; so it is in a pipe
@@ -300,7 +317,8 @@ def verify(
     return verify_folder(folder)
 
 COMMANDS = {f.__name__: f for f in
-            (prepare, pretrain, glue, export, reproduce, report, config, plan, search, bench, watch, verify)}
+            (prepare, pretrain, glue, export, reproduce, report, config, plan, search, bench, race, watch,
+             verify)}
 
 # %% ../../nbs/running/81_command.ipynb #969d2d3d
 _ABOUT = ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part', 'phase')  # what tells rows apart
@@ -371,6 +389,7 @@ def _next(name: str, given: dict) -> list[str]:
     if name == 'export':
         use = f"from transformers import pipeline; pipeline('fill-mask', {g['to']!r})"
         return [f"the model is in {g['to']}", f'next, in Python: {use}']
+    if name == 'race': return [f'the page is {g["page"]}/README.md']
     if name in ('search', 'bench', 'report'): return [f'tables and figures are in {out}']
     return []
 
@@ -380,7 +399,8 @@ EXAMPLES = dict(
     glue='--model run/model --out scores', export='--run run --to my-bert',
     reproduce='--scale tiny --out runs/tiny', report='--runs runs/laptop --out figures',
     config='--recipe modern --scale gpu', plan='--gpu titan-v --gpus 8',
-    search='--scale tiny --out runs/search', bench='--shape laptop --brief', watch='run', verify='data')
+    search='--scale tiny --out runs/search', bench='--shape laptop --brief', race='mine.json',
+    watch='run', verify='data')
 _METAVARS = dict(int='N', float='X', str='NAME')
 _FOLDERS = ('data', 'out', 'init', 'model', 'run', 'runs', 'to', 'figures', 'glue_dir', 'scores')
 
@@ -418,7 +438,7 @@ def _no_such_option(name: str, option: str, parser: argparse.ArgumentParser) -> 
     return UsageError(f'{name} has no option {option}. {advice}')
 
 # %% ../../nbs/running/81_command.ipynb #a1b2c40c
-TRAINING = ('pretrain', 'glue', 'search', 'bench')  # commands in which networks are trained, in this process
+TRAINING = ('pretrain', 'glue', 'search', 'bench', 'race')  # commands that train networks in this process
 
 def _run(name: str, args: list[str]):
     "Parse the arguments of a command, run it and show its rows; raises what the command raises"

@@ -38,7 +38,8 @@ def run_notebook(
     quiet = ['--log-level=ERROR']  # otherwise ipykernel warns of the way in which it was started
     try:
         papermill.execute_notebook(str(notebook), str(output), parameters, progress_bar=False,
-                                   stderr_file=sys.stderr, cwd=str(output.parent), extra_arguments=quiet)
+                                   stderr_file=sys.stderr, cwd=str(output.parent), extra_arguments=quiet,
+                                   start_timeout=1800)  # s; a busy machine loads libraries slowly
     except papermill.PapermillExecutionError as e:
         raise CramlitError(f'{notebook.name} failed with {e.ename}: {e.evalue}. '
                            f'The executed copy shows where: {output}') from None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'KEPT', 'World', 'processes', 'join_world', 'Bucket', 'share_out', 'Gradients', 'step_together',
-           'keep_share', 'whole_state', 'signal_handler', 'catch_stop_signals', 'usable_cpus', 'launch']
+           'keep_share', 'whole_state', 'catch_stop_signals', 'usable_cpus', 'launch']
 
 # %% ../../nbs/training/32_distributed.ipynb #ee2f4182
 import os, signal, subprocess, sys, threading
@@ -31,6 +31,7 @@ class World:
     rank: int = 0  # this process
     size: int = 1  # all processes
     device: torch.device = torch.device('cpu')
+    sharing: int = 1  # of them on this one's device
 
     @property
     def main(self) -> bool:  # the one that owns the clock and writes the files
@@ -107,7 +108,7 @@ def join_world() -> Iterator[World]:
     nccl = local_size <= gpus  # NCCL refuses to share a GPU
     dist.init_process_group('nccl' if nccl else 'gloo', store=_rendezvous_store(), rank=rank, world_size=size,
                             timeout=TIMEOUT, device_id=device if nccl else None)
-    yield World(rank, size, device)
+    yield World(rank, size, device, sharing=-(-local_size//max(1, gpus)))
     dist.destroy_process_group()  # not after an error: others may be gone, and waiting for them would hang
 
 # %% ../../nbs/training/32_distributed.ipynb #24a493e4
@@ -272,14 +273,10 @@ def whole_state(
 
 # %% ../../nbs/training/32_distributed.ipynb #7da83ee5
 @contextmanager
-def signal_handler(
-    handler: Callable,  # called with the signal's number and the frame
-):
+def _signal_handler(handler: Callable[[int, object], object]) -> Iterator[None]:
     "Handle SIGINT and SIGTERM meanwhile; outside the main thread, where Python allows none, do nothing"
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM) if in_main}
     try: yield
     finally:
         for s, h in before.items(): signal.signal(s, h)
@@ -294,7 +291,7 @@ def catch_stop_signals(
         if caught and 'TORCHELASTIC_RUN_ID' not in os.environ: raise KeyboardInterrupt
         caught.append(number)
     def stop_requested() -> bool: return bool(caught) or stop_file.exists()
-    with signal_handler(note): yield stop_requested
+    with _signal_handler(note): yield stop_requested
 
 # %% ../../nbs/training/32_distributed.ipynb #5b3d17c2
 def usable_cpus() -> int:
@@ -323,7 +320,7 @@ def launch(
         (out/'stop').touch()
         print('\nfinishing the step and saving; once more to leave at once', file=sys.stderr)
     assert process.stderr is not None  # it is a pipe
-    with signal_handler(request_stop):
+    with _signal_handler(request_stop):
         while chunk := os.read(process.stderr.fileno(), 4096):
             sys.stderr.write(chunk.decode(errors='replace'))
             sys.stderr.flush()
