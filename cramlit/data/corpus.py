@@ -115,7 +115,7 @@ class _Zstd(io.RawIOBase):
 
 def _open_zip(path: Path) -> IO[bytes]:
     z = zipfile.ZipFile(path)
-    members = [m for m in z.infolist() if not m.is_dir()]
+    members = [m for m in z.infolist() if not m.is_dir() and not m.filename.startswith('__MACOSX/')]
     if len(members) != 1:
         raise CramlitError(f'{path} holds {len(members)} files where one is expected: unpack them')
     try: return z.open(members[0])

@@ -185,8 +185,9 @@ class Data:
         return hashlib.sha256(b''.join(rows[:].tobytes() for rows in self.ruler.values())).hexdigest()[:8]
 
 FORMAT = 3  # 2 had no ruler; 1 found fewer ends of sentences, and took [MASK] in a text for the token
-_NEEDED = {'format', 'corpus', 'tokenizer', 'packing', 'seed', 'seq_len', 'vocab_size', 'padded_vocab_size',
-           'special_ids', 'tokenizer_sha256', 'splits', 'unigram_entropy'}
+_NEEDED = dict(format=int, corpus=dict, tokenizer=dict, packing=dict, seed=int, seq_len=int, vocab_size=int,
+               padded_vocab_size=int, special_ids=dict, tokenizer_sha256=str, splits=dict,
+               unigram_entropy=float)
 
 def _read_manifest(folder: Path) -> dict:
     "The manifest of prepared data; raises `CramlitError` when there is none, or another program's"
@@ -199,7 +200,7 @@ def _read_manifest(folder: Path) -> dict:
     except OSError as e: raise cannot_read(path, e) from None
     except ValueError as e:
         raise CramlitError(f'{path} is damaged ({e}): run `cramlit prepare` into a new folder') from None
-    if not isinstance(m, dict) or not _NEEDED <= set(m):
+    if not isinstance(m, dict) or not all(isinstance(m.get(k), kind) for k, kind in _NEEDED.items()):
         raise CramlitError(f'{path} was not written by `cramlit prepare`: give the folder of prepared data')
     if m['format'] > FORMAT:
         raise CramlitError(f'{folder} was prepared by a newer version of cramlit: install that, '
@@ -218,10 +219,14 @@ def open_data(
     if found != m['tokenizer_sha256']:
         raise CramlitError(f'{folder}/tokenizer is not the tokenizer that the shards were made with: '
                            + advice)
-    train, validation = (Rows(folder, m['splits'][s], m['seq_len']) for s in ('train', 'validation'))
     ruler: Mapping[str, Rows|np.ndarray]
-    if 'ruler' in m: ruler = {half: Rows(folder, m['ruler'][half], m['seq_len']) for half in HALVES}
-    else: ruler = _ruler_of_older(folder, m)
+    try:
+        for name in ('pad', 'cls', 'sep', 'mask', 'unk'): int(m['special_ids'][name])
+        train, validation = (Rows(folder, m['splits'][s], m['seq_len']) for s in ('train', 'validation'))
+        if 'ruler' in m: ruler = {half: Rows(folder, m['ruler'][half], m['seq_len']) for half in HALVES}
+    except (KeyError, TypeError, ValueError) as e:
+        raise CramlitError(f'{folder}/manifest.json is damaged ({type(e).__name__}: {e}): {advice}') from None
+    if 'ruler' not in m: ruler = _ruler_of_older(folder, m)
     return Data(folder, m, train, validation, ruler)
 
 def verify(
@@ -233,7 +238,7 @@ def verify(
         path = data.folder/f['name']
         try: found = sha256(path)
         except OSError as e: raise cannot_read(path, e) from None
-        if found != f['sha256']:
+        if found != f.get('sha256'):
             raise CramlitError(f'{path} does not match its checksum: run `cramlit prepare` again')
 
 # %% ../../nbs/data/12_packing.ipynb #0832e783
@@ -597,8 +602,14 @@ def _fill(recipe: Recipe, out: Path) -> dict:
         if there:
             changed = _changed(_read_sources(out)['files'], sources['files'])
             note(f'since {out} was prepared, {changed}: it is prepared anew')
-        manifest = _build(recipe, work)
-        if changed := _changed(sources['files'], _sources(recipe)['files']):
+        manifest, now = _build(recipe, work), _sources(recipe)
+        if changed := _changed(sources['files'], now['files']):
+            # on a network's disk a file may get its time when it has long been written: it is read again
+            note(f'while the text was read, {changed}: it is read once more')
+            shutil.rmtree(work)
+            work.mkdir()
+            sources, manifest, now = now, _build(recipe, work), _sources(recipe)
+        if changed := _changed(sources['files'], now['files']):
             raise CramlitError(f'while the text was read, {changed}: repeat it when the files are at rest')
         for name, content in (('sources.json', sources), ('manifest.json', manifest)):
             with atomic(work/name) as f: json.dump(content, f, indent=1)

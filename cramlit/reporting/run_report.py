@@ -47,9 +47,9 @@ class Snapshot:
         "The value of a result row; None until the run is over"
         return next((r['value'] for r in self.rows if r['metric'] == metric), None)
 
-def _lines(path: Path) -> list[dict]:
+def _lines(path: Path, *keys: str) -> list[dict]:
     "The complete lines of a file that may be growing, or not be there yet"
-    try: return read_json_lines(path, growing=True)
+    try: return read_json_lines(path, True, keys)
     except FileNotFoundError: return []
 
 def _written(path: Path) -> float|None:
@@ -71,9 +71,11 @@ def read_run(
     found = [*folder.glob('checkpoints/step-*'), *folder.glob('milestones/*/step-*')]
     times = [(str(p.relative_to(folder)), _written(p)) for p in found]
     saved = sorted(((name, t) for name, t in times if t is not None), key=lambda s: s[1])
-    log, samples = (_lines(folder/name) for name in ('metrics.jsonl', 'samples.jsonl'))
+    log = _lines(folder/'metrics.jsonl', 'step', 'seconds', 'tokens')
+    samples = _lines(folder/'samples.jsonl', 'step', 'seconds', 'tokens', 'words', 'guesses')
+    rows = _lines(folder/'rows.jsonl', 'metric', 'value')
     newest = _written(folder/'metrics.jsonl') or _written(folder/'run.json') or time.time()
-    return Snapshot(folder, info, log, samples, _lines(folder/'rows.jsonl'), saved,
+    return Snapshot(folder, info, log, samples, rows, saved,
                     max(0., time.time() - newest))  # below 0 where another machine's clock is ahead
 
 # %% ../../nbs/reporting/72_run_report.ipynb #2a8f806d
