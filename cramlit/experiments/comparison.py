@@ -129,7 +129,7 @@ STEPS = {  # name → the settings of a recipe that belong to it
                                'masking.max_predictions'),
     'rows across documents': ('packing.mode', 'packing.short_seq_prob'),
     'longer rows': ('packing.seq_len', 'validation.max_sequences'),
-    'counted embeddings': ('model.cooccurrence',),
+    'a start from counts': ('model.cooccurrence',),
     'Muon': ('optim',),
     'schedule': ('schedule',),
     'shape': ('model.num_layers', 'model.hidden_size', 'model.num_heads'),

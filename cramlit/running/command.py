@@ -68,7 +68,7 @@ def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
         write_page(out)
     except ModuleNotFoundError as e: print(f'no {out}/report.html: {_missing(e)}', file=sys.stderr)
     print(_verdict(rows), file=sys.stderr)
-    why = rows[0]['stopped']
+    why = rows[0].get('stopped')
     if why: raise StoppedEarly(f'the run stopped early: {why}. What there is of it is in {out}')
     return rows
 
@@ -102,6 +102,7 @@ def pretrain(
         family(r.model)  # raises when there is no stock model to save it as
         check_export_folder(Path(out)/'model')
     seconds, n_steps = run_length(budget, steps, get_scale(scale))
+    if nproc < 0: raise UsageError(f'--nproc {nproc}: expected a number above zero')
     asked, r = r, as_prepared(r, open_data(data), settings)
     taken = {k: v for k, v in differences(asked, r).items() if not k.startswith('corpus.')}
     if taken and 'TORCHELASTIC_RUN_ID' not in os.environ:
@@ -447,6 +448,9 @@ def _run(name: str, args: list[str]):
     parsed, more = parser.parse_known_args(args)
     if more: raise _no_such_option(name, more[0], parser)
     given = vars(parsed)
+    for action in parser._actions:  # as an unset variable of a shell gives it; '' would be the current folder
+        if action.required and given[action.dest] == '':
+            raise UsageError(f'{(action.option_strings or [action.dest])[0]} is empty: name a folder, or .')
     if name in TRAINING:
         from cramlit.core.devices import keep_memory
         keep_memory()
