@@ -73,7 +73,8 @@ def test_the_rows_of_a_page_are_beside_it_and_it_says_whose_they_are(finished):
     assert '2 origins' in warning and table.splitlines()[-1].endswith(' | scaling |') and '| 0ther |' in table
 
 
-COMMITTED = sorted((ROOT/'paper_figures').glob('*/README.md'))
+COMMITTED = [page for page in sorted((ROOT/'paper_figures').glob('*/README.md'))
+             if page.read_text().startswith('# Results at scale')]
 
 
 @pytest.mark.parametrize('page', COMMITTED, ids=lambda p: p.parent.name)
