@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cramlit.core.recipes import CramlitError
-from cramlit.core.results import provenance, read_json_lines
+from cramlit.core.results import provenance, read_json_lines, result_row, write_rows
 from cramlit.running import pipeline
 from cramlit.running.command import main
 from cramlit.running.pipeline import STAGES as ALL_STAGES
@@ -220,7 +220,7 @@ def test_an_optional_stage_is_run_when_it_is_asked_for_and_table_4_follows_the_r
     for name in ('poolings', 'reference'): reproduce(ws, only=name)
     assert run.ran == ['poolings', 'reference']
     assert 'appendix_poolings' in (ws.figures/'README.md').read_text()
-    (ws.folder('reference')/'rows.jsonl').write_text('{}')
+    write_rows(ws.folder('reference')/'rows.jsonl', [result_row('headline', 50., '%')])
     del run.ran[:]
     pipeline.reproduce(ws)
     assert run.ran == ['table4_glue']
