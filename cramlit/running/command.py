@@ -149,7 +149,7 @@ def export(
 
 # %% ../../nbs/running/81_command.ipynb #72912ce2
 def reproduce(
-    scale: str = 'laptop',    # tiny | laptop | gpu | paper
+    scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper
     recipe: Annotated[str, {'nargs': '+'}] = '24hbert,modern',  # recipes to compare
     out: Needed = None,       # folder for all stages
     figures: str = '',        # folder for tables and figures; default: OUT/paper_figures
@@ -157,6 +157,7 @@ def reproduce(
     only: str = '',           # one stage with what it needs, such as table4_glue; a wrong name lists them all
     force: str = '',          # do this stage and those that need it anew; what was there is moved aside
     headline: bool = False,   # only the stages that show what the recipe learns
+    dry_run: bool = False,    # run nothing: say what is still to be run, and the hours of pretraining in it
     rehearse: bool = False,   # walk the path of scale paper with a small model and few steps, on the CPU
 ) -> list[dict]:
     "Run the paper's notebooks from raw text to tables and figures; finished stages are skipped"
@@ -172,6 +173,7 @@ def reproduce(
     sources = [get_recipe(name, scale).corpus.source for name in ws.recipes]
     if 'enwik8' in sources: enwik8()  # before any notebook, which could show no bar
     if glue_dir: load_tasks('glue', [], glue_dir)  # whatever is wrong with it is said before anything is run
+    if dry_run: return pipeline.planned(ws, only, headline)
     rows = pipeline.reproduce(ws, only, force, headline)
     table = ws.figures/'table4_glue.md'
     if table.exists(): print('\n' + table.read_text(encoding='utf-8'), file=sys.stderr)
@@ -468,7 +470,7 @@ def _run(name: str, args: list[str]):
         from cramlit.core.devices import keep_memory
         keep_memory()
     rows = command(**{k: v for k, v in given.items() if k in inspect.signature(command).parameters})
-    if given['json'] or name != 'reproduce': _show(rows, given['json'])
+    if given['json'] or name != 'reproduce' or given['dry_run']: _show(rows, given['json'])
     sys.stdout.flush()
     if rows and 'TORCHELASTIC_RUN_ID' not in os.environ:  # once, and not by each process
         for line in _next(name, given): print(line, file=sys.stderr)
