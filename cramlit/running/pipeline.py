@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'run_notebook', 'Stage', 'paper_notebook', 'code_of', 'Workspace', 'workspace', 'is_noise', 'page_origin',
-           'write_index', 'reproduce']
+           'write_index', 'reproduce', 'pretraining_of', 'planned']
 
 # %% ../../nbs/running/80_pipeline.ipynb #24cb8400
-import ast, json, sys, time
+import ast, json, os, sys, time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash, unknown
-from ..core.results import atomic, provenance, read_rows, sha256, write_rows
+from ..core.results import atomic, provenance, read_rows, result_row, sha256, write_rows
 from ..core.scales import get_recipe, get_scale
 
 # %% ../../nbs/running/80_pipeline.ipynb #cf1dc3fd
@@ -74,7 +74,8 @@ STAGES = {s.name: s for s in (
     Stage('table3_search', ('prepare',), ('table3_search', 'search_grid'), labelled=True),
     Stage('table5_choices', ('prepare',),
           ('table5_choices', 'schedules', 'choices_by_time', 'loss_against_task'), labelled=True),
-    Stage('comparison', (), ('comparison', 'comparison_by_time'), recipes='all', labelled=True),
+    Stage('tuning', (), ('tuning',), recipes='all'),
+    Stage('comparison', ('tuning',), ('comparison', 'comparison_by_time'), recipes='all', labelled=True),
     Stage('ablation', (), ('ablation',), recipes='all'),
     Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all'),
     Stage('budgets', (), ('budgets', 'budgets_gains', 'what_a_budget_buys'), recipes='all', labelled=True,
@@ -316,6 +317,7 @@ def page_origin(
     groups: dict[tuple, list[str]] = {}
     for stage, rows in rows_of.items():
         for r in rows:
+            if 'hardware' not in r: continue  # nothing that was measured
             commit = (r['commit'] or 'outside a checkout') + (' with changes' if r['dirty'] else '')
             stages = groups.setdefault((commit, r['hardware'], f"torch {r['versions']['torch']}"), [])
             if stage not in stages: stages.append(stage)
@@ -409,6 +411,12 @@ def _with_dependents(stage: str) -> list[str]:
         if set(s.needs) & set(found): found.append(s.name)
     return found
 
+def _wanted(ws: Workspace, only: str, headline: bool) -> list[tuple[str, str]]:
+    "The stages that are asked for, in order, for every recipe where they work on one"
+    return [(stage, recipe) for stage, recipe in _tasks(ws)
+            if (stage == only if only else not STAGES[stage].optional)
+            and (not headline or STAGES[stage].headline)]
+
 def reproduce(
     ws: Workspace,
     only: str = '',   # run this stage alone, with what it needs
@@ -421,10 +429,7 @@ def reproduce(
     _check_figures(ws)
     for stage, recipe in _tasks(ws):
         if force and stage in _with_dependents(force): _move_aside(ws, stage, recipe)
-    lacking: dict[str, str] = {}
-    wanted = [(stage, recipe) for stage, recipe in _tasks(ws)
-              if (stage == only if only else not STAGES[stage].optional)
-              and (not headline or STAGES[stage].headline)]
+    lacking, wanted = dict[str, str](), _wanted(ws, only, headline)
     for n, (stage, recipe) in enumerate(wanted, 1):
         why = _attempt(ws, stage, recipe, lacking, f'{n} of {len(wanted)}')
         if why: lacking[_label(stage, recipe)] = why
@@ -434,3 +439,53 @@ def reproduce(
         raise CramlitError(f'{len(lacking)} stages came to nothing; the others are done, and the same '
                            f'command runs only these again:{each}')
     return read_rows(ws.out)
+
+# %% ../../nbs/running/80_pipeline.ipynb #80e20002
+def pretraining_of(
+    ws: Workspace,
+    stage: str,  # its name
+) -> list[tuple[int, float, int]]:  # runs, seconds of each, or steps of each; empty for a stage without
+    "The pretraining runs of a stage, for one recipe where it works on one"
+    from cramlit.experiments import comparison as study
+    from cramlit.experiments.scaling import size_trials
+    from cramlit.experiments.search import choice_trials, grid_trials
+    s, first = get_scale(ws.scale), ws.recipes[0]
+    t, c, pair = s.trials, s.comparison, study.recipes_to_compare(ws.recipes)
+    everyone = study.recipes_to_compare(ws.recipes, ws.scale)
+    def part(runs, fraction): return runs, fraction*c.budget, round(fraction*c.steps)
+    match stage:
+        case 'pretrain': return [(1, s.budget, s.steps)]
+        case 'table3_search': return [(len(grid_trials(first, ws.scale, t)), t.budget, t.steps)]
+        case 'table5_choices': return [(len(choice_trials(first, ws.scale, t)), t.budget, t.steps)]
+        case 'tuning': return [part(len(everyone)*c.tries, c.tuning)]
+        case 'comparison': return [part((len(everyone) + 1)*c.seeds, 1)]
+        case 'ablation': return [part(len(study.ablation_trials(pair[0], pair[1], ws.scale)), c.ablation)]
+        case 'scaling': return [part(len(size_trials(pair[1], ws.scale, x)), x) for x in c.spans]
+        case 'budgets': return [part(len(ws.recipes)*c.budget_seeds, x) for x in sorted(c.budgets)]
+    return []
+
+def planned(
+    ws: Workspace,
+    only: str = '',          # this stage alone, with what it needs
+    headline: bool = False,  # the few stages that show what the recipe learns
+) -> list[dict]:  # a row for each stage that is not done, in hours, or in steps where these are counted
+    "What is still to be run, and the pretraining in it; fine-tuning and evaluations are not counted"
+    if only and only not in STAGES: raise unknown('stage', only, STAGES)
+    wanted, queue, rows = _wanted(ws, only, headline), [only] if only else [], list[dict]()
+    for name in queue: queue += [n for n in STAGES[name].needs if n not in queue]
+    if only: wanted = [(stage, recipe) for stage, recipe in _tasks(ws) if stage in queue]
+    cores = os.cpu_count() or 1
+    for stage, recipe in wanted:
+        if _is_done(ws, stage, recipe): continue
+        runs = pretraining_of(ws, stage)
+        together = 1 if stage == 'pretrain' else cores  # it takes all cores for one run
+        ids = dict(stage='planned', part=_label(stage, recipe), scale=ws.scale, kind='planned',
+                   runs=sum(n for n, *_ in runs))
+        if any(steps for *_, steps in runs):
+            rows.append(result_row('steps', sum(n*steps for n, _, steps in runs), 'steps', **ids))
+        else:
+            seconds = sum(n*each for n, each, _ in runs)/together
+            rows.append(result_row('pretraining', round(seconds/3600, 2), 'hours', **ids))
+    total = sum(r['value'] for r in rows if r['unit'] == 'hours')
+    everything = dict(stage='planned', part='all', scale=ws.scale, kind='planned', cores=cores)
+    return [*rows, result_row('pretraining', round(total, 2), 'hours', **everything)]

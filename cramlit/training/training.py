@@ -6,8 +6,8 @@
 __all__ = ['RUN_FORMAT', 'STATE', 'LOGS', 'PATIENCE', 'Run', 'fingerprint', 'acquire_run_dir', 'check_run', 'summed_loss',
            'check_same_weights', 'validate', 'form_of', 'program_shapes', 'compile_model', 'micro_step', 'accumulate',
            'make_scaler', 'update', 'Hook', 'resume', 'passes_multiple', 'progress_bar', 'warm_up', 'train',
-           'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'shared_precision', 'begin_with_counts',
-           'go_on', 'pretrain_in']
+           'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'shared_precision', 'begin', 'go_on',
+           'pretrain_in']
 
 # %% ../../nbs/training/36_training.ipynb #2f299dc1
 import hashlib, json, math, sys
@@ -33,7 +33,7 @@ from ..data.batches import RULERS, WIDTH, Batch, Prefetcher, rank_slice, train_b
 from ..data.batches import validation_batches, validation_rows
 from ..data.masking import IGNORE, count_predictions
 from ..data.packing import Data, open_data, unlike, verify
-from ..model.cooccurrence import cooccurrence_embeddings
+from ..model.cooccurrence import begin_with_counts
 from ..model.encoder import MaskedLM
 from .checkpoints import Saver, checkpoints, find_damage, newest_whole
 from .checkpoints import read_checkpoint, settle
@@ -618,19 +618,16 @@ def shared_precision(
     said = formats[int(world.broadcast(formats.index(mine.dtype)))]
     return mine if mine.dtype == said else Precision(said, 'rank 0 has chosen it')
 
-@torch.no_grad()
-def begin_with_counts(
+def begin(
     run: Run,         # a new one; its clock is set forward by what this takes
-    model: MaskedLM,  # gets its embedding matrix
+    model: MaskedLM,  # changed in place
 ):
-    "Embeddings from co-occurrence counts instead of random ones, the same in every process"
-    began, matrix, cfg = run.clock.now(), model.embeddings.word.weight, run.recipe.model
-    if run.world.main:
-        vectors, seen = cooccurrence_embeddings(run.data, matrix.shape[1], run.recipe.seed)
-        vectors, seen = vectors.to(matrix.device), seen.to(matrix.device)
-        matrix[seen] = cfg.cooccurrence*cfg.initializer_range*vectors[seen]
-    else: matrix.zero_()
-    run.world.all_reduce(matrix.data)
+    "Begin with what counting tells instead of random weights, the same in every process"
+    began = run.clock.now()
+    if run.world.main: begin_with_counts(model, run.recipe.model, run.data, run.recipe.seed)
+    for p in model.parameters():
+        if not run.world.main: p.data.zero_()
+        run.world.all_reduce(p.data)
     run.clock.spent += run.clock.now() - began
 
 def go_on(
@@ -654,7 +651,7 @@ def go_on(
     torch.manual_seed(recipe.seed)
     model = MaskedLM(recipe.model, V).to(world.device)
     if weights: model.load_state_dict(weights)
-    elif recipe.model.cooccurrence and not checkpoints(run.out/'checkpoints'): begin_with_counts(run, model)
+    elif recipe.model.cooccurrence and not checkpoints(run.out/'checkpoints'): begin(run, model)
 
     with Tracker(track if world.main else '', run.out, run.identity()) as tracker:
         if world.main:
