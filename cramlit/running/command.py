@@ -153,7 +153,7 @@ def export(
 
 # %% ../../nbs/running/81_command.ipynb #72912ce2
 def reproduce(
-    scale: str = 'laptop',    # tiny | laptop | gpu | paper
+    scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper
     recipe: Annotated[str, {'nargs': '+'}] = '24hbert,modern',  # recipes to compare
     out: Needed = None,       # folder for all stages
     figures: str = '',        # folder for tables and figures; default: OUT/paper_figures
@@ -161,6 +161,7 @@ def reproduce(
     only: str = '',           # one stage, with what it needs
     force: str = '',          # do this stage and those that need it anew; what was there is moved aside
     headline: bool = False,   # only the stages that show what the recipe learns
+    dry_run: bool = False,    # run nothing: say what is still to be run, and the hours of pretraining in it
     rehearse: bool = False,   # walk the path of scale paper with a small model and few steps, on the CPU
 ) -> list[dict]:
     "Run the paper's notebooks from raw text to tables and figures; finished stages are skipped"
@@ -173,6 +174,7 @@ def reproduce(
     recipes = recipe if isinstance(recipe, str) else ','.join(recipe)
     ws = pipeline.workspace(scale, out, figures or Path(out)/'paper_figures', recipes, glue_dir)
     if glue_dir: load_tasks('glue', [], glue_dir)  # whatever is wrong with it is said before anything is run
+    if dry_run: return pipeline.planned(ws, only, headline)
     rows = pipeline.reproduce(ws, only, force, headline)
     for path in sorted(ws.figures.glob('*')): print(os.path.relpath(path), file=sys.stderr)
     table = ws.figures/'table4_glue.md'
@@ -454,7 +456,7 @@ def _run(name: str, args: list[str]):
         from cramlit.core.devices import keep_memory
         keep_memory()
     rows = command(**{k: v for k, v in given.items() if k in inspect.signature(command).parameters})
-    if given['json'] or name != 'reproduce': _show(rows, given['json'])
+    if given['json'] or name != 'reproduce' or given['dry_run']: _show(rows, given['json'])
     sys.stdout.flush()
     if rows and 'TORCHELASTIC_RUN_ID' not in os.environ:  # once, and not by each process
         for line in _next(name, given): print(line, file=sys.stderr)
