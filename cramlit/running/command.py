@@ -68,6 +68,7 @@ def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
         from cramlit.reporting.run_report import write_page
         write_page(out)
     except ModuleNotFoundError as e: print(f'no {out}/report.html: {_missing(e)}', file=sys.stderr)
+    except ValueError as e: note(f'no {out}/report.html: {e}')  # such as MPLBACKEND with a wrong value
     print(_verdict(rows), file=sys.stderr)
     why = rows[0].get('stopped')
     if why: raise StoppedEarly(f'the run stopped early: {why}. What there is of it is in {out}')
