@@ -228,3 +228,10 @@ def test_more_gpus_than_there_are_take_no_memory(capsys):
 def test_numbers_that_are_none_are_refused(args, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(args) == 2 and says in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
+def test_a_report_that_cannot_be_drawn_ends_no_run(data, tmp_path, monkeypatch, capsys):
+    def wrong(run): raise ValueError("'nonsense' is not a valid value for backend")
+    monkeypatch.setattr('cramlit.reporting.run_report.write_page', wrong)
+    assert train(data, tmp_path/'run') == 0
+    assert 'report.html: ' in capsys.readouterr().err and (tmp_path/'run'/'model'/'config.json').exists()
