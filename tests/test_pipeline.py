@@ -226,6 +226,40 @@ def test_an_optional_stage_is_run_when_it_is_asked_for_and_table_4_follows_the_r
     assert run.ran == ['table4_glue']
 
 
+def test_one_stage_is_begun_with_what_it_needs(tmp_path, pretend, capsys):
+    run, ws = pretend(), workspace('tiny', tmp_path/'out', tmp_path/'figures')
+    reproduce(ws, only='figure_pretraining')
+    assert run.ran == ['prepare 24hbert', 'pretrain 24hbert', 'figure_pretraining']
+    err = capsys.readouterr().err
+    assert '[3 of 3] figure_pretraining' in err and 'min left' not in err  # nothing was ever timed here
+    assert 'loss_curve, lr_schedule' in err.rpartition('stage')[2]  # the table of stages
+
+
+def timed(folder, question, minutes, done=True):
+    (folder).mkdir(parents=True, exist_ok=True)
+    (folder/'key.json').write_text(json.dumps(dict(question=question, done=done, seconds=60*minutes)))
+
+
+def test_the_time_left_is_what_stages_took_here_or_what_is_planned(tmp_path):
+    tiny = workspace('tiny', tmp_path/'tiny', recipes='24hbert,modern')
+    laptop = workspace('laptop', tmp_path/'laptop', recipes='24hbert,modern')
+    def left(ws, *tasks): return pipeline._time_left(ws, list(tasks))
+    rest = ('prepare', 'modern'), ('pretrain', 'modern'), ('scaling', '')
+    assert left(tiny, *rest) == ''
+    assert left(laptop, *rest) == ', about 5 min left, and 1 stage never timed'  # 0.9 and the budget, 4
+
+    question = pipeline._question(tiny, 'prepare', '24hbert')
+    timed(tiny.folder('prepare', '24hbert'), question, 7)
+    assert left(tiny, *rest) == ', about 7 min left, and 2 stages never timed'  # as for the other recipe
+    timed(tiny.out/'superseded'/'prepare_modern_1', pipeline._question(tiny, 'prepare', 'modern'), 9)
+    assert left(tiny, *rest) == ', about 8 min left, and 2 stages never timed'
+    timed(tiny.out/'superseded'/'prepare_modern_2', question | dict(other='text'), 99)
+    timed(tiny.folder('prepare', 'modern'), pipeline._question(tiny, 'prepare', 'modern'), 3, done=False)
+    assert left(tiny, *rest) == ', at most 8 min left, and 2 stages never timed'  # it was begun
+    timed(tiny.folder('scaling'), pipeline._question(tiny, 'scaling'), 200)
+    assert left(tiny, *rest).startswith(', at most 3 h left')
+
+
 def test_of_two_recipes_the_one_that_works_is_gone_on_with(tmp_path, pretend):
     run = pretend('pretrain bert-base')
     ws = workspace('tiny', tmp_path/'out', tmp_path/'figures', '24hbert,bert-base')

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..core.recipes import CramlitError, Packing, Recipe, UsageError
-from ..core.recipes import recipe_from_dict, validate
+from ..core.recipes import RECIPES, CramlitError, Packing, Recipe, UsageError
+from ..core.recipes import differences, recipe_from_dict, validate
 from ..core.randomness import make_key, uniform
 from ..core.results import atomic, cannot_read, cannot_write, locked, note
 from ..core.results import set_aside, sha256, sync_folder
+from ..core.scales import SCALES, get_recipe
 from .corpus import MIN_WORDS, Document, documents, holdout_position
 from .corpus import same_source, source_state, unique
 from .tokenizer import encode_documents, load_tokenizer, lost_accents, padded_vocab
@@ -538,16 +539,27 @@ def unlike(
             return f'{part}.{name}={have}, the recipe has {want}'
     return ''
 
+def _set_by_hand(recipe: Recipe) -> set[str]:
+    "The settings in which a recipe differs, at every scale, from the one of its name"
+    known = [get_recipe(recipe.name, scale) for scale in SCALES] if recipe.name in RECIPES else [Recipe()]
+    return set.intersection(*(set(differences(r, recipe)) for r in known))
+
 def as_prepared(
     recipe: Recipe,
     data: Data,
-    settings: Iterable[str] = (),  # `path=value`, those that the user has set himself
+    settings: Iterable[str]|None = None,
+    # `path=value`, those that the user has set himself; None = what no scale gives the recipe
 ) -> Recipe:
     "A recipe with the text, the tokenizer and the packing of prepared data; `UsageError` if settings differ"
-    if other := unlike(data, recipe, {s.partition('=')[0].strip() for s in settings}):
+    own = _set_by_hand(recipe) if settings is None else {s.partition('=')[0].strip() for s in settings}
+    if other := unlike(data, recipe, own):
         raise UsageError(f'{data.folder} was prepared with {other}: leave that setting out, or prepare the '
                          'text with it in another folder')
-    return validate(recipe_from_dict(asdict(recipe) | {part: data.manifest[part] for part in _PARTS}))
+    found = validate(recipe_from_dict(asdict(recipe) | {part: data.manifest[part] for part in _PARTS}))
+    taken = {k: v for k, v in differences(recipe, found).items() if not k.startswith('corpus.')}
+    if taken and 'TORCHELASTIC_RUN_ID' not in os.environ:  # once, and not by each process
+        note(f'as {data.folder} was prepared: ' + ', '.join(f'{k}={v}' for k, v in taken.items()))
+    return found
 
 def _changed(old: dict, new: dict) -> str:
     "Which files are not what they were, in words; empty if all are"

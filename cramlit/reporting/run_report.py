@@ -7,7 +7,7 @@ __all__ = ['TEMPLATE', 'Snapshot', 'read_run', 'state', 'duration', 'explain', '
            'predictions', 'licence', 'spelled', 'report_html', 'write_page', 'loss_plot', 'Frame', 'watch']
 
 # %% ../../nbs/reporting/72_run_report.ipynb #79f8ebde
-import json, shlex, sys, time
+import json, math, shlex, sys, time
 from base64 import b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -141,17 +141,21 @@ def numbers(
     "What one looks for first"
     fraction, left = budget_spent(run)
     def shown(value, form): return '-' if value is None else format(value, form)
+    def nats(loss):
+        if loss is None: return '-'
+        return f'{loss:.3f}' + (f' (perplexity {math.exp(loss):,.0f})' if loss < 20 else '')
     evaluated = [line['step'] for line in run.log if 'validation_loss' in line]
     at = f' at step {evaluated[-1]:,}' if evaluated else ''
+    loss = run.last('validation_loss')
     entropy, reported = run.result('unigram_entropy'), run.result('validation_loss')  # written at the end
     return {
         'budget': f'{fraction:.1%} spent, {duration(left)} left',
         'time': duration(run.last('seconds') or 0),
         'step': shown(run.last('step'), ','),
         'tokens': shown(run.last('tokens'), ','),
-        'validation loss, nats': shown(run.last('validation_loss'), '.3f') + at,
-        **({'the same on the half that is reported': f'{reported:.3f}'} if reported else {}),
-        **({'unigram baseline, nats': f'{entropy:.3f}'} if entropy else {}),
+        'validation loss, nats': nats(loss) + at,
+        **({'the same on the half that is reported': nats(reported)} if reported else {}),
+        **({'unigram baseline, nats': nats(entropy)} if entropy else {}),
         'training loss, nats': shown(run.last('loss'), '.3f'),
         'learning rate': shown(run.last('lr'), '.3g'),
         'tokens a second': shown(run.result('tokens_per_second') or run.last('tokens_per_second'), ',.0f'),

@@ -32,7 +32,7 @@ from ..core.results import read_json_lines, read_rows, result_row, write_rows
 from ..data.batches import RULERS, WIDTH, Batch, Prefetcher, rank_slice, train_batches
 from ..data.batches import validation_batches, validation_rows
 from ..data.masking import IGNORE, count_predictions
-from ..data.packing import Data, open_data, unlike, verify
+from ..data.packing import Data, as_prepared, open_data, unlike, verify
 from ..model.cooccurrence import begin_with_counts
 from ..model.encoder import MaskedLM
 from .checkpoints import Saver, checkpoints, find_damage, newest_whole
@@ -139,7 +139,8 @@ def check_run(
         raise UsageError(f'{run.data.folder} was prepared with {other}: '
                          'run `cramlit prepare` with this recipe and scale into another folder')
     if run.world.main and not (run.out/'run.json').exists():
-        found = next((name for name in ('checkpoints', 'rows.jsonl', *LOGS) if (run.out/name).exists()), '')
+        names = 'manifest.json', 'checkpoints', 'rows.jsonl', *LOGS
+        found = next((name for name in names if (run.out/name).exists()), '')
         if found: raise UsageError(f'{run.out} has {found} and no run.json, so it is no run that could be '
                                    'continued: choose another --out')
     if run.clock.budget <= 0 and run.clock.steps <= 0:
@@ -382,12 +383,12 @@ def progress_bar(
         nonlocal losses, seconds, tokens
         losses.append(loss)
         fraction = run.clock.fraction(run.step)
-        bar.update(min(100., 100*fraction) - bar.n)
-        if run.step % every and run.step > 1 and fraction < 1: return
         mean, rate = sum(losses)/len(losses), (run.tokens - tokens)/(run.clock.seconds - seconds)
-        run.log(loss=mean, lr=lr, tokens_per_second=rate)
         left = f'{run.clock.left(run.step)/60:.1f} min left'
         bar.set_postfix_str(f'step {run.step}, loss {mean:.3f}, {rate:,.0f} tokens/s, {left}', refresh=False)
+        bar.update(min(100., 100*fraction) - bar.n)
+        if run.step % every and run.step > 1 and fraction < 1: return
+        run.log(loss=mean, lr=lr, tokens_per_second=rate)
         losses, seconds, tokens = [], run.clock.seconds, run.tokens
     with tqdm(total=100, desc='pretrain', file=sys.stderr, mininterval=2, disable=not run.world.main,
               bar_format='{desc} {percentage:3.0f}% |{bar:24}| {postfix}') as bar: yield report
@@ -586,7 +587,7 @@ def result_rows(
         result_row('seconds', seconds, 's', **ids)]
 
 def pretrain(
-    recipe: Recipe,
+    recipe: Recipe,       # text, tokenizer and packing are those of the data
     data: str|Path,       # folder made by `prepare`
     out: str|Path,        # the run's folder
     budget: float|str = 0.,  # seconds from the first step on, or such as '6m', validation and saving included
@@ -600,7 +601,8 @@ def pretrain(
     check_tracker(track)
     seconds = parse_budget(budget) if isinstance(budget, str) else budget
     with join_world() as world:
-        run = Run(recipe, open_data(data), Path(out), Clock(seconds, steps), scale, world,
+        prepared = open_data(data)
+        run = Run(as_prepared(recipe, prepared), prepared, Path(out), Clock(seconds, steps), scale, world,
                   init=fingerprint(weights) if weights else '')
         check_run(run)
         provenance()  # is remembered; whatever could fail in it fails before anything is paid for
