@@ -238,6 +238,7 @@ def make_run(folder, name, seed, losses, versus):
     lines.append(dict(step=2, seconds=20, loss=1.))  # a line of training
     (run/'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     ids = dict(stage='trial', study='recipes', trial=name, versus=versus, recipe=name, seed=seed, lr=1.,
+               global_batch_size=64, warmup=.06,
                stopped='', folder=f'{name}{seed}')
     values = dict(validation_loss=losses[-1], steps=2, seconds=20., tokens_per_second=1.)
     return [result_row(m, v, '', **ids) for m, v in values.items()]
