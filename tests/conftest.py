@@ -12,6 +12,10 @@ from cramlit.data.packing import prepare
 # a shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# seconds until what has not happened counts as hanging: a machine may be twenty times overbooked
+PATIENCE = 3600
+
+
 def pytest_collection_modifyitems(items):
     # the longest file is begun first, so that no worker is left alone with it
     items.sort(key=lambda item: item.path.name != 'test_pipeline.py')

@@ -1,6 +1,6 @@
 """What torchrun starts in the tests: `cramlit pretrain` in full precision, with every step in the log
 
-WRONG_CLOCK=R: the clock of rank R jumps by an hour
+STEP_CLOCK=R: a step takes a second by every clock, nothing else takes any, and that of rank R goes wrong
 POISON=A-B: the gradient of rank 1 is NaN in these steps
 LR_LOG=FILE: the rates of each rank
 MEMORY_LOG=FILE: resident memory at each step, in kB, files not counted
@@ -13,33 +13,32 @@ import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
 
+import cramlit.training.checkpoints as saved
+import cramlit.training.training as train
+from cramlit.core.devices import Precision
+from cramlit.running.command import main
+from cramlit.training.distributed import Gradients
+from cramlit.training.schedule import Clock
+
 rank = int(os.environ.get('RANK', 0))
-real_time, readings = time.monotonic, []
-
-
-def wrong_time():
-    readings.append(1)
-    return real_time() + 3600*(len(readings) > 20)
-
-
-if os.environ.get('WRONG_CLOCK') == str(rank): time.monotonic = wrong_time
-
-import cramlit.training.checkpoints as saved  # noqa: E402  the clock is wrong before it is imported
-import cramlit.training.training as train  # noqa: E402
-from cramlit.core.devices import Precision  # noqa: E402
-from cramlit.running.command import main  # noqa: E402
-from cramlit.training.distributed import Gradients  # noqa: E402
-from cramlit.training.schedule import Clock  # noqa: E402
-
 train.choose_precision = lambda device: Precision(torch.float32, 'the test compares curves')
 train.train = functools.partial(train.train, log_every=1)
 
 set_lr, accumulate, steps = train.set_lr, train.accumulate, []
+
+
+def step_clock():
+    "By how many steps were taken; where it goes wrong, it jumps by an hour at the seventh"
+    return len(steps) + 3600.*(os.environ['STEP_CLOCK'] == str(rank) and len(steps) > 6)
+
+
+def counted(*args):
+    steps.append(1)
+    accumulate(*args)
 
 
 def log_lr(optimizer, factor):
@@ -81,6 +80,8 @@ if 'MEMORY_LOG' in os.environ: train.set_lr = log_memory
 if 'MESSAGE' in os.environ:
     message = getattr(torch, os.environ['MESSAGE'])
     train.Gradients = lambda model, world, _: Gradients(model, world, message)
+if 'STEP_CLOCK' in os.environ:
+    train.accumulate, train.Clock = counted, functools.partial(Clock, now=step_clock)
 if 'POISON' in os.environ: train.accumulate = poisoned
 if os.environ.get('LATE') == str(rank):
     every = saved.checkpoints

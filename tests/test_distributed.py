@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import PATIENCE
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
@@ -40,7 +41,7 @@ def options(text, data, out, *more, settings=()):
 def run(nproc, arguments, restarts=0, check=True, **env):
     how = '--standalone', '--nproc-per-node', str(nproc), '--max-restarts', str(restarts)
     command = [*TORCHRUN, *how, EXACT, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ONE_THREAD | env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=ONE_THREAD | env)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -85,7 +86,7 @@ def test_nor_on_the_micro_batch(text, data, tmp_path, alone):
 
 def test_the_command_starts_the_processes(text, data, tmp_path):
     arguments = options(text, data, tmp_path/'run', '--steps', '10', '--nproc', '2', '--json')
-    done = subprocess.run([*PRETRAIN, *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*PRETRAIN, *arguments], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {r['processes'] for r in rows} == {2} and (tmp_path/'run'/'model'/'model.safetensors').exists()
@@ -94,18 +95,19 @@ def test_the_command_starts_the_processes(text, data, tmp_path):
 
 @pytest.mark.parametrize('more, match', [
     (['--nproc', '3'], 'cannot be shared by 3 processes'),
-    (['--nproc', '2', '-o', 'packing.seq_len=16'], 'was prepared with')])
+    (['--nproc', '2', '-o', 'packing.seq_len=16'], 'was prepared with'),
+    (['--nproc', '-1'], 'expected a number above zero')])
 def test_mistakes_are_found_before_anything_is_started(text, data, tmp_path, more, match):
     arguments = options(text, data, tmp_path/'run', '--steps', '10', *more)
-    done = subprocess.run([*PRETRAIN, *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*PRETRAIN, *arguments], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and match in done.stderr and done.stderr.count('\n') == 1
     assert not (tmp_path/'run').exists()
 
 
 def test_all_ranks_go_by_one_clock(text, data, tmp_path):
-    run(2, options(text, data, tmp_path/'run', '--budget', '15'), WRONG_CLOCK='1', LR_LOG=str(tmp_path/'lr'))
+    run(2, options(text, data, tmp_path/'run', '--budget', '15'), STEP_CLOCK='1', LR_LOG=str(tmp_path/'lr'))
     a, b = ((tmp_path/f'lr.{r}').read_text().splitlines() for r in range(2))
-    assert a == b and len(set(a)) > 5
+    assert a == b and len(a) == 15
 
 
 def test_all_ranks_skip_the_same_step(text, data, tmp_path):
@@ -197,7 +199,7 @@ def test_an_allocator_that_refuses_is_left_as_it_was(monkeypatch, answers):
     assert (os.environ['MALLOC_TRIM_THRESHOLD_'] == '7') == (answers == [0])
 
 
-def wait(ready, seconds=300):
+def wait(ready, seconds=PATIENCE):
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, 'nothing happened'
@@ -215,7 +217,7 @@ def test_a_lost_process_is_made_good(text, data, tmp_path):
     wait(lambda: len(checkpoints(tmp_path/'run'/'checkpoints')) > 1)
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err[-3000:]
     newest = (checkpoints(tmp_path/n/'checkpoints')[-1] for n in ('whole', 'run'))
     a, b = (load_file(path/'model.safetensors') for path in newest)
@@ -230,7 +232,7 @@ def test_another_number_of_processes_goes_on(text, data, tmp_path, alone):
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     wait(lambda: len(checkpoints(tmp_path/'run'/'checkpoints')) > 1)
     (tmp_path/'run'/'stop').touch()
-    assert process.wait(300) == 0
+    assert process.wait(PATIENCE) == 0
     if not (tmp_path/'run'/'rows.jsonl').exists(): (tmp_path/'run'/'stop').unlink(missing_ok=True)
     run(1, arguments)
     same(log(tmp_path/'run', 'loss'), log(tmp_path/'whole', 'loss'))
@@ -260,7 +262,7 @@ def start_two(text, data, out, steps):
 def test_ctrl_c_saves_on_all_ranks_and_the_same_command_goes_on(text, data, tmp_path):
     process = start_two(text, data, tmp_path/'run', 50000)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and 'same command goes on' in err and 'Traceback' not in err
     assert not (tmp_path/'run'/'stop').exists() and checkpoints(tmp_path/'run'/'checkpoints')
 
@@ -270,18 +272,20 @@ def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(text, data, tmp_path):
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(.001)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode in (1, 75) and 'Traceback' not in err  # 75 when it was saved between the two
     assert {find_damage(p) for p in checkpoints(tmp_path/'run'/'checkpoints')} == {''}
 
 
-def test_two_machines(text, data, tmp_path):
-    "Two torchrun agents, each with an address of its own, meet by c10d"
+def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    arguments = options(text, data, tmp_path/'run', '--steps', '50', settings=NO_DROPOUT)
-    env = ONE_THREAD | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+        return s.getsockname()[1]
+
+
+def two_agents(arguments):
+    "Two torchrun agents, each with an address of its own, meet by c10d; how they end and what they say"
+    port, env = free_port(), ONE_THREAD | dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
 
     def agent(address):
         meet = ['--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{port}', '--rdzv-id', 'test']
@@ -289,6 +293,14 @@ def test_two_machines(text, data, tmp_path):
         command = [*TORCHRUN, *how, EXACT, *arguments]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     agents = [agent('127.0.0.1'), agent('127.0.0.2')]
-    errors = [a.communicate(timeout=300)[1] for a in agents]
-    assert [a.returncode for a in agents] == [0, 0], errors
-    assert {r['processes'] for r in json_lines(tmp_path/'run'/'rows.jsonl')} == {2}
+    errors = [a.communicate(timeout=PATIENCE)[1] for a in agents]
+    return [a.returncode for a in agents], errors
+
+
+def test_two_machines(text, data, tmp_path):
+    for n in range(5):  # somebody else may take the port between the question and its use
+        run = tmp_path/f'run{n}'
+        codes, errors = two_agents(options(text, data, run, '--steps', '50', settings=NO_DROPOUT))
+        if not any('ddress already in use' in e for e in errors): break
+    assert codes == [0, 0], errors
+    assert {r['processes'] for r in json_lines(run/'rows.jsonl')} == {2}

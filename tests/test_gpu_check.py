@@ -5,11 +5,13 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu_bundle
 import gpu_check
 import pandas as pd
 import pytest
+from conftest import PATIENCE
 
 from cramlit.reporting.report import report
 
@@ -36,11 +38,16 @@ if step == 'compile':
 def stand_in(tmp_path, monkeypatch):
     (tmp_path/'steps.py').write_text(STEPS)
     monkeypatch.setattr(gpu_check, 'PROGRAM', tmp_path/'steps.py')
-    real = gpu_check.run_step
-    def shorter(name, out, data, fast, limit): real(name, out, data, fast, 5 if name == 'compile' else limit)
-    monkeypatch.setattr(gpu_check, 'run_step', shorter)
+    class Until(subprocess.Popen):
+        "Of the step that hangs, the time is over when it has a child, and not before"
+        def wait(self, timeout=None):
+            if timeout and 'compile' in self.args:
+                while not (tmp_path/'child').exists(): time.sleep(.05)
+                timeout = .1
+            return super().wait(timeout)
+    monkeypatch.setattr(gpu_check, 'subprocess', SimpleNamespace(**vars(subprocess) | dict(Popen=Until)))
     names = 'machine', 'functional', 'memory', 'compile', 'speed'
-    monkeypatch.setattr(gpu_check, 'STEPS', dict.fromkeys(names, (60, 60)))
+    monkeypatch.setattr(gpu_check, 'STEPS', dict.fromkeys(names, (PATIENCE, PATIENCE)))
     return tmp_path
 
 
@@ -59,7 +66,7 @@ def test_no_failure_stops_the_check_and_nothing_is_left_running(stand_in, capsys
     assert all(r['hardware'] == 'a GPU' for r in ends.values()), 'stamped as the other rows are'
     assert len([r for r in rows if r['metric'] == 'passed']) == 5, 'half a line spoils no other'
     child = (stand_in/'child').read_text()
-    for _ in range(200):
+    for _ in range(20*PATIENCE):
         if not alive(child): break
         time.sleep(.05)
     assert not alive(child)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_text
+from conftest import PATIENCE, make_text
 
+import cramlit as package
+from cramlit.core.recipes import UsageError
 from cramlit.core.scales import SCALES
 from cramlit.data.corpus import files
 from cramlit.data.packing import open_data
@@ -74,6 +76,20 @@ def test_prepared_data_describe_themselves(tmp_path, monkeypatch, capsys):
     assert 'texts' in (tmp_path/'gift'/'README.md').read_text()
 
 
+def test_from_python_prepared_data_describe_themselves_too(tmp_path, capsys):
+    own = [f"corpus.source={make_text(tmp_path/'texts')}", 'corpus.holdout=0.1', 'tokenizer.vocab_size=128']
+    package.prepare(package.get_recipe('24hbert', 'tiny', own), tmp_path/'data')
+    rows = package.pretrain(package.get_recipe('24hbert', 'tiny'), tmp_path/'data', tmp_path/'run', steps=2)
+    assert 'data was prepared: tokenizer.vocab_size=128' in capsys.readouterr().err
+    assert rows[0]['metric'] == 'validation_loss'
+    recipe = json.loads((tmp_path/'run'/'run.json').read_text())['recipe']
+    assert recipe['corpus']['source'].endswith('texts') and recipe['tokenizer']['vocab_size'] == 128
+    with pytest.raises(UsageError, match='was prepared with packing.seq_len=32, the recipe has 48'):
+        odd = package.get_recipe('24hbert', 'tiny', 'packing.seq_len=48')
+        package.pretrain(odd, tmp_path/'data', tmp_path/'other', steps=2)
+    assert not (tmp_path/'other').exists()
+
+
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='no device that is always full')
 def test_messages_that_cannot_be_written_end_no_work(tmp_path):
     "The disk that takes the messages is full"
@@ -83,7 +99,7 @@ def test_messages_that_cannot_be_written_end_no_work(tmp_path):
                  ['pretrain', '--data', data, '--out', run, '--steps', '2']):
         with open('/dev/full', 'w') as full:
             done = subprocess.run([sys.executable, '-m', 'cramlit', *args, '--scale', 'tiny'], text=True,
-                                  stdout=subprocess.PIPE, stderr=full, timeout=300)
+                                  stdout=subprocess.PIPE, stderr=full, timeout=PATIENCE)
         assert done.returncode == 0 and 'tokens' in done.stdout
     assert (tmp_path/'run'/'model'/'model.safetensors').exists()
 

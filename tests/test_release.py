@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = '''datasets pyarrow joblib pandas sklearn scipy tabulate matplotlib plotext papermill nbclient
@@ -59,7 +60,7 @@ def test_an_importer_needs_no_extra(recipe, tmp_path):
     done = run_without(EXTRAS, IMPORTER, json.dumps(asdict(recipe)), tmp_path/'data', tmp_path/'run')
     assert not done.returncode, done.stderr
     assert (tmp_path/'run'/'model'/'model.safetensors').exists()
-    assert "is missing: pip install 'cramlit[reproduce]'" in done.stderr  # what `watch` needs
+    assert "plotext is missing: pip install 'cramlit[report]'" in done.stderr  # what `watch` needs
     assert "not counted: joblib is missing: pip install 'cramlit[eval]'" in done.stderr
 
 
@@ -73,7 +74,7 @@ def test_the_source_archive_installs_in_an_empty_environment(tmp_path):
     assert not [n for n in names if n.startswith(('runs', '_docs', '.venv'))]
     venv.create(tmp_path/'env')
     python = tmp_path/'env'/'bin'/'python'
-    clean = dict(cwd=tmp_path, env={}, capture_output=True, text=True, timeout=120)
+    clean = dict(cwd=tmp_path, env={}, capture_output=True, text=True, timeout=PATIENCE)
     install = ['install', '--quiet', '--no-deps', '--no-index', wheel]
     subprocess.run([sys.executable, '-m', 'pip', '--python', python, *install], check=True, **clean)
     where = subprocess.run([python, '-c', 'import cramlit; print(cramlit.__file__)'], **clean).stdout

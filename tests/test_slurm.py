@@ -2,12 +2,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 SBATCH = Path(__file__).parent.parent/'nbs'/'pretrain.sbatch'
 ENV = dict(SLURM_CPUS_PER_TASK='16', SLURM_GPUS_ON_NODE='4', SLURM_NNODES='2', SLURM_JOB_ID='12345',
@@ -49,7 +51,7 @@ def slurm(tmp_path):
         with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for(path, process, seconds=300):
+def wait_for(path, process, seconds=PATIENCE):
     for _ in range(20*seconds):
         if path.exists(): return
         assert process.poll() is None, process.stderr.read()
@@ -61,7 +63,7 @@ def test_the_run_saves_and_is_queued_again(slurm, tmp_path):
     process, notes = slurm(SRUN, '--seed', '7')
     wait_for(notes/'started', process)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(300) == 0, process.stderr.read()
+    assert process.wait(PATIENCE) == 0, process.stderr.read()
     assert (notes/'saved').exists(), 'it is not left before the run has saved'
     assert (notes/'scontrol').read_text().splitlines() == ['show hostnames n[07-08]', 'requeue 12345']
 
@@ -81,7 +83,7 @@ def test_a_run_that_ends_while_it_is_asked_to_leave_is_not_queued_again(slurm):
     process, notes = slurm(SRUN + 'touch "$OUT/rows.jsonl"\n')
     wait_for(notes/'started', process)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(300) == 0
+    assert process.wait(PATIENCE) == 0
     assert 'requeue' not in (notes/'scontrol').read_text()
 
 
@@ -89,12 +91,12 @@ def test_the_next_turn_does_not_stop_at_once(slurm, tmp_path):
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'stop').touch()  # a machine was lost before the run had seen it
     process, notes = slurm('[ ! -e "$OUT/stop" ] || exit 3')
-    assert process.wait(300) == 0
+    assert process.wait(PATIENCE) == 0
 
 
 def test_a_failure_is_passed_on_and_folders_are_asked_for(slurm, tmp_path):
     process, notes = slurm('exit 3')
-    assert process.wait(300) == 3 and 'requeue' not in (notes/'scontrol').read_text()
+    assert process.wait(PATIENCE) == 3 and 'requeue' not in (notes/'scontrol').read_text()
     env = {k: v for k, v in os.environ.items() if k not in ('DATA', 'OUT')} | ENV
     done = subprocess.run(['bash', SBATCH], env=env, capture_output=True, text=True)
     assert done.returncode and 'cramlit prepare' in done.stderr
@@ -104,14 +106,17 @@ def test_torchrun_itself_saves_and_ends(slurm, data, text, tmp_path):
     settings = (f'corpus.source={text}', 'corpus.holdout=0.1', 'tokenizer.vocab_size=128',
                 'validation.max_sequences=64', 'batch.micro_batch_size=16')
     options = [x for o in settings for x in ('-o', o)]
+    def taken(job):  # is its port, which is made of its number?
+        with socket.socket() as s: return s.connect_ex(('localhost', 29500 + job % 1000)) == 0
+    job = next(n for n in range(os.getpid(), os.getpid() + 999) if not taken(n))
     alone = dict(SLURM_GPUS_ON_NODE='2', SLURM_CPUS_PER_TASK='2', SLURM_NNODES='1', DATA=str(data),
-                 SLURM_JOB_ID=str(os.getpid()), CUDA_VISIBLE_DEVICES='')
+                 SLURM_JOB_ID=str(job), CUDA_VISIBLE_DEVICES='')
     srun = 'exec "${@/n07:/localhost:}"'  # on this machine
     process, notes = slurm(srun, '--scale', 'tiny', '--steps', '100000', '--bare', *options, **alone)
     out = tmp_path/'run'
     wait_for(out/'checkpoints'/'step-00000000', process)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(300) == 0, process.stderr.read()
+    assert process.wait(PATIENCE) == 0, process.stderr.read()
     assert f"requeue {alone['SLURM_JOB_ID']}" in (notes/'scontrol').read_text()
     steps = sorted(out.glob('checkpoints/step-*'))
     assert len(steps) == 2 and not (out/'stop').exists()

@@ -5,7 +5,6 @@ import multiprocessing
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import PATIENCE
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -278,6 +278,7 @@ class Cards:
     "GPUs that are not there: which thread is on which"
     def __init__(self, monkeypatch, count):
         self.now, self.busy, self.most = threading.local(), Counter(), Counter()
+        self.two = threading.Barrier(2)
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
         monkeypatch.setattr(torch.cuda, 'set_device', lambda i: setattr(self.now, 'gpu', i))
@@ -286,7 +287,7 @@ class Cards:
         gpu = self.now.gpu
         self.busy[gpu] += 1
         self.most[gpu] = max(self.most[gpu], self.busy[gpu])
-        time.sleep(.02)
+        if not fails: self.two.wait(PATIENCE)  # two jobs work at a time, always
         self.busy[gpu] -= 1
         if fails: raise CramlitError('this job fails')
         return ''

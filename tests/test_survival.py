@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import PATIENCE
 from torture import save_costs, torture, torture_by_the_clock
 
 from cramlit.core.recipes import CramlitError, UsageError
@@ -61,7 +62,7 @@ def test_memory_is_flat(text, data, tmp_path, steps):
     exact = str(Path(__file__).with_name('exact.py'))
     command = [sys.executable, exact, '--scale', 'tiny', '--data', str(data), '--out', str(tmp_path/'run')]
     for s in (f'corpus.source={text}', *SETTINGS, *often): command += ['-o', s]
-    subprocess.run([*command, '--steps', str(steps)], check=True, stderr=subprocess.DEVNULL, timeout=500,
+    subprocess.run([*command, '--steps', str(steps)], check=True, stderr=subprocess.DEVNULL, timeout=PATIENCE,
                    env=os.environ | dict(MEMORY_LOG=str(tmp_path/'memory')))
     megabytes = [int(line)/1024 for line in (tmp_path/'memory').read_text().split()]
     assert len(megabytes) == steps

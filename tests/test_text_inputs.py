@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import PATIENCE
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -652,8 +654,9 @@ def test_the_alphabet_follows_the_vocabulary(tmp_path, capsys):
 # time and memory do not grow with more than the text
 
 def in_time(code, seconds=150):
-    "Run Python code in a process of its own; the times that it must not need are longer still"
-    subprocess.run([sys.executable, '-c', code], check=True, timeout=seconds)
+    "Run Python code within so much time of a CPU, however busy that is; what must not happen takes more"
+    def limited(): resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    subprocess.run([sys.executable, '-c', code], check=True, preexec_fn=limited)
 
 
 def test_packing_a_long_document_takes_linear_time():
@@ -795,7 +798,7 @@ def test_a_process_that_was_killed_leaves_nothing_in_the_way(own, tmp_path, monk
 def test_two_processes_in_one_folder(own, tmp_path):
     both = [subprocess.Popen([*command(own), '--out', str(tmp_path/'out')], stderr=subprocess.PIPE, text=True)
             for _ in range(2)]
-    said = [p.communicate(timeout=300)[1] for p in both]
+    said = [p.communicate(timeout=PATIENCE)[1] for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert sum('tokens of text' in s for s in said) == 1  # one has made it, and the other found it
     packing.verify(open_data(tmp_path/'out'))
@@ -874,3 +877,55 @@ def test_training_a_tokenizer_uses_what_it_is_given():
     once = [' '.join(map(chr, range(0x4e00, 0x4e00 + 3000)))]
     a, b = (train_tokenizer(lambda: once, Settings(vocab_size=4096)) for _ in range(2))
     assert a.get_vocab() == b.get_vocab() and len(a) == 3005
+
+
+def test_a_file_that_was_touched_while_it_was_read_is_read_once_more(own, tmp_path, monkeypatch, capsys):
+    whole, calls = packing._build, []
+
+    def build(recipe, folder):
+        manifest = whole(recipe, folder)
+        if not calls: os.utime(own, ns=(1, 1))
+        calls.append(1)
+        return manifest
+    monkeypatch.setattr(packing, '_build', build)
+    assert prepare(own, tmp_path/'data') == 0 == prepare(own, tmp_path/'data') and len(calls) == 2
+    assert 'it is read once more' in capsys.readouterr().err
+    packing.verify(open_data(tmp_path/'data'))
+
+
+def spoiled(**changes):
+    def change(manifest): manifest.update(changes)
+    return change
+
+
+def without(*path):
+    def change(manifest):
+        for key in path[:-1]: manifest = manifest[key]
+        del manifest[path[-1]]
+    return change
+
+
+@pytest.mark.parametrize('change', [
+    without('splits', 'train'), without('splits', 'train', 'files'), without('special_ids', 'cls'),
+    without('ruler', 'tune'), without('splits', 'validation', 'files', 0, 'sha256'), spoiled(splits=3),
+    spoiled(packing=[]), spoiled(special_ids={}), spoiled(format='x'), spoiled(seq_len='a'),
+    spoiled(ruler=None)])
+def test_a_manifest_with_anything_missing_or_of_another_kind_is_one_line(own, tmp_path, capsys, change):
+    assert prepare(own, tmp_path/'data') == 0
+    manifest = manifest_of(tmp_path/'data')
+    change(manifest)
+    write(tmp_path/'data'/'manifest.json', json.dumps(manifest))
+    capsys.readouterr()
+    train = ['pretrain', *SMALL, '--data', str(tmp_path/'data'), '--out', str(tmp_path/'run'), '--steps', '1']
+    for args in (['verify', str(tmp_path/'data')], train):
+        assert main(args) == 1
+        err = capsys.readouterr().err
+        assert str(tmp_path/'data') in err and 'Traceback' not in err
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_zip_as_a_mac_makes_it(tmp_path):
+    with zipfile.ZipFile(tmp_path/'a.txt.zip', 'w') as z:
+        z.writestr('a.txt', 'A text.')
+        z.writestr('__MACOSX/._a.txt', b'\0\5')
+    assert texts_of(tmp_path/'a.txt.zip') == ['A text.']

@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import PATIENCE
 from safetensors.torch import load_file
 
 import cramlit.training.checkpoints as checkpoint
@@ -189,11 +190,11 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(recipe, data, text, tmp
                '--out', str(tmp_path/'run'), '--steps', '50000', *(x for s in settings for x in ('-o', s))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path/'run'/'metrics.jsonl'
-    for _ in range(3000):
+    for _ in range(10*PATIENCE):
         if process.poll() is not None or metrics.exists() and metrics.read_text().count('\n') > 2: break
         time.sleep(.1)
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and 'same command goes on' in err and 'Traceback' not in err
 
 
@@ -273,6 +274,12 @@ def test_data_of_another_recipe_is_refused(recipe, data, tmp_path, settings, mat
     with pytest.raises(UsageError, match=match):
         pretrain(override(recipe, settings), data, tmp_path/'run', steps=1)
     assert not (tmp_path/'run').exists()
+
+
+def test_the_folder_of_the_data_is_no_folder_for_a_run(recipe, data):
+    with pytest.raises(UsageError, match='has manifest.json and no run.json'):
+        pretrain(recipe, data, data, steps=1)
+    assert not (data/'run.json').exists()
 
 
 def test_folder_of_another_run_is_refused(recipe, data, tmp_path):

@@ -1,6 +1,7 @@
 "What others see of a run: trackers, guesses, its page, and the view in a terminal"
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from xml.etree import ElementTree
 import pexpect
 import pytest
 import torch
+from conftest import PATIENCE
 from safetensors.torch import load_file
 
 import cramlit.training.tracking as track
@@ -392,7 +394,7 @@ def test_how_a_run_stands(going, done):
 
 def watch(*args, **env):
     command = [sys.executable, '-m', 'cramlit.running.command', 'watch', *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600,
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE,
                           env=os.environ | dict(PYTHONIOENCODING='utf-8') | env)
 
 
@@ -408,7 +410,8 @@ def test_in_a_pipe_it_is_one_frame_of_plain_text(going, done):
         shown = watch(folder, COLUMNS='70')
         assert shown.returncode == 0 and word in shown.stdout and '\x1b' not in shown.stdout + shown.stderr
         loss = [x['validation_loss'] for x in lines(folder/'metrics.jsonl') if 'validation_loss' in x][-1]
-        assert f'{loss:.3f} at step 40' in shown.stdout and 'step-00000040' in shown.stdout
+        said = f'{loss:.3f} (perplexity {math.exp(loss):,.0f}) at step 40'
+        assert said in shown.stdout and 'step-00000040' in shown.stdout
         assert any('\u2800' < c < '\u28ff' for c in shown.stdout)
         assert all(len(line) <= 70 for line in shown.stdout.splitlines()[1:])
     ascii_only = watch(done, PYTHONIOENCODING='ascii')
@@ -443,7 +446,7 @@ def terminal():
     def start(*args, **env):
         command = ['-m', 'cramlit.running.command', 'watch', *map(str, args)]
         env = {k: v for k, v in os.environ.items() if k != 'NO_COLOR'} | dict(TERM='xterm-256color') | env
-        child = pexpect.spawn(sys.executable, command, dimensions=(30, 90), timeout=600,
+        child = pexpect.spawn(sys.executable, command, dimensions=(30, 90), timeout=PATIENCE,
                               encoding='utf-8', env=env)
         children.append(child)
         return child

@@ -53,7 +53,7 @@ def end(process):
     process.wait()
 
 
-def wait_for(process, ready, seconds=300.):
+def wait_for(process, ready, seconds=3600.):
     "Wait until something is so; False when the process ended first"
     until = time.monotonic() + seconds
     while not ready():

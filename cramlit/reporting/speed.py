@@ -171,7 +171,7 @@ def hardware(
     rows: list[dict],  # of plans, each with the name of a GPU
 ) -> pd.DataFrame:     # texts: a line for each GPU
     "The same recipe on other hardware"
-    return _table(rows, 'gpu', {metric: PLANNED[metric] for metric in PLANNED})
+    return _table(rows, 'gpu', PLANNED)
 
 # %% ../../nbs/reporting/74_speed.ipynb #44021d57
 def table2(
