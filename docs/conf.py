@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import book  # noqa: E402
 
 project = html_title = 'cramlit'
+author = 'the cramlit authors'
 extensions = ['myst_nb', 'sphinx.ext.autodoc']
 root_doc = 'README'
 include_patterns = ['*.md', 'nbs/*/*.ipynb', 'paper_figures/*/*.md', f'{book.RESULTS}/notebooks/*.ipynb']

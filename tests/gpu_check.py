@@ -96,7 +96,7 @@ def check(out: Path, data: Path, fast: bool, steps: list[str]) -> bool:
     gpus, before, allowed, began = count_gpus(), len(read(out)), 0., time.monotonic()
     here = [*STEPS, *(SEVERAL if gpus > 1 else ())] if gpus else ON_CPU
     for name in steps or here:
-        allowed += (STEPS | SEVERAL)[name][fast]*(1 if gpus else 10)
+        allowed += (STEPS | SEVERAL)[name][fast]*(1 if gpus else 100)  # a CPU is for tests
         left = began + allowed - time.monotonic()  # with what earlier steps have left over
         run_step(name, out, data, fast, left)
     rows = read(out)[before:]

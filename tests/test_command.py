@@ -91,6 +91,14 @@ def test_torchrun_does_not_start_again_what_has_stopped(error, alone, in_torchru
     assert capsys.readouterr().err.count('cramlit: ') == 2
 
 
+@pytest.mark.parametrize('name, says', [('verify', 'starts anew'), ('search', 'goes on where it stopped')])
+def test_ctrl_c_is_one_line_that_says_what_the_same_command_does(name, says, monkeypatch, capsys):
+    def fail(folder: str): raise KeyboardInterrupt
+    monkeypatch.setitem(COMMANDS, name, fail)
+    assert main([name, 'x']) == 1
+    assert capsys.readouterr().err == f'cramlit: interrupted; the same command {says}\n'
+
+
 def test_a_missing_extra_is_named_and_a_missing_report_is_no_failure(monkeypatch, capsys, data, tmp_path):
     def fail(folder: str): raise ModuleNotFoundError(name='sklearn.metrics')
     monkeypatch.setitem(COMMANDS, 'verify', fail)
@@ -99,7 +107,7 @@ def test_a_missing_extra_is_named_and_a_missing_report_is_no_failure(monkeypatch
     monkeypatch.setitem(sys.modules, 'plotext', None)
     monkeypatch.delitem(sys.modules, 'cramlit.reporting.run_report', raising=False)
     assert command._finish(str(tmp_path), str(data), [dict(stopped='')], bare=True) == [dict(stopped='')]
-    assert "report.html: plotext is missing: pip install 'cramlit[reproduce]'" in capsys.readouterr().err
+    assert "report.html: plotext is missing: pip install 'cramlit[report]'" in capsys.readouterr().err
 
 
 def test_the_extras_bring_what_the_hint_says():
@@ -175,6 +183,27 @@ def test_scores_on_a_terminal_are_tasks_by_variants():
     table = command._tasks_table(rows)
     assert [c.header for c in table.columns] == ['task, %', 'majority', 'pretrained']
     assert [list(c.cells) for c in table.columns] == [['a', 'b'], ['50.0', '–'], ['61.2', '–']]
+
+
+def test_values_on_a_terminal_are_as_one_says_them():
+    said = [command._for_people(*given) for given in (
+        (22267.3, 'steps'), (9_996_415_256, 'bytes'), (4096, 'bytes'), (1.8239e9, 'FLOPs'), (2.807, 'days'),
+        (335_152_128, 'parameters'), (None, 'kWh'))]
+    assert said == [('22,300', 'steps'), ('9.996', 'GB'), ('4,096', 'bytes'), ('1.824', 'GFLOPs'),
+                    ('2.807', 'days'), ('335,152,128', 'parameters'), ('–', 'kWh')]
+    rows = [dict(recipe='modern', part=part, metric=metric, value=1, unit=unit)
+            for part, metric, unit in (('', 'energy_kwh', 'kWh'), ('head', 'memory_part_bytes', 'bytes'))]
+    table = command._rows_table(rows)
+    assert [c.header for c in table.columns] == ['modern', 'what', 'value', 'unit']
+    assert [list(c.cells) for c in table.columns][:2] == [['', 'head'], ['energy', 'memory part']]
+
+
+def test_commands_that_need_several_extras_name_the_one_that_has_them(monkeypatch, capsys):
+    def fail(folder: str): raise ModuleNotFoundError(name='pandas')
+    for name, extra in (('verify', 'report'), ('search', 'reproduce')):
+        monkeypatch.setitem(COMMANDS, name, fail)
+        assert main([name, 'x']) == 1
+        assert capsys.readouterr().err == f"cramlit: pandas is missing: pip install 'cramlit[{extra}]'\n"
 
 
 def test_what_a_run_has_learned_in_words():

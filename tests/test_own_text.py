@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, make_text
 
+import cramlit as package
+from cramlit.core.recipes import UsageError
 from cramlit.core.scales import SCALES
 from cramlit.data.corpus import files
 from cramlit.data.packing import open_data
@@ -72,6 +74,20 @@ def test_prepared_data_describe_themselves(tmp_path, monkeypatch, capsys):
     code, err = cramlit(capsys, 'export', '--run', 'run', '--to', 'gift')
     assert code == 0 and "pipeline('fill-mask', 'gift')" in err
     assert 'texts' in (tmp_path/'gift'/'README.md').read_text()
+
+
+def test_from_python_prepared_data_describe_themselves_too(tmp_path, capsys):
+    own = [f"corpus.source={make_text(tmp_path/'texts')}", 'corpus.holdout=0.1', 'tokenizer.vocab_size=128']
+    package.prepare(package.get_recipe('24hbert', 'tiny', own), tmp_path/'data')
+    rows = package.pretrain(package.get_recipe('24hbert', 'tiny'), tmp_path/'data', tmp_path/'run', steps=2)
+    assert 'data was prepared: tokenizer.vocab_size=128' in capsys.readouterr().err
+    assert rows[0]['metric'] == 'validation_loss'
+    recipe = json.loads((tmp_path/'run'/'run.json').read_text())['recipe']
+    assert recipe['corpus']['source'].endswith('texts') and recipe['tokenizer']['vocab_size'] == 128
+    with pytest.raises(UsageError, match='was prepared with packing.seq_len=32, the recipe has 48'):
+        odd = package.get_recipe('24hbert', 'tiny', 'packing.seq_len=48')
+        package.pretrain(odd, tmp_path/'data', tmp_path/'other', steps=2)
+    assert not (tmp_path/'other').exists()
 
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='no device that is always full')

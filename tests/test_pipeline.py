@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cramlit.core.recipes import CramlitError
-from cramlit.core.results import provenance, read_json_lines
+from cramlit.core.results import provenance, read_json_lines, result_row, write_rows
 from cramlit.running import pipeline
 from cramlit.running.command import main
 from cramlit.running.pipeline import STAGES as ALL_STAGES
@@ -73,7 +73,8 @@ def test_the_rows_of_a_page_are_beside_it_and_it_says_whose_they_are(finished):
     assert '2 origins' in warning and table.splitlines()[-1].endswith(' | scaling |') and '| 0ther |' in table
 
 
-COMMITTED = sorted((ROOT/'paper_figures').glob('*/README.md'))
+COMMITTED = [page for page in sorted((ROOT/'paper_figures').glob('*/README.md'))
+             if page.read_text().startswith('# Results at scale')]
 
 
 @pytest.mark.parametrize('page', COMMITTED, ids=lambda p: p.parent.name)
@@ -213,16 +214,50 @@ def test_an_optional_stage_is_run_when_it_is_asked_for_and_table_4_follows_the_r
     run, ws = pretend(), workspace('tiny', tmp_path/'out', tmp_path/'figures')
     reproduce(ws)
     optional = set(ALL_STAGES) - set(STAGES)
-    assert {'reference', 'packing', 'poolings'} == optional and not optional & set(run.ran)
+    assert {'reference', 'packing', 'poolings', 'budgets'} == optional and not optional & set(run.ran)
     assert 'appendix_poolings' not in (ws.figures/'README.md').read_text()
     del run.ran[:]
     for name in ('poolings', 'reference'): reproduce(ws, only=name)
     assert run.ran == ['poolings', 'reference']
     assert 'appendix_poolings' in (ws.figures/'README.md').read_text()
-    (ws.folder('reference')/'rows.jsonl').write_text('{}')
+    write_rows(ws.folder('reference')/'rows.jsonl', [result_row('headline', 50., '%')])
     del run.ran[:]
     pipeline.reproduce(ws)
     assert run.ran == ['table4_glue']
+
+
+def test_one_stage_is_begun_with_what_it_needs(tmp_path, pretend, capsys):
+    run, ws = pretend(), workspace('tiny', tmp_path/'out', tmp_path/'figures')
+    reproduce(ws, only='figure_pretraining')
+    assert run.ran == ['prepare 24hbert', 'pretrain 24hbert', 'figure_pretraining']
+    err = capsys.readouterr().err
+    assert '[3 of 3] figure_pretraining' in err and 'min left' not in err  # nothing was ever timed here
+    assert 'loss_curve, lr_schedule' in err.rpartition('stage')[2]  # the table of stages
+
+
+def timed(folder, question, minutes, done=True):
+    (folder).mkdir(parents=True, exist_ok=True)
+    (folder/'key.json').write_text(json.dumps(dict(question=question, done=done, seconds=60*minutes)))
+
+
+def test_the_time_left_is_what_stages_took_here_or_what_is_planned(tmp_path):
+    tiny = workspace('tiny', tmp_path/'tiny', recipes='24hbert,modern')
+    laptop = workspace('laptop', tmp_path/'laptop', recipes='24hbert,modern')
+    def left(ws, *tasks): return pipeline._time_left(ws, list(tasks))
+    rest = ('prepare', 'modern'), ('pretrain', 'modern'), ('scaling', '')
+    assert left(tiny, *rest) == ''
+    assert left(laptop, *rest) == ', about 5 min left, and 1 stage never timed'  # 0.9 and the budget, 4
+
+    question = pipeline._question(tiny, 'prepare', '24hbert')
+    timed(tiny.folder('prepare', '24hbert'), question, 7)
+    assert left(tiny, *rest) == ', about 7 min left, and 2 stages never timed'  # as for the other recipe
+    timed(tiny.out/'superseded'/'prepare_modern_1', pipeline._question(tiny, 'prepare', 'modern'), 9)
+    assert left(tiny, *rest) == ', about 8 min left, and 2 stages never timed'
+    timed(tiny.out/'superseded'/'prepare_modern_2', question | dict(other='text'), 99)
+    timed(tiny.folder('prepare', 'modern'), pipeline._question(tiny, 'prepare', 'modern'), 3, done=False)
+    assert left(tiny, *rest) == ', at most 8 min left, and 2 stages never timed'  # it was begun
+    timed(tiny.folder('scaling'), pipeline._question(tiny, 'scaling'), 200)
+    assert left(tiny, *rest).startswith(', at most 3 h left')
 
 
 def test_of_two_recipes_the_one_that_works_is_gone_on_with(tmp_path, pretend):
@@ -356,3 +391,18 @@ def test_a_local_copy_of_glue_reaches_the_stages_that_fine_tune(tmp_path, preten
     assert main([*args, str(tmp_path)]) == 2 and 'surrogate' in capsys.readouterr().err
     assert main([*args, str(tmp_path/'nowhere'), '--scale', 'gpu']) == 2
     assert 'nowhere does not exist' in capsys.readouterr().err and not (tmp_path/'x').exists()
+
+
+def test_the_plan_of_a_scale_runs_nothing_and_counts_all_pretraining(tmp_path, capsys):
+    command = ['reproduce', '--scale', 'evening', '--out', str(tmp_path/'out'), '--dry-run', '--json']
+    assert main(command) == 0 and not (tmp_path/'out').exists()
+    rows = {r['part']: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert set(rows) == {s.name for s in STAGES.values() if s.recipes != 'each'} | {'all'} | {
+        f'{s} {r}' for s in EACH for r in ('24hbert', 'modern')}
+    cores = rows['all']['cores']
+    assert rows['pretrain modern']['value'] == round(960/3600, 2)  # one run, by the clock
+    assert rows['comparison']['runs'] == 56 and rows['comparison']['value'] == round(56*240/cores/3600, 2)
+    assert rows['all']['value']*cores < 16  # an evening and a night of two cores
+    assert main([*command, '--only', 'budgets']) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert last['part'] == 'budgets' and last['value'] == round(10*85*60/cores/3600, 2)

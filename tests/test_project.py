@@ -180,10 +180,11 @@ def test_what_is_never_done(word):
 
 def test_the_short_names_are_there_and_cost_nothing():
     import cramlit
-    assert set(cramlit.WHERE) == set(cramlit.__all__) <= set(dir(cramlit)) and 9 < len(cramlit.__all__) < 16
-    for name, module in cramlit.WHERE.items():
+    assert set(cramlit._WHERE) == set(cramlit.__all__) <= set(dir(cramlit)) and 9 < len(cramlit.__all__) < 16
+    for name, module in cramlit._WHERE.items():
         assert getattr(cramlit, name) is getattr(import_module(f'cramlit.{module}'), name)
         assert getattr(cramlit, name).__module__ == f'cramlit.{module}'
+    assert 'data: folder made by `prepare`' in cramlit.pretrain.__doc__  # which `help` shows
     with pytest.raises(AttributeError, match="no attribute 'pretrian'"): _ = cramlit.pretrian
     loaded = 'import sys; before = set(sys.modules); import cramlit; print(*set(sys.modules) - before)'
     out = subprocess.check_output([sys.executable, '-c', loaded], cwd=ROOT, text=True)
@@ -261,6 +262,8 @@ def test_the_wheel_holds_everything(tmp_path):
     wheel = zipfile.ZipFile(next(tmp_path.glob('*.whl')))
     names = set(wheel.namelist())
     modules = {str(p.relative_to(ROOT)) for p in (ROOT/'cramlit').rglob('*.py')}
-    assert modules | {f'cramlit/paper/{p.name}' for p in PAPER} | {'cramlit/published/published.csv'} <= names
+    files = {f'cramlit/{name}' for name in ('published/published.csv', 'py.typed')}
+    assert modules | files | {f'cramlit/paper/{p.name}' for p in PAPER} <= names
+    assert not [n for n in names if not n.startswith(('cramlit/', 'cramlit-'))]
     entry = next(n for n in names if n.endswith('entry_points.txt'))
     assert 'cramlit = cramlit.running.command:main' in wheel.read(entry).decode()

@@ -60,7 +60,7 @@ def test_an_importer_needs_no_extra(recipe, tmp_path):
     done = run_without(EXTRAS, IMPORTER, json.dumps(asdict(recipe)), tmp_path/'data', tmp_path/'run')
     assert not done.returncode, done.stderr
     assert (tmp_path/'run'/'model'/'model.safetensors').exists()
-    assert "is missing: pip install 'cramlit[reproduce]'" in done.stderr  # what `watch` needs
+    assert "plotext is missing: pip install 'cramlit[report]'" in done.stderr  # what `watch` needs
     assert "not counted: joblib is missing: pip install 'cramlit[eval]'" in done.stderr
 
 

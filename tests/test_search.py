@@ -13,7 +13,15 @@ from cramlit.core.scales import get_recipe, get_scale
 from cramlit.data.packing import prepare
 from cramlit.experiments import search as s
 from cramlit.experiments.comparison import evaluations
-from cramlit.experiments.search import best, choice_trials, grid_trials, parse_grid, run_trials, trial_table
+from cramlit.experiments.search import (
+    best,
+    choice_trials,
+    grid_trials,
+    over_seeds,
+    parse_grid,
+    run_trials,
+    trial_table,
+)
 from cramlit.reporting.studies import write_choices, write_search
 from cramlit.running.command import main
 
@@ -292,3 +300,17 @@ def test_a_local_copy_of_glue_is_asked_for_before_the_first_run(text, data, tmp_
     with pytest.raises(CramlitError, match=r"\['cola'\] from my/glue"):
         run_trials(trials, 'grid', data, tmp_path, t, glue_dir='my/glue')
     assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_of_several_seeds_is_judged_by_their_means():
+    t = replace(TRIALS, batch_sizes=(32,), lrs=(1e-3, 2e-3), grid_seeds=2)
+    trials = grid_trials('24hbert', 'tiny', t)
+    assert [(t.recipe.optim.lr, t.seed) for t in trials] == [(1e-3, 42), (2e-3, 42), (1e-3, 43), (2e-3, 43)]
+    assert len({t.name for t in trials}) == 2
+    losses = (4., 4.5, 6., 4.7)
+    ids = [dict(trial=t.name, seed=t.seed, stopped='', global_batch_size=32) for t in trials]
+    rows = [result_row('tuning_loss', x, '', **i) for x, i in zip(losses, ids, strict=True)]
+    rows[2]['stopped'] = 'too slow'
+    means = over_seeds(trial_table(rows))
+    assert list(means.tuning_loss) == [5., pytest.approx(4.6)] and list(means.stopped) == ['too slow', '']
+    assert list(best(means, 'no task').trial) == [trials[1].name]

@@ -122,6 +122,16 @@ def test_a_card_names_what_depends_on_the_recipe(run):
     assert 'GFDL and CC BY-SA' in hub
 
 
+def test_the_card_says_what_the_classifier_of_the_scores_sees(run):
+    info, rows = json.loads((run/'run.json').read_text()), read_rows(run/'rows.jsonl')
+    ids = dict(suite='surrogate', scale='tiny', task='a', split='validation', variant='pretrained', unit='%',
+               metric='accuracy', value=1., spread_low=0., spread_high=2., seeds=2)
+    for pooling, said in (('cls', 'the state of the first token'), ('mean', 'the mean of all states')):
+        text = model_card('name', info, rows, [ids | dict(pooling=pooling)], '[MASK]').text
+        text = ' '.join(text.split())
+        assert f"The classifier, BERT's, sees {said}." in text
+
+
 def test_an_export_where_ascii_cannot_spell_the_folder(run, tmp_path):
     to = tmp_path/'Geschenk für alle [1]'
     plain = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
@@ -137,6 +147,7 @@ def test_an_export_where_ascii_cannot_spell_the_folder(run, tmp_path):
 
 def test_no_folder_of_this_machine_leaves(run, exported, recipe):
     assert str(recipe.corpus.source) in (run/'run.json').read_text()
+    assert 'local' not in (exported/'tokenizer_config.json').read_text()
     for p in exported.iterdir():
         if p.suffix not in ('.json', '.md'): continue
         for folder in ('/tmp', 'private folder', os.sep + 'text'): assert folder not in p.read_text(), p.name

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -876,3 +877,55 @@ def test_training_a_tokenizer_uses_what_it_is_given():
     once = [' '.join(map(chr, range(0x4e00, 0x4e00 + 3000)))]
     a, b = (train_tokenizer(lambda: once, Settings(vocab_size=4096)) for _ in range(2))
     assert a.get_vocab() == b.get_vocab() and len(a) == 3005
+
+
+def test_a_file_that_was_touched_while_it_was_read_is_read_once_more(own, tmp_path, monkeypatch, capsys):
+    whole, calls = packing._build, []
+
+    def build(recipe, folder):
+        manifest = whole(recipe, folder)
+        if not calls: os.utime(own, ns=(1, 1))
+        calls.append(1)
+        return manifest
+    monkeypatch.setattr(packing, '_build', build)
+    assert prepare(own, tmp_path/'data') == 0 == prepare(own, tmp_path/'data') and len(calls) == 2
+    assert 'it is read once more' in capsys.readouterr().err
+    packing.verify(open_data(tmp_path/'data'))
+
+
+def spoiled(**changes):
+    def change(manifest): manifest.update(changes)
+    return change
+
+
+def without(*path):
+    def change(manifest):
+        for key in path[:-1]: manifest = manifest[key]
+        del manifest[path[-1]]
+    return change
+
+
+@pytest.mark.parametrize('change', [
+    without('splits', 'train'), without('splits', 'train', 'files'), without('special_ids', 'cls'),
+    without('ruler', 'tune'), without('splits', 'validation', 'files', 0, 'sha256'), spoiled(splits=3),
+    spoiled(packing=[]), spoiled(special_ids={}), spoiled(format='x'), spoiled(seq_len='a'),
+    spoiled(ruler=None)])
+def test_a_manifest_with_anything_missing_or_of_another_kind_is_one_line(own, tmp_path, capsys, change):
+    assert prepare(own, tmp_path/'data') == 0
+    manifest = manifest_of(tmp_path/'data')
+    change(manifest)
+    write(tmp_path/'data'/'manifest.json', json.dumps(manifest))
+    capsys.readouterr()
+    train = ['pretrain', *SMALL, '--data', str(tmp_path/'data'), '--out', str(tmp_path/'run'), '--steps', '1']
+    for args in (['verify', str(tmp_path/'data')], train):
+        assert main(args) == 1
+        err = capsys.readouterr().err
+        assert str(tmp_path/'data') in err and 'Traceback' not in err
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_zip_as_a_mac_makes_it(tmp_path):
+    with zipfile.ZipFile(tmp_path/'a.txt.zip', 'w') as z:
+        z.writestr('a.txt', 'A text.')
+        z.writestr('__MACOSX/._a.txt', b'\0\5')
+    assert texts_of(tmp_path/'a.txt.zip') == ['A text.']

@@ -276,6 +276,12 @@ def test_data_of_another_recipe_is_refused(recipe, data, tmp_path, settings, mat
     assert not (tmp_path/'run').exists()
 
 
+def test_the_folder_of_the_data_is_no_folder_for_a_run(recipe, data):
+    with pytest.raises(UsageError, match='has manifest.json and no run.json'):
+        pretrain(recipe, data, data, steps=1)
+    assert not (data/'run.json').exists()
+
+
 def test_folder_of_another_run_is_refused(recipe, data, tmp_path):
     pretrain(recipe, data, tmp_path/'run', steps=1)
     with pytest.raises(UsageError, match=r'another recipe \(optim.lr=0.002'):

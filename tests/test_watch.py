@@ -1,6 +1,7 @@
 "What others see of a run: trackers, guesses, its page, and the view in a terminal"
 import base64
 import json
+import math
 import os
 import re
 import shutil
@@ -409,7 +410,8 @@ def test_in_a_pipe_it_is_one_frame_of_plain_text(going, done):
         shown = watch(folder, COLUMNS='70')
         assert shown.returncode == 0 and word in shown.stdout and '\x1b' not in shown.stdout + shown.stderr
         loss = [x['validation_loss'] for x in lines(folder/'metrics.jsonl') if 'validation_loss' in x][-1]
-        assert f'{loss:.3f} at step 40' in shown.stdout and 'step-00000040' in shown.stdout
+        said = f'{loss:.3f} (perplexity {math.exp(loss):,.0f}) at step 40'
+        assert said in shown.stdout and 'step-00000040' in shown.stdout
         assert any('\u2800' < c < '\u28ff' for c in shown.stdout)
         assert all(len(line) <= 70 for line in shown.stdout.splitlines()[1:])
     ascii_only = watch(done, PYTHONIOENCODING='ascii')

@@ -111,8 +111,8 @@ class Model:
     global_every: int = limited(3, at_least=1) # with a window: layers 0, n, 2n … attend to all the same
     rope_theta: float = limited(160_000., above=1)  # rotary: the slowest rotation takes about 2π·theta tokens
     local_rope_theta: float = limited(10_000., above=1)  # the same in local layers
-    cooccurrence: float = limited(0., at_least=0)  # standard deviation of embeddings made from counts of
-    # what stands near each token, in `initializer_range`s; 0 = random embeddings
+    cooccurrence: float = limited(0., at_least=0)  # begin with what counts of neighbours tell, the
+    # embeddings having this standard deviation in `initializer_range`s; 0 = begin at random
 
 @dataclass(frozen=True)
 class Optim:

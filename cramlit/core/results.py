@@ -215,15 +215,20 @@ def write_rows(
 def read_json_lines(
     path: str|Path,   # UTF-8, one JSON object a line
     growing: bool = False,  # leave out a last line that is still being written
+    keys: Iterable[str] = (),  # that each object must have
 ) -> list[dict]:
-    "Read JSON lines; raises `CramlitError` naming a line that is broken"
+    "Read JSON lines; raises `CramlitError` naming a line that is broken or of another program"
     rows = []
     with open(path, 'rb') as f:  # bytes: a string may hold U+2028, and half a line may end in half a letter
         for n, line in enumerate(f, 1):
             if growing and not line.endswith(b'\n'): break
-            try: rows.append(json.loads(line.decode()))
+            try: row = json.loads(line.decode())
             except ValueError as e:
                 raise CramlitError(f"{path}, line {n}: not JSON ({e}): remove it") from None
+            lacking = [k for k in keys if k not in row] if isinstance(row, dict) else ['object']
+            if lacking:
+                raise CramlitError(f'{path}, line {n}: no {lacking[0]}, so this is not of cramlit: remove it')
+            rows.append(row)
     return rows
 
 def read_rows(
@@ -235,5 +240,6 @@ def read_rows(
     if path.is_dir():
         left_out = {'trials', 'superseded'}
         files = [p for p in files if left_out.isdisjoint(p.relative_to(path).parts)]
-    if not files: raise CramlitError(f"no result rows at {path}: run `cramlit glue` or `reproduce` first")
-    return [row for file in files for row in read_json_lines(file)]
+    rows = [row for file in files for row in read_json_lines(file, keys=('metric', 'value', 'unit'))]
+    if not rows: raise CramlitError(f"no result rows at {path}: run `cramlit glue` or `reproduce` first")
+    return rows

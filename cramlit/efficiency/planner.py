@@ -153,7 +153,8 @@ def plan(
     if not gpu and not rate:
         raise UsageError(f'name a GPU, or give a measured rate: --gpu {"|".join(GPUS)} '
                          'or --measured run/rows.jsonl')
-    if not 0 < mfu <= 1 or min(gpus, budget) <= 0 or price < 0:
+    if gpus > 100_000: raise UsageError(f'--gpus {gpus}: there are not so many; at most 100,000')
+    if not 0 < mfu <= 1 or min(gpus, budget) <= 0 or not 0 <= price < float('inf'):
         raise UsageError('--gpus and --budget must be above 0, --mfu between 0 and 1, --price not below 0')
     vocab_size = padded_vocab(recipe.tokenizer.vocab_size)
     usable = gpu.usable*2**30 if gpu else 0.

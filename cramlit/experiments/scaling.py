@@ -19,7 +19,7 @@ from ..core.results import write_rows
 from ..core.scales import get_recipe, get_scale
 from ..data.packing import open_data
 from ..efficiency.planner import training_flops
-from .comparison import SELDOM, shared_validation, trial_settings, with_data
+from .comparison import CALIBRATION, SELDOM, shared_validation, trial_settings, with_data
 from .search import Trial, run_trials
 from ..model.encoder import count_parameters
 
@@ -88,7 +88,8 @@ def run_scaling(
     s, rows = get_scale(scale), list[dict]()
     for part in s.comparison.spans:
         trials = with_data(size_trials(base, scale, part), data)
-        found = run_trials(trials, 'scaling', data, out, trial_settings(scale, part), s.processes)
+        t = trial_settings(scale, part)
+        found = run_trials(trials, 'scaling', data, out, t, s.processes, timings=data/CALIBRATION)
         rows += found + compute_rows(found, trials)
     write_rows(out/'rows.jsonl', rows)
     return rows

@@ -96,7 +96,7 @@ def score_tables(
         for k in keys: t[k] = t.get(k, pd.Series(dtype=object)).fillna('')
         wide = t.pivot_table('cell', keys, 'variant', 'first', sort=False, fill_value='').reset_index()
         tables.append(dict(suite=suite, scale=scale, seeds=max(r.get('seeds', 0) for r in mine),
-                           grid=SCALES[scale].finetune,
+                           grid=SCALES[scale].finetune, pooling=mine[0].get('pooling', 'cls'),
                            table=wide.to_markdown(index=False, disable_numparse=True)))
     return tables
 
@@ -161,7 +161,7 @@ A classifier on top of it gets {{ pooling }}.
 The text is {{ text }}.
 {%- if info.init %} That of the weights it started from is not known to this program: **name it, with its
 licence, before you publish the model**.{% endif %}
-{{ '{:.1%}'.format(recipe.corpus.holdout) }} of the documents were held out.
+{{ '{:.1%}'.format(recipe.corpus.holdout) }} of the text was to be held out.
 The vocabulary has {{ number(info.vocab_size) }} entries; the tokenizer is
 {% if recipe.tokenizer.path -%}
 that of {{ recipe.tokenizer.path }}.
@@ -172,7 +172,7 @@ WordPiece, learned from the same text,
 ## Budget, hardware, energy
 
 Budget: {{ budget }}, validation and saving included. Spent: {{ number(value.seconds) }} s,
-{{ number(value.steps) }} steps, {{ number(value.tokens) }} tokens (padding included) at
+{{ number(value.steps) }} steps, {{ number(value.tokens) }} tokens (padding not counted) at
 {{ number(value.tokens_per_second) }} tokens/s, in {{ row.processes }}
 process{{ 'es' if row.processes > 1 }} and {{ row.precision }}. Hardware: {{ row.hardware }}.
 Energy: {{ energy or 'not measured' }}.
@@ -196,6 +196,8 @@ combinations of epochs ({{ listed(f.epochs) }}), batch ({{ listed(f.batch_sizes)
 ({{ listed(f.lrs) }}), {{ t.seeds }} seed{{ 's' if t.seeds > 1 }} each, weight decay {{ f.weight_decay }},
 {{ percent(f.warmup) }} warm-up, at most {{ f.max_length }} tokens, on
 {{ 'at most ' + number(f.max_train) if f.max_train else 'all' }} training examples.
+The classifier, BERT's, sees
+{{ 'the mean of all states' if t.pooling == 'mean' else 'the state of the first token' }}.
 Shown is the median over seeds of the best configuration, chosen on the same validation set, with the
 lowest and the highest seed. *from-scratch* is the same network without pretraining, under the same protocol.
 

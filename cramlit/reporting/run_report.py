@@ -7,7 +7,7 @@ __all__ = ['TEMPLATE', 'Snapshot', 'read_run', 'state', 'duration', 'explain', '
            'predictions', 'licence', 'spelled', 'report_html', 'write_page', 'loss_plot', 'Frame', 'watch']
 
 # %% ../../nbs/reporting/72_run_report.ipynb #79f8ebde
-import json, shlex, sys, time
+import json, math, shlex, sys, time
 from base64 import b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -47,9 +47,9 @@ class Snapshot:
         "The value of a result row; None until the run is over"
         return next((r['value'] for r in self.rows if r['metric'] == metric), None)
 
-def _lines(path: Path) -> list[dict]:
+def _lines(path: Path, *keys: str) -> list[dict]:
     "The complete lines of a file that may be growing, or not be there yet"
-    try: return read_json_lines(path, growing=True)
+    try: return read_json_lines(path, True, keys)
     except FileNotFoundError: return []
 
 def _written(path: Path) -> float|None:
@@ -71,9 +71,11 @@ def read_run(
     found = [*folder.glob('checkpoints/step-*'), *folder.glob('milestones/*/step-*')]
     times = [(str(p.relative_to(folder)), _written(p)) for p in found]
     saved = sorted(((name, t) for name, t in times if t is not None), key=lambda s: s[1])
-    log, samples = (_lines(folder/name) for name in ('metrics.jsonl', 'samples.jsonl'))
+    log = _lines(folder/'metrics.jsonl', 'step', 'seconds', 'tokens')
+    samples = _lines(folder/'samples.jsonl', 'step', 'seconds', 'tokens', 'words', 'guesses')
+    rows = _lines(folder/'rows.jsonl', 'metric', 'value')
     newest = _written(folder/'metrics.jsonl') or _written(folder/'run.json') or time.time()
-    return Snapshot(folder, info, log, samples, _lines(folder/'rows.jsonl'), saved,
+    return Snapshot(folder, info, log, samples, rows, saved,
                     max(0., time.time() - newest))  # below 0 where another machine's clock is ahead
 
 # %% ../../nbs/reporting/72_run_report.ipynb #2a8f806d
@@ -139,17 +141,21 @@ def numbers(
     "What one looks for first"
     fraction, left = budget_spent(run)
     def shown(value, form): return '-' if value is None else format(value, form)
+    def nats(loss):
+        if loss is None: return '-'
+        return f'{loss:.3f}' + (f' (perplexity {math.exp(loss):,.0f})' if loss < 20 else '')
     evaluated = [line['step'] for line in run.log if 'validation_loss' in line]
     at = f' at step {evaluated[-1]:,}' if evaluated else ''
+    loss = run.last('validation_loss')
     entropy, reported = run.result('unigram_entropy'), run.result('validation_loss')  # written at the end
     return {
         'budget': f'{fraction:.1%} spent, {duration(left)} left',
         'time': duration(run.last('seconds') or 0),
         'step': shown(run.last('step'), ','),
         'tokens': shown(run.last('tokens'), ','),
-        'validation loss, nats': shown(run.last('validation_loss'), '.3f') + at,
-        **({'the same on the half that is reported': f'{reported:.3f}'} if reported else {}),
-        **({'unigram baseline, nats': f'{entropy:.3f}'} if entropy else {}),
+        'validation loss, nats': nats(loss) + at,
+        **({'the same on the half that is reported': nats(reported)} if reported else {}),
+        **({'unigram baseline, nats': nats(entropy)} if entropy else {}),
         'training loss, nats': shown(run.last('loss'), '.3f'),
         'learning rate': shown(run.last('lr'), '.3g'),
         'tokens a second': shown(run.result('tokens_per_second') or run.last('tokens_per_second'), ',.0f'),

@@ -7,9 +7,9 @@ __all__ = ['SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARKS', 'POOR', 'FEW'
            'seeds_and_seconds', 'stopped_early', 'whole_runs', 'best_table', 'figure_grid', 'write_search',
            'tasks_of_rows', 'choices_table', 'trial_runs', 'figure_choices', 'figure_schedules', 'figure_loss_task',
            'write_choices', 'with_average', 'comparison_table', 'unigram_baselines', 'figure_by_time',
-           'write_comparison', 'ablation_table', 'write_ablation', 'against', 'budgets_table', 'budget_gains',
-           'reference_scores', 'figure_budgets', 'write_budgets', 'scaling_table', 'figure_by_compute', 'write_scaling',
-           'race_tables', 'figure_race', 'write_race']
+           'write_comparison', 'tuning_table', 'write_tuning', 'ablation_table', 'write_ablation', 'against',
+           'budgets_table', 'budget_gains', 'reference_scores', 'figure_budgets', 'write_budgets', 'scaling_table',
+           'figure_by_compute', 'write_scaling', 'race_tables', 'figure_race', 'write_race']
 
 # %% ../../nbs/reporting/75_studies.ipynb #1996b438
 import re
@@ -27,7 +27,7 @@ from ..core.scales import get_scale
 from ..evaluation.statistics import difference, median_text
 from ..experiments.comparison import compare, evaluations, reached
 from ..experiments.scaling import RESAMPLES, Fit, fit_runs
-from ..experiments.search import best, trial_table
+from ..experiments.search import best, over_seeds, trial_table
 from ..experiments.speedrun import LEVEL, SEEDS, TRACKS, Entry, judge, target
 from .figures import COLOURS, STYLE, draw_unigram, time_unit, write_figure
 from .tables import difference_cells, needed, p_text, write_table
@@ -134,10 +134,10 @@ def write_search(
 ) -> list[Path]:
     "Table 3 and the map of the grid"
     mine = needed(rows, 'the search', stage='trial', study='grid')
-    t, first = trial_table(mine), mine[0]
-    early = stopped_early(t)
-    about = (f'{len(t)} trials of {t.seconds.median():.0f} s each (median); {len(early)} stopped early. '
-             'One seed each, so small differences mean little.')
+    each, first = trial_table(mine), mine[0]
+    early, t, seeds = stopped_early(each), over_seeds(each), each.seed.nunique()
+    about = (f'{len(t)} combinations, {seeds_and_seconds(each)}; {len(early)} stopped early. ')
+    about += 'Means over the seeds.' if seeds > 1 else 'One seed each, so small differences mean little.'
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
     notes = [about, VALIDATION, *early, NOT_RECOVERED]
     return [*write_table(best_table(t, task), folder/'table3_search', caption, notes, mine),
@@ -279,7 +279,8 @@ def comparison_table(
         times = {f'time to {what}': median_text(pd.Series([reached(run, mark) for run in runs[name]]))
                  for what, mark in marks.items()}
         if name == first: times[f'time to the loss of {first}'] = ''
-        line = {'peak LR': f'{group.lr.iloc[0]:g}',
+        line = {'peak LR': f'{group.lr.iloc[0]:g}', 'batch': f'{group.global_batch_size.iloc[0]:g}',
+                'warm-up': f'{group.warmup.iloc[0]:.0%}',
                 'MLM loss, nats': mean_and_deviation(group.validation_loss, 3),
                 **difference_cells(by_loss, name),
                 **times,
@@ -322,19 +323,17 @@ def figure_by_time(
     return fig
 
 def write_comparison(
-    rows: list[dict],  # of the comparison, rates and recipes
+    rows: list[dict],  # of the comparison
     trials: Path,      # the folder that holds the recipes' trials
     folder: Path,      # where the files go
 ) -> list[Path]:
     "The table of recipes and the figure by time, with what to beware of"
     mine = needed(rows, 'the recipes', stage='trial', study='recipes')
     t, runs = trial_table(mine), trial_runs(mine, trials)
-    rates, chosen = sorted({r['lr'] for r in rows if r['study'] == 'rates'}), t.drop_duplicates('trial')
-    edge = [f'{r.trial} ({r.lr:g})' for r in chosen.itertuples() if r.lr in (rates[0], rates[-1])]
-    listed = ', '.join(f'{lr:g}' for lr in rates)
-    tried = f'Peak learning rates tried with each: {listed}, one seed, a part of the budget.'
-    if edge: tried += f' The best lies at the edge, and a better one perhaps outside, for {", ".join(edge)}.'
     scale, table = mine[0]['scale'], comparison_table(t, tasks_of_rows(mine), runs)
+    tried = (f'Every recipe has the best settings of {get_scale(scale).comparison.tries} tries of its own, '
+             'the recipe as it is among them (the table of the search has them). *Not tuned* is the recipe '
+             'as it is at this scale.')
     notes = [f'{seeds_and_seconds(t)}, as steps that were timed beforehand. '
              f'Mean ± standard deviation over seeds. {VALIDATION}', tried,
              'Times are parts of the budget: median over seeds, lowest and highest in parentheses. A seed '
@@ -342,6 +341,49 @@ def write_comparison(
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
     return [*write_table(table, folder/'comparison', f'Recipes at equal time, scale {scale}.', notes, mine),
             *write_figure(figure_by_time(runs, unigram_baselines(t)), folder/'comparison_by_time', mine)]
+
+# %% ../../nbs/reporting/75_studies.ipynb #75e20002
+def tuning_table(
+    t: pd.DataFrame,  # of the search, as `trial_table` gives it
+) -> pd.DataFrame:    # texts: recipe × its best settings, losses
+    "What the search of each recipe found"
+    lines = {}
+    for name, mine in t.groupby('recipe', sort=False):
+        known = mine.dropna(subset='tuning_loss').sort_values('tuning_loss', kind='stable')
+        if known.empty: continue
+        plain = mine.tuning_loss[mine.trial == f'{name}, as it is']
+        second = known.tuning_loss.iloc[1:2]
+        lines[name] = {'tries': str(len(mine)), 'best': known.trial.iloc[0].removeprefix(f'{name}, '),
+                       'best, nats': f'{known.tuning_loss.iloc[0]:.3f}',
+                       'second, nats': mean_and_deviation(second, 3),
+                       'as it is, nats': mean_and_deviation(plain, 3)}
+    return pd.DataFrame(lines).T
+
+def write_tuning(
+    rows: list[dict],  # as `run_tuning` gives them
+    folder: Path,      # where the files go
+) -> list[Path]:
+    "The search of every recipe: its space, and what it found"
+    mine = needed(rows, 'the search of recipes', stage='trial', study='tuning')
+    t, space = trial_table(mine), [r for r in rows if r['stage'] == 'space']
+    table, seconds = tuning_table(t), f'{t.seconds.median():.0f}'
+    searched: dict[tuple[str, str], list[str]] = {}
+    edges = []
+    for r in space:
+        listed = ', '.join(f'{x:g}' for x in r['values'])
+        searched.setdefault((r['axis'], listed), []).append(r['recipe'])
+        for end in (min(r['values']), max(r['values'])) if r['recipe'] in table.index else ():
+            if f"{r['axis']} {end:g}" in table.best[r['recipe']].split(', ') and len(r['values']) > 2:
+                edges.append(f"{r['recipe']} ({r['axis']} {end:g})")
+    recipes = t.recipe.nunique()
+    each = [f'{axis} {listed}' + ('' if len(names) == recipes else f' ({", ".join(names)})')
+            for (axis, listed), names in searched.items()]
+    notes = [f'As many tries for each recipe, one seed, {seconds} s each (median), as steps that were timed '
+             'beforehand. Losses are of the half of the held-out text that is for choices; nothing of this '
+             'table is of the other half.', f'Space: {"; ".join(each)}.', *stopped_early(t)]
+    if edges: notes.insert(2, f'At the edge, and perhaps better outside: {", ".join(edges)}.')
+    caption = f"The search of each recipe, scale {mine[0]['scale']}."
+    return write_table(table, folder/'tuning', caption, notes, rows)
 
 # %% ../../nbs/reporting/75_studies.ipynb #433e9726
 def ablation_table(

@@ -8,13 +8,14 @@ __all__ = ['Needed', 'Settings', 'COMMANDS', 'EXAMPLES', 'TRAINING', 'EXTRAS', '
 
 # %% ../../nbs/running/81_command.ipynb #898f686f
 import argparse, inspect, io, json, math, os, re, shlex, sys
+from collections.abc import Iterable
 from contextlib import redirect_stderr
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
-from ..core.recipes import (
-    CramlitError, Interrupted, Recipe, UsageError, differences, setting_text, settings_of, unknown)
+from ..core.recipes import CramlitError, Interrupted, Recipe, UsageError
+from ..core.recipes import setting_text, settings_of, unknown
 from ..core.results import note, result_row
 from ..core.scales import get_recipe, get_scale
 
@@ -67,8 +68,9 @@ def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
         from cramlit.reporting.run_report import write_page
         write_page(out)
     except ModuleNotFoundError as e: print(f'no {out}/report.html: {_missing(e)}', file=sys.stderr)
+    except ValueError as e: note(f'no {out}/report.html: {e}')  # such as MPLBACKEND with a wrong value
     print(_verdict(rows), file=sys.stderr)
-    why = rows[0]['stopped']
+    why = rows[0].get('stopped')
     if why: raise StoppedEarly(f'the run stopped early: {why}. What there is of it is in {out}')
     return rows
 
@@ -102,10 +104,7 @@ def pretrain(
         family(r.model)  # raises when there is no stock model to save it as
         check_export_folder(Path(out)/'model')
     seconds, n_steps = run_length(budget, steps, get_scale(scale))
-    asked, r = r, as_prepared(r, open_data(data), settings)
-    taken = {k: v for k, v in differences(asked, r).items() if not k.startswith('corpus.')}
-    if taken and 'TORCHELASTIC_RUN_ID' not in os.environ:
-        note(f'as {data} was prepared: ' + ', '.join(f'{k}={v}' for k, v in taken.items()))
+    r = as_prepared(r, open_data(data), settings)
     rank, size = processes(nproc or get_scale(scale).processes)
     if rank is None:  # the processes are still to be started, with the same arguments
         given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=n_steps,
@@ -151,17 +150,19 @@ def export(
 
 # %% ../../nbs/running/81_command.ipynb #72912ce2
 def reproduce(
-    scale: str = 'laptop',    # tiny | laptop | gpu | paper
+    scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper
     recipe: Annotated[str, {'nargs': '+'}] = '24hbert,modern',  # recipes to compare
     out: Needed = None,       # folder for all stages
     figures: str = '',        # folder for tables and figures; default: OUT/paper_figures
     glue_dir: str = '',       # local copy of GLUE, parquet or TSV; default: the hub
-    only: str = '',           # one stage, with what it needs
+    only: str = '',           # one stage with what it needs, such as table4_glue; a wrong name lists them all
     force: str = '',          # do this stage and those that need it anew; what was there is moved aside
     headline: bool = False,   # only the stages that show what the recipe learns
+    dry_run: bool = False,    # run nothing: say what is still to be run, and the hours of pretraining in it
     rehearse: bool = False,   # walk the path of scale paper with a small model and few steps, on the CPU
 ) -> list[dict]:
     "Run the paper's notebooks from raw text to tables and figures; finished stages are skipped"
+    from cramlit.data.corpus import enwik8
     from cramlit.evaluation.protocol import load_tasks
     from cramlit.running import pipeline
     if rehearse and scale != 'paper':
@@ -170,9 +171,11 @@ def reproduce(
         scale, os.environ['CUDA_VISIBLE_DEVICES'] = 'paper-rehearsal', ''
     recipes = recipe if isinstance(recipe, str) else ','.join(recipe)
     ws = pipeline.workspace(scale, out, figures or Path(out)/'paper_figures', recipes, glue_dir)
+    sources = [get_recipe(name, scale).corpus.source for name in ws.recipes]
+    if 'enwik8' in sources: enwik8()  # before any notebook, which could show no bar
     if glue_dir: load_tasks('glue', [], glue_dir)  # whatever is wrong with it is said before anything is run
+    if dry_run: return pipeline.planned(ws, only, headline)
     rows = pipeline.reproduce(ws, only, force, headline)
-    for path in sorted(ws.figures.glob('*')): print(os.path.relpath(path), file=sys.stderr)
     table = ws.figures/'table4_glue.md'
     if table.exists(): print('\n' + table.read_text(encoding='utf-8'), file=sys.stderr)
     print(f'All tables and figures on one page: {os.path.relpath(ws.figures/"README.md")}', file=sys.stderr)
@@ -321,11 +324,30 @@ COMMANDS = {f.__name__: f for f in
 # %% ../../nbs/running/81_command.ipynb #969d2d3d
 _ABOUT = ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part', 'phase')  # what tells rows apart
 
-def _cells(row: dict) -> tuple[str, str, str, str]:
-    "A result row as a line of a table"
-    value = row['value']
-    shown = '–' if value is None else f'{value:,.4g}' if isinstance(value, float) else f'{value:,}'
-    return ' '.join(str(row[k]) for k in _ABOUT if row.get(k)), row['metric'], shown, row['unit']
+def _about(row: dict, names: Iterable[str] = _ABOUT) -> str:
+    return ' '.join(str(row[k]) for k in names if row.get(k))
+
+_GIGA = dict(bytes='GB', FLOPs='GFLOPs')
+
+def _for_people(value: float|None, unit: str) -> tuple[str, str]:
+    "A value and its unit as one says them: 22,300 steps, 10 GB"
+    if value is None: return '–', unit
+    if unit in _GIGA and value >= 1e8: value, unit = value/1e9, _GIGA[unit]
+    if isinstance(value, int): return f'{value:,}', unit
+    return f'{value:,.4g}' if abs(value) < 1000 else f'{float(f"{value:.3g}"):,.0f}', unit
+
+def _rows_table(rows: list[dict]):
+    "Rows as a table; what they have in common is its first heading"
+    from rich.table import Table
+    apart = [k for k in _ABOUT if len({r.get(k) for r in rows}) > 1]
+    table = Table(_about(rows[0], [k for k in _ABOUT if k not in apart]), 'what', box=None, pad_edge=False)
+    table.add_column('value', justify='right', style='cyan')
+    table.add_column('unit')
+    for r in rows:
+        value, unit = _for_people(r['value'], r['unit'])
+        what = r['metric'].removesuffix('_' + r['unit'].lower()).replace('_', ' ')
+        table.add_row(_about(r, apart), what, value, unit)
+    return table
 
 def _of_many(row: dict) -> bool:
     "Is it the result of one seed, which a summary stands for?"
@@ -351,17 +373,11 @@ def _show(rows: list[dict], as_json: bool):
         for r in rows: print(json.dumps(r, ensure_ascii=False))
     elif not sys.stdout.isatty():
         for r in rows:
-            about, metric, _, unit = _cells(r)
-            print(about, metric, '' if r['value'] is None else r['value'], unit, sep='\t')
+            print(_about(r), r['metric'], '' if r['value'] is None else r['value'], r['unit'], sep='\t')
     elif rows:
         from rich.console import Console
-        from rich.table import Table
-        table = Table('', 'what', box=None, pad_edge=False)
-        table.add_column('value', justify='right', style='cyan')
-        table.add_column('unit')
-        for r in rows: table.add_row(*_cells(r))
         tasks = any(r.get('stage') == 'glue' and r['metric'] == 'headline' for r in rows)
-        Console().print(_tasks_table(rows) if tasks else table)
+        Console().print(_tasks_table(rows) if tasks else _rows_table(rows))
 
 # %% ../../nbs/running/81_command.ipynb #8e2e4978
 def _next(name: str, given: dict) -> list[str]:
@@ -376,8 +392,10 @@ def _next(name: str, given: dict) -> list[str]:
         init = ['--init', g['init']] if g['init'] else []
         return [f'the text is in {out}', call('pretrain', *same, *init, *rest, '--data', out, '--out', 'run')]
     if name == 'pretrain':
-        if g['bare']: return [f'the course of the run is in {out}/report.html']
-        return [f'the model is in {out}/model, the course of the run in {out}/report.html',
+        page = Path(g['out'])/'report.html'
+        course = [f'the course of the run is in {page}'] if page.exists() else []  # it takes an extra
+        if g['bare']: return course
+        return [f'the model is in {out}/model', *course,
                 call('glue', '--model', f'{out}/model', '--scale', g['scale'], '--out', 'scores')]
     if name == 'glue':
         run = Path(g['model']).parent
@@ -417,6 +435,7 @@ def _parser(
         if kind: action.metavar = _METAVARS.get(kind[1], action.metavar)
         if kind and action.dest in _FOLDERS: action.metavar = 'FOLDER'
         if kind and action.dest == 'budget': action.metavar = 'TIME'
+        if kind and action.dest in ('measured', 'ceiling', 'submit'): action.metavar = 'FILE'
         if action.help and (action.default in ('', 0) or isinstance(action.default, bool)):
             action.help = action.help.rpartition(' (default: ')[0] or action.help  # the comment says it
         if action.required and action.option_strings:
@@ -445,26 +464,36 @@ def _run(name: str, args: list[str]):
     parsed, more = parser.parse_known_args(args)
     if more: raise _no_such_option(name, more[0], parser)
     given = vars(parsed)
+    for action in parser._actions:  # as an unset variable of a shell gives it; '' would be the current folder
+        if action.required and given[action.dest] == '':
+            raise UsageError(f'{(action.option_strings or [action.dest])[0]} is empty: name a folder, or .')
     if name in TRAINING:
         from cramlit.core.devices import keep_memory
         keep_memory()
     rows = command(**{k: v for k, v in given.items() if k in inspect.signature(command).parameters})
-    if given['json'] or name != 'reproduce': _show(rows, given['json'])
+    if given['json'] or name != 'reproduce' or given['dry_run']: _show(rows, given['json'])
     sys.stdout.flush()
     if rows and 'TORCHELASTIC_RUN_ID' not in os.environ:  # once, and not by each process
         for line in _next(name, given): print(line, file=sys.stderr)
 
 # %% ../../nbs/running/81_command.ipynb #a1b2c406
 EXTRAS = dict(  # extra → modules that it brings
-    data='datasets pyarrow', eval='joblib pandas scipy sklearn tabulate', track='tensorboard trackio wandb',
-    reproduce='jupyter_client matplotlib nbclient papermill plotext psutil')
+    hub='datasets pyarrow', report='matplotlib pandas plotext tabulate', eval='joblib scipy sklearn',
+    reproduce='jupyter_client nbclient papermill psutil', track='tensorboard trackio wandb')
+_NEED_MOST = 'bench', 'report', 'reproduce', 'search'  # commands that take modules of several extras
 
-def _missing(e: ModuleNotFoundError) -> str:
+def _missing(
+    e: ModuleNotFoundError,
+    command: str = '',  # in which it was missed
+) -> str:
     "Which extra brings a module; raises the error again when none does"
     module = (e.name or '').partition('.')[0]
     for extra, modules in EXTRAS.items():
-        if module in modules.split(): return f"{module} is missing: pip install 'cramlit[{extra}]'"
+        if module not in modules.split(): continue
+        extra = 'reproduce' if command in _NEED_MOST else extra
+        return f"{module} is missing: pip install 'cramlit[{extra}]'"
     raise e
+
 
 # %% ../../nbs/running/81_command.ipynb #69b2284e
 class _MayBeLost:
@@ -482,6 +511,8 @@ class _MayBeLost:
         try: act(*args)
         except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
+_GO_ON = 'glue', 'pretrain', 'reproduce', 'search'  # commands that keep what they have finished
+
 def _main(argv: list[str]) -> int:
     if argv[:1] == ['--version']:
         from cramlit import __version__
@@ -490,7 +521,8 @@ def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ('-h', '--help'):
         lines = [f'  {name:10} {f.__doc__}' for name, f in COMMANDS.items()]
         lines = ['usage: cramlit COMMAND [OPTIONS]', '', *lines, '',
-                 'cramlit COMMAND --help: its options; cramlit --version']
+                 'cramlit COMMAND --help: its options; cramlit --version',
+                 'Fetched data is kept in CRAMLIT_CACHE, else XDG_CACHE_HOME/cramlit, else ~/.cache/cramlit']
         print('\n'.join(lines), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     try:
@@ -504,9 +536,11 @@ def _main(argv: list[str]) -> int:
         why, code = str(e), 2 if isinstance(e, UsageError) else 75 if isinstance(e, Interrupted) else 1
         if 'TORCHELASTIC_RUN_ID' in os.environ and isinstance(e, (Interrupted, StoppedEarly)):
             code = 0  # torchrun starts again what ends otherwise
-    except ModuleNotFoundError as e: why, code = _missing(e), 1
+    except ModuleNotFoundError as e: why, code = _missing(e, argv[0]), 1
     except OSError as e: why, code = f'{e.strerror or e}: {e.filename or ""}', 1
-    except KeyboardInterrupt: why, code = 'interrupted; the same command goes on where it stopped', 1
+    except KeyboardInterrupt:
+        on = 'goes on where it stopped' if argv[0] in _GO_ON else 'starts anew'
+        why, code = f'interrupted; the same command {on}', 1
     print(f'cramlit: {why}', file=sys.stderr)
     return code
 

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'run_notebook', 'Stage', 'paper_notebook', 'code_of', 'Workspace', 'workspace', 'is_noise', 'page_origin',
-           'write_index', 'reproduce']
+           'timetable', 'write_index', 'reproduce', 'pretraining_of', 'planned']
 
 # %% ../../nbs/running/80_pipeline.ipynb #24cb8400
-import ast, json, sys, time
+import ast, json, os, sys, time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import resolve_name
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash, unknown
-from ..core.results import atomic, provenance, read_rows, sha256, write_rows
+from ..core.results import atomic, provenance, read_rows, result_row, sha256, write_rows
 from ..core.scales import get_recipe, get_scale
 
 # %% ../../nbs/running/80_pipeline.ipynb #cf1dc3fd
@@ -60,27 +61,31 @@ class Stage:
     timed: bool = False          # it measures speed: its numbers are this machine's and no other's
     labelled: bool = False       # it fine-tunes on labelled tasks, or needs what does
     optional: bool = False       # run only when it is asked for by name
+    minutes: float = 0.          # at scale laptop on two cores; 0 = never timed, or known from the budget
 
 STAGES = {s.name: s for s in (
-    Stage('prepare', recipes='each', headline=True),
+    Stage('prepare', recipes='each', headline=True, minutes=.9),  # paper_figures/laptop/README.md has all
     Stage('pretrain', ('prepare',), recipes='each', headline=True),
-    Stage('finetune', ('pretrain',), recipes='each', headline=True, labelled=True),
-    Stage('figure_pretraining', ('pretrain',), ('loss_curve', 'lr_schedule'), recipes='all', headline=True),
+    Stage('finetune', ('pretrain',), recipes='each', headline=True, labelled=True, minutes=2.1),
+    Stage('figure_pretraining', ('pretrain',), ('loss_curve', 'lr_schedule'), recipes='all', headline=True,
+          minutes=.1),
     Stage('reference', labelled=True, optional=True),
     Stage('table4_glue', ('finetune',), ('table4_glue', 'table4_gains', 'table4_published'), recipes='all',
-          headline=True, labelled=True),
+          headline=True, labelled=True, minutes=.1),
     Stage('table1_time', ('prepare',), ('table1_time',), timed=True),
     Stage('table2_savings', ('prepare',), ('table2_savings',), timed=True),
     Stage('table3_search', ('prepare',), ('table3_search', 'search_grid'), labelled=True),
     Stage('table5_choices', ('prepare',),
           ('table5_choices', 'schedules', 'choices_by_time', 'loss_against_task'), labelled=True),
-    Stage('comparison', (), ('comparison', 'comparison_by_time'), recipes='all', labelled=True),
+    Stage('tuning', (), ('tuning',), recipes='all'),
+    Stage('comparison', ('tuning',), ('comparison', 'comparison_by_time'), recipes='all', labelled=True),
     Stage('ablation', (), ('ablation',), recipes='all'),
     Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all'),
     Stage('budgets', (), ('budgets', 'budgets_gains', 'what_a_budget_buys'), recipes='all', labelled=True,
           optional=True),
-    Stage('packing', (), ('packing', 'packing_by_step'), optional=True),
-    Stage('poolings', ('pretrain',), ('appendix_poolings',), recipes='all', labelled=True, optional=True),
+    Stage('packing', (), ('packing', 'packing_by_step'), optional=True, minutes=14.),
+    Stage('poolings', ('pretrain',), ('appendix_poolings',), recipes='all', labelled=True, optional=True,
+          minutes=8.8),
     Stage('appendix', ('table1_time',),
           ('appendix_pretraining', 'appendix_finetuning', 'appendix_hardware', 'appendix_same_work')))}
 
@@ -316,6 +321,7 @@ def page_origin(
     groups: dict[tuple, list[str]] = {}
     for stage, rows in rows_of.items():
         for r in rows:
+            if 'hardware' not in r: continue  # nothing that was measured
             commit = (r['commit'] or 'outside a checkout') + (' with changes' if r['dirty'] else '')
             stages = groups.setdefault((commit, r['hardware'], f"torch {r['versions']['torch']}"), [])
             if stage not in stages: stages.append(stage)
@@ -348,6 +354,30 @@ def _section(ws: Workspace, stage: Stage, lacking: dict[str, str]) -> list[str]:
         else: parts.append(f'![{heading}: {name.replace("_", " ")}]({path.name})')
     return parts
 
+def _so_far(
+    ws: Workspace,
+    lacking: dict[str, str],  # stages that came to nothing, and why
+) -> Iterator[tuple[str, str, float, str]]:  # stage, recipe, seconds, and why it is not done
+    "Every stage that was begun"
+    for stage, recipe in _tasks(ws):
+        if not (note := _note(ws.folder(stage, recipe))): continue
+        why = '' if note['done'] else lacking.get(_label(stage, recipe), 'unfinished').splitlines()[0]
+        yield stage, recipe, note['seconds'], why
+
+def timetable(
+    ws: Workspace,
+    lacking: dict[str, str],  # stages that came to nothing, and why
+) -> Any:  # a table of rich
+    "The stages, how long each took, and what it made"
+    from rich.table import Table
+    table = Table('stage', box=None, pad_edge=False)
+    table.add_column('minutes', justify='right', style='cyan')
+    table.add_column('made')
+    for stage, recipe, seconds, why in _so_far(ws, lacking):
+        made = why or ', '.join(filter(ws.made, STAGES[stage].makes))
+        table.add_row(_label(stage, recipe), f'{seconds/60:.1f}', made)
+    return table
+
 _HEADING = '# Results at scale'
 
 def _check_figures(ws: Workspace):
@@ -363,14 +393,12 @@ def write_index(
     "One page with all tables and figures, the time they took, and what is missing"
     total, lines = 0., ['| stage | minutes | missing, and why |', '|---|---|---|']
     rows_of: dict[str, list[dict]] = {}
-    for stage, recipe in _tasks(ws):
-        note, label = _note(ws.folder(stage, recipe)), _label(stage, recipe)
-        if not note: continue
-        name, why = label, lacking.get(label, 'unfinished').splitlines()[0]
+    for stage, recipe, seconds, why in _so_far(ws, lacking):
+        name = label = _label(stage, recipe)
         rows_of[label] = _publish_rows(ws, stage, recipe)
-        if note['done']: name, why = f'[{label}](notebooks/{_publish_notebook(ws, stage, recipe).name})', ''
-        lines.append(f"| {name} | {note['seconds']/60:.1f} | {why} |")
-        total += note['seconds']
+        if not why: name = f'[{label}](notebooks/{_publish_notebook(ws, stage, recipe).name})'
+        lines.append(f'| {name} | {seconds/60:.1f} | {why} |')
+        total += seconds
     parts = [f'{_HEADING} {ws.scale}',
              f'Recipes: {", ".join(ws.recipes)}. All stages together took {total/3600:.2f} hours. '
              'Every table names the commit, the hardware and the versions it comes from; figures carry them '
@@ -383,9 +411,42 @@ def write_index(
     with atomic(ws.figures/'README.md') as f: f.write('\n\n'.join(parts) + '\n')
     return ws.figures/'README.md'
 
+# %% ../../nbs/running/80_pipeline.ipynb #c7d1e530
+def _expected(ws: Workspace, stage: str, recipe: str) -> float|None:
+    "Seconds that a stage may take: as here before, or its budget, or as elsewhere; None = never timed"
+    scale, of = get_scale(ws.scale), STAGES[stage]
+    names = ws.recipes if of.recipes == 'each' else ['']
+    questions = [_question(ws, stage, name) for name in names]
+    folders = [*(ws.folder(stage, name) for name in names), *(ws.out/'superseded').glob(f'{stage}_*')]
+    took = [n['seconds'] for n in map(_note, folders) if n.get('done') and n['question'] in questions]
+    if took: return sum(took)/len(took)
+    if stage == 'pretrain' and not scale.steps: return scale.budget
+    return 60*of.minutes if of.minutes and ws.scale == 'laptop' else None
+
+def _time_left(
+    ws: Workspace,
+    tasks: list[tuple[str, str]],  # stages that are not done, and recipes
+) -> str:  # such as ', about 12 min left, and 2 stages that were never timed'; '' if nothing is known
+    "How long some stages may take together"
+    expected = [_expected(ws, *task) for task in tasks]
+    known = [seconds for seconds in expected if seconds is not None]
+    if not known: return ''
+    begun = any(_note(ws.folder(*task)).get('question') == _question(ws, *task) for task in tasks)
+    minutes = max(1, round(sum(known)/60))
+    time = f'{minutes} min' if minutes < 120 else f'{minutes/60:.0f} h'
+    never = len(expected) - len(known)
+    more = f', and {never} stage{"s"*(never > 1)} never timed' if never else ''
+    return f', {"at most" if begun else "about"} {time} left{more}'
+
+
 # %% ../../nbs/running/80_pipeline.ipynb #891305ed
-def _attempt(ws: Workspace, stage: str, recipe: str, lacking: dict[str, str], number: str) -> str:
-    "Run a stage that is not done, unless another one is lacking that it needs; '' or why it came to nothing"
+def _attempt(
+    ws: Workspace, stage: str, recipe: str,
+    lacking: dict[str, str],  # stages that came to nothing, and why
+    number: str,              # such as 3 of 9
+    left: str,                # `_time_left`
+) -> str:                     # '', or why it came to nothing
+    "Run a stage that is not done, unless another one is lacking that it needs"
     label, began = _label(stage, recipe), time.monotonic()
     needs = [_label(n, r) for n in STAGES[stage].needs for r in ws.recipes_of(stage, recipe)]
     broken = [n for n in needs if n in lacking]
@@ -393,7 +454,7 @@ def _attempt(ws: Workspace, stage: str, recipe: str, lacking: dict[str, str], nu
     if not why and _is_done(ws, stage, recipe):
         print(f'[{number}] {label}: done before, skipped', file=sys.stderr)
     elif not why:
-        print(f'[{number}] {label} …', file=sys.stderr)
+        print(f'[{number}] {label} …{left}', file=sys.stderr)
         try:
             ws.need(stage, recipe)
             print(f'[{number}] {label}: {(time.monotonic() - began)/60:.1f} min', file=sys.stderr)
@@ -409,6 +470,15 @@ def _with_dependents(stage: str) -> list[str]:
         if set(s.needs) & set(found): found.append(s.name)
     return found
 
+def _with_needs(stage: str) -> list[str]:
+    "A stage, and all that it needs, directly or through others"
+    return [stage, *(n for need in STAGES[stage].needs for n in _with_needs(need))]
+
+def _wanted(ws: Workspace, only: str, headline: bool) -> list[tuple[str, str]]:
+    "The stages that are asked for, in order, for every recipe where they work on one"
+    stages = _with_needs(only) if only else [s.name for s in STAGES.values() if not s.optional]
+    return [task for task in _tasks(ws) if task[0] in stages and (not headline or STAGES[task[0]].headline)]
+
 def reproduce(
     ws: Workspace,
     only: str = '',   # run this stage alone, with what it needs
@@ -416,21 +486,69 @@ def reproduce(
     headline: bool = False,  # the few stages that show what the recipe learns
 ) -> list[dict]:      # all result rows of the workspace
     "Run all stages that are not done and write the page; raises `CramlitError` naming those that failed"
+    from rich.console import Console
     for name in filter(None, (only, force)):
         if name not in STAGES: raise unknown('stage', name, STAGES)
     _check_figures(ws)
     for stage, recipe in _tasks(ws):
         if force and stage in _with_dependents(force): _move_aside(ws, stage, recipe)
-    lacking: dict[str, str] = {}
-    wanted = [(stage, recipe) for stage, recipe in _tasks(ws)
-              if (stage == only if only else not STAGES[stage].optional)
-              and (not headline or STAGES[stage].headline)]
+    lacking, wanted = dict[str, str](), _wanted(ws, only, headline)
+    to_do = [task for task in wanted if not _is_done(ws, *task)]
     for n, (stage, recipe) in enumerate(wanted, 1):
-        why = _attempt(ws, stage, recipe, lacking, f'{n} of {len(wanted)}')
+        left = _time_left(ws, [task for task in wanted[n - 1:] if task in to_do])
+        why = _attempt(ws, stage, recipe, lacking, f'{n} of {len(wanted)}', left)
         if why: lacking[_label(stage, recipe)] = why
-    write_index(ws, lacking)
+    page = write_index(ws, lacking)
+    Console(stderr=True, highlight=False).print(timetable(ws, lacking))
     if lacking:
         each = ''.join(f'\n  {name}: {why}' for name, why in lacking.items())
         raise CramlitError(f'{len(lacking)} stages came to nothing; the others are done, and the same '
-                           f'command runs only these again:{each}')
+                           f'command runs only these again:{each}\nWhat there is is on {page}')
     return read_rows(ws.out)
+
+# %% ../../nbs/running/80_pipeline.ipynb #80e20002
+def pretraining_of(
+    ws: Workspace,
+    stage: str,  # its name
+) -> list[tuple[int, float, int]]:  # runs, seconds of each, or steps of each; empty for a stage without
+    "The pretraining runs of a stage, for one recipe where it works on one"
+    from cramlit.experiments import comparison as study
+    from cramlit.experiments.scaling import size_trials
+    from cramlit.experiments.search import choice_trials, grid_trials
+    s, first = get_scale(ws.scale), ws.recipes[0]
+    t, c, pair = s.trials, s.comparison, study.recipes_to_compare(ws.recipes)
+    everyone = study.recipes_to_compare(ws.recipes, ws.scale)
+    def part(runs, fraction): return runs, fraction*c.budget, round(fraction*c.steps)
+    match stage:
+        case 'pretrain': return [(1, s.budget, s.steps)]
+        case 'table3_search': return [(len(grid_trials(first, ws.scale, t)), t.budget, t.steps)]
+        case 'table5_choices': return [(len(choice_trials(first, ws.scale, t)), t.budget, t.steps)]
+        case 'tuning': return [part(len(everyone)*c.tries, c.tuning)]
+        case 'comparison': return [part((len(everyone) + 1)*c.seeds, 1)]
+        case 'ablation': return [part(len(study.ablation_trials(pair[0], pair[1], ws.scale)), c.ablation)]
+        case 'scaling': return [part(len(size_trials(pair[1], ws.scale, x)), x) for x in c.spans]
+        case 'budgets': return [part(len(ws.recipes)*c.budget_seeds, x) for x in sorted(c.budgets)]
+    return []
+
+def planned(
+    ws: Workspace,
+    only: str = '',          # this stage alone, with what it needs
+    headline: bool = False,  # the few stages that show what the recipe learns
+) -> list[dict]:  # a row for each stage that is not done, in hours, or in steps where these are counted
+    "What is still to be run, and the pretraining in it; fine-tuning and evaluations are not counted"
+    if only and only not in STAGES: raise unknown('stage', only, STAGES)
+    rows, cores = list[dict](), os.cpu_count() or 1
+    for stage, recipe in _wanted(ws, only, headline):
+        if _is_done(ws, stage, recipe): continue
+        runs = pretraining_of(ws, stage)
+        together = 1 if stage == 'pretrain' else cores  # it takes all cores for one run
+        ids = dict(stage='planned', part=_label(stage, recipe), scale=ws.scale, kind='planned',
+                   runs=sum(n for n, *_ in runs))
+        if any(steps for *_, steps in runs):
+            rows.append(result_row('steps', sum(n*steps for n, _, steps in runs), 'steps', **ids))
+        else:
+            seconds = sum(n*each for n, each, _ in runs)/together
+            rows.append(result_row('pretraining', round(seconds/3600, 2), 'hours', **ids))
+    total = sum(r['value'] for r in rows if r['unit'] == 'hours')
+    everything = dict(stage='planned', part='all', scale=ws.scale, kind='planned', cores=cores)
+    return [*rows, result_row('pretraining', round(total, 2), 'hours', **everything)]

@@ -336,6 +336,7 @@ def export_run(
         raise CramlitError(f'the tokenizer in {tokenizer} has {ids} ids, '
                            f"the model of {run} {info['vocab_size']}: they do not belong together")
     tok.model_max_length = cfg.max_positions
+    for how_loaded in ('is_local', 'local_files_only'): tok.init_kwargs.pop(how_loaded, None)
     if cfg.position == 'rotary': tok.model_input_names = ['input_ids', 'attention_mask']  # no segments
     special = dict(pad=tok.pad_token_id, cls=tok.cls_token_id, sep=tok.sep_token_id)
     new, made = not to.exists(), False

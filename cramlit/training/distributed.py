@@ -57,6 +57,7 @@ def processes(
     wanted: int,            # processes on this machine; 0 = one for each GPU, one on a CPU
 ) -> tuple[int|None, int]:  # this process's rank, and of how many; rank None = they are still to be started
     "Is this one of torchrun's processes, one alone, or the one that starts others?"
+    if wanted < 0: raise UsageError(f'--nproc {wanted}: expected a number above zero')
     started = _number('WORLD_SIZE', 0)
     if started == 1: return 0, 1  # some schedulers and notebooks say so, and nothing else
     if started: return _number('RANK', at_most=started - 1), started

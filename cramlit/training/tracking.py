@@ -94,7 +94,7 @@ def _last_step(out: Path) -> int:
     "How far the log of a run has come; -1 when nothing was logged yet"
     path = out/'metrics.jsonl'
     if not path.exists(): return -1
-    return max((line['step'] for line in read_json_lines(path, growing=True)), default=-1)
+    return max((line['step'] for line in read_json_lines(path, True, ['step'])), default=-1)
 
 def append_lines(
     path: Path,             # a log

@@ -6,8 +6,8 @@
 __all__ = ['RUN_FORMAT', 'STATE', 'LOGS', 'PATIENCE', 'Run', 'fingerprint', 'acquire_run_dir', 'check_run', 'summed_loss',
            'check_same_weights', 'validate', 'form_of', 'program_shapes', 'compile_model', 'micro_step', 'accumulate',
            'make_scaler', 'update', 'Hook', 'resume', 'passes_multiple', 'progress_bar', 'warm_up', 'train',
-           'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'shared_precision', 'begin_with_counts',
-           'go_on', 'pretrain_in']
+           'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'shared_precision', 'begin', 'go_on',
+           'pretrain_in']
 
 # %% ../../nbs/training/36_training.ipynb #2f299dc1
 import hashlib, json, math, sys
@@ -32,8 +32,8 @@ from ..core.results import read_json_lines, read_rows, result_row, write_rows
 from ..data.batches import RULERS, WIDTH, Batch, Prefetcher, rank_slice, train_batches
 from ..data.batches import validation_batches, validation_rows
 from ..data.masking import IGNORE, count_predictions
-from ..data.packing import Data, open_data, unlike, verify
-from ..model.cooccurrence import cooccurrence_embeddings
+from ..data.packing import Data, as_prepared, open_data, unlike, verify
+from ..model.cooccurrence import begin_with_counts
 from ..model.encoder import MaskedLM
 from .checkpoints import Saver, checkpoints, find_damage, newest_whole
 from .checkpoints import read_checkpoint, settle
@@ -139,7 +139,8 @@ def check_run(
         raise UsageError(f'{run.data.folder} was prepared with {other}: '
                          'run `cramlit prepare` with this recipe and scale into another folder')
     if run.world.main and not (run.out/'run.json').exists():
-        found = next((name for name in ('checkpoints', 'rows.jsonl', *LOGS) if (run.out/name).exists()), '')
+        names = 'manifest.json', 'checkpoints', 'rows.jsonl', *LOGS
+        found = next((name for name in names if (run.out/name).exists()), '')
         if found: raise UsageError(f'{run.out} has {found} and no run.json, so it is no run that could be '
                                    'continued: choose another --out')
     if run.clock.budget <= 0 and run.clock.steps <= 0:
@@ -351,7 +352,7 @@ def resume(
         scaler.load_state_dict(state['scaler'])
     if not run.world.main: return
     for path in (run.out/name for name in LOGS if (run.out/name).exists()):
-        lines = read_json_lines(path, growing=True) if state else []  # a kill may have cut the last one
+        lines = read_json_lines(path, True, ['step']) if state else []  # a kill may have cut the last one
         write_rows(path, (line for line in lines if line['step'] <= run.step))
 
 def _save_milestones(run: Run, model: nn.Module, fraction: float):
@@ -382,12 +383,12 @@ def progress_bar(
         nonlocal losses, seconds, tokens
         losses.append(loss)
         fraction = run.clock.fraction(run.step)
-        bar.update(min(100., 100*fraction) - bar.n)
-        if run.step % every and run.step > 1 and fraction < 1: return
         mean, rate = sum(losses)/len(losses), (run.tokens - tokens)/(run.clock.seconds - seconds)
-        run.log(loss=mean, lr=lr, tokens_per_second=rate)
         left = f'{run.clock.left(run.step)/60:.1f} min left'
         bar.set_postfix_str(f'step {run.step}, loss {mean:.3f}, {rate:,.0f} tokens/s, {left}', refresh=False)
+        bar.update(min(100., 100*fraction) - bar.n)
+        if run.step % every and run.step > 1 and fraction < 1: return
+        run.log(loss=mean, lr=lr, tokens_per_second=rate)
         losses, seconds, tokens = [], run.clock.seconds, run.tokens
     with tqdm(total=100, desc='pretrain', file=sys.stderr, mininterval=2, disable=not run.world.main,
               bar_format='{desc} {percentage:3.0f}% |{bar:24}| {postfix}') as bar: yield report
@@ -586,7 +587,7 @@ def result_rows(
         result_row('seconds', seconds, 's', **ids)]
 
 def pretrain(
-    recipe: Recipe,
+    recipe: Recipe,       # text, tokenizer and packing are those of the data
     data: str|Path,       # folder made by `prepare`
     out: str|Path,        # the run's folder
     budget: float|str = 0.,  # seconds from the first step on, or such as '6m', validation and saving included
@@ -600,7 +601,8 @@ def pretrain(
     check_tracker(track)
     seconds = parse_budget(budget) if isinstance(budget, str) else budget
     with join_world() as world:
-        run = Run(recipe, open_data(data), Path(out), Clock(seconds, steps), scale, world,
+        prepared = open_data(data)
+        run = Run(as_prepared(recipe, prepared), prepared, Path(out), Clock(seconds, steps), scale, world,
                   init=fingerprint(weights) if weights else '')
         check_run(run)
         provenance()  # is remembered; whatever could fail in it fails before anything is paid for
@@ -618,19 +620,16 @@ def shared_precision(
     said = formats[int(world.broadcast(formats.index(mine.dtype)))]
     return mine if mine.dtype == said else Precision(said, 'rank 0 has chosen it')
 
-@torch.no_grad()
-def begin_with_counts(
+def begin(
     run: Run,         # a new one; its clock is set forward by what this takes
-    model: MaskedLM,  # gets its embedding matrix
+    model: MaskedLM,  # changed in place
 ):
-    "Embeddings from co-occurrence counts instead of random ones, the same in every process"
-    began, matrix, cfg = run.clock.now(), model.embeddings.word.weight, run.recipe.model
-    if run.world.main:
-        vectors, seen = cooccurrence_embeddings(run.data, matrix.shape[1], run.recipe.seed)
-        vectors, seen = vectors.to(matrix.device), seen.to(matrix.device)
-        matrix[seen] = cfg.cooccurrence*cfg.initializer_range*vectors[seen]
-    else: matrix.zero_()
-    run.world.all_reduce(matrix.data)
+    "Begin with what counting tells instead of random weights, the same in every process"
+    began = run.clock.now()
+    if run.world.main: begin_with_counts(model, run.recipe.model, run.data, run.recipe.seed)
+    for p in model.parameters():
+        if not run.world.main: p.data.zero_()
+        run.world.all_reduce(p.data)
     run.clock.spent += run.clock.now() - began
 
 def go_on(
@@ -654,7 +653,7 @@ def go_on(
     torch.manual_seed(recipe.seed)
     model = MaskedLM(recipe.model, V).to(world.device)
     if weights: model.load_state_dict(weights)
-    elif recipe.model.cooccurrence and not checkpoints(run.out/'checkpoints'): begin_with_counts(run, model)
+    elif recipe.model.cooccurrence and not checkpoints(run.out/'checkpoints'): begin(run, model)
 
     with Tracker(track if world.main else '', run.out, run.identity()) as tracker:
         if world.main:
