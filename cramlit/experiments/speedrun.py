@@ -34,7 +34,7 @@ from .search import Trial, run_trials
 from ..model.encoder import MaskedLM
 from ..model.stock_models import family, quiet
 from ..training.schedule import Clock
-from ..training.training import Run, begin_with_counts
+from ..training.training import Run, begin
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #64a00006
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def time_entries(
         recipe, data = trial.recipe, open_data(trial.data or out)
         if not recipe.model.cooccurrence: return 0.
         run = Run(recipe, data, out, Clock(0., 1))
-        begin_with_counts(run, MaskedLM(recipe.model, data.padded_vocab_size).to(device))
+        begin(run, MaskedLM(recipe.model, data.padded_vocab_size).to(device))
         return run.clock.spent
 
     with _threads(track.cores):
