@@ -27,12 +27,14 @@ from ..core.scales import get_scale
 from ..data.batches import validation_batches
 from ..data.masking import IGNORE
 from ..data.packing import Data, open_data
-from ..efficiency.benchmark import Contender, make_setup, our_step, seconds, take_turns
+from ..efficiency.benchmark import Contender, make_setup, our_step, take_turns
 from ..evaluation.statistics import Difference, difference
 from .comparison import with_data
 from .search import Trial, run_trials
-from ..model.cooccurrence import cooccurrence_embeddings
+from ..model.encoder import MaskedLM
 from ..model.stock_models import family, quiet
+from ..training.schedule import Clock
+from ..training.training import Run, begin
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #64a00006
 @dataclass(frozen=True)
@@ -177,15 +179,16 @@ def time_entries(
         data = open_data(trial.data or out)
         return our_step(make_setup(trial.recipe, data.padded_vocab_size, device), data, most=8)
 
-    def count(trial: Trial) -> list[float]:  # as `begin_with_counts` does
-        model, data = trial.recipe.model, open_data(trial.data or out)
-        if not model.cooccurrence: return [0.]*turns
-        def work(): cooccurrence_embeddings(data, model.hidden_size, trial.seed)
-        return [seconds(work, 0.) for _ in range(turns)]
+    def count(trial: Trial) -> float:
+        recipe, data = trial.recipe, open_data(trial.data or out)
+        if not recipe.model.cooccurrence: return 0.
+        run = Run(recipe, data, out, Clock(0., 1))
+        begin(run, MaskedLM(recipe.model, data.padded_vocab_size).to(device))
+        return run.clock.spent
 
     with _threads(track.cores):
         taken, _ = take_turns({name: partial(contender, t) for name, t in trials.items()}, device, turns)
-        before = {name: count(t) for name, t in trials.items()}
+        before = {name: [count(t) for _ in range(turns)] for name, t in trials.items()}
     reference = [timing.step() for timing in taken[first.name]]
     by_definition = track.seconds/first.steps
     rows = []
