@@ -228,7 +228,8 @@ def test_a_run_ends_with_a_loss_by_each_ruler(recipe, data, tmp_path):
     assert rows['validation_loss']['ruler'] == rows['tuning_loss']['ruler'] == opened.ruler_id
 
 
-def test_gradients_that_are_not_finite_end_the_run_with_a_diagnosis(recipe, data, tmp_path, monkeypatch, capsys):
+def test_gradients_that_are_not_finite_end_the_run_with_a_diagnosis(
+        recipe, data, tmp_path, monkeypatch, capsys):
     real, calls = train.accumulate, []
 
     def explode(micro, batches, grads):
