@@ -13,7 +13,7 @@ from cramlit.data.packing import prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # seconds until what has not happened counts as hanging: a machine may be twenty times overbooked
-PATIENCE = 3600
+PATIENCE = 900
 
 
 def pytest_collection_modifyitems(items):

@@ -90,7 +90,7 @@ def test_stages_stand_in_the_order_of_the_pipeline_as_they_ran(built, pages):
     order = [next(name for name in book.STAGES if n.startswith(name)) for n in names]
     assert list(dict.fromkeys(order)) == list(book.STAGES)
     ran = [path for path, _ in book.stages() if path.startswith(book.RESULTS)]
-    assert ran and all(pages[built[0]/Path(path).with_suffix('.html')].select('div.output') for path in ran)
+    assert ran and all(pages[built[0]/Path(path).with_suffix('.html')].select('.cell_output') for path in ran)
 
 
 def test_the_part_of_a_page_is_open_and_the_others_are_folded(built, pages):

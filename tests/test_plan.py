@@ -86,7 +86,7 @@ def test_a_run_counts_tokens_without_padding_and_a_plan_with_it(tmp_path):
     recipe = get_recipe('24hbert', 'laptop')
     ids = dict(stage='pretrain', recipe='24hbert', recipe_hash=recipe_hash(recipe), processes=2)
     measured = dict(tokens_per_second=700., sequences_per_second=8.)
-    rows = [dict(metric=k, value=v, **ids) for k, v in measured.items()]
+    rows = [dict(metric=k, value=v, unit='1/s', **ids) for k, v in measured.items()]
     (tmp_path/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     assert measured_rate(tmp_path/'rows.jsonl', recipe) == 4*recipe.packing.seq_len
 

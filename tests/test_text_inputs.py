@@ -417,7 +417,7 @@ def test_what_may_not_be_read(what, tmp_path, monkeypatch):
         real, scan, parquet = corpus.open_unpacked, os.scandir, pq.ParquetFile
         monkeypatch.setattr(corpus, 'open_unpacked', lambda p: refuse(p) or real(p))
         monkeypatch.setattr(os, 'scandir', lambda p: refuse(p) or scan(p))
-        monkeypatch.setattr(pq, 'ParquetFile', lambda p: refuse(p) or parquet(p))
+        monkeypatch.setattr(pq, 'ParquetFile', lambda p, **more: refuse(p) or parquet(p, **more))
     with pytest.raises(CramlitError, match=f'cannot read .*{what}: Permission denied. Ask for the right'):
         texts_of(folder)
     if os.geteuid(): (folder/what).chmod(0o755)

@@ -228,8 +228,16 @@ def test_a_run_ends_with_a_loss_by_each_ruler(recipe, data, tmp_path):
     assert rows['validation_loss']['ruler'] == rows['tuning_loss']['ruler'] == opened.ruler_id
 
 
-def test_gradients_that_are_not_finite_end_the_run_with_a_diagnosis(recipe, data, tmp_path, capsys):
-    recipe = override(recipe, ['optim.lr=1e30', 'validation.every=0.9'])
+def test_gradients_that_are_not_finite_end_the_run_with_a_diagnosis(
+        recipe, data, tmp_path, monkeypatch, capsys):
+    real, calls = train.accumulate, []
+
+    def explode(micro, batches, grads):
+        real(micro, batches, grads)
+        calls.append(1)
+        if len(calls) > 5: grads.flat[0] = math.nan
+    monkeypatch.setattr(train, 'accumulate', explode)
+    recipe = override(recipe, ['validation.every=0.9'])
     rows = pretrain(recipe, data, tmp_path/'run', steps=60)
     why = rows[0]['stopped']
     assert '20 steps in a row had no finite gradient' in why

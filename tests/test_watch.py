@@ -460,7 +460,7 @@ def test_on_a_terminal_it_follows_the_run_and_ctrl_c_leaves(going, terminal):
     child.expect('at step 40')
     line = dict(step=41, seconds=99., tokens=1, validation_loss=1.234)
     with open(going/'metrics.jsonl', 'a') as f: f.write(json.dumps(line) + '\n')
-    child.expect(r'1\.234 at step 41')
+    child.expect(r'1\.234 \(perplexity 3\) at step 41')
     child.setwinsize(30, 50)
     child.expect('\u2501{50}')  # the bar is as wide as the terminal
     child.expect('tokens a second')

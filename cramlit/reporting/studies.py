@@ -684,11 +684,13 @@ def write_race(
     files += write_figure(figure_race(entries, verdict), page/f'{track}_seconds', rows)
     readme = page/'README.md'
     if readme.exists():
-        shown = [path.read_text().partition('```')[0].strip() for path in files if path.suffix == '.md']
+        tables = [path.read_text(encoding='utf-8') for path in files if path.suffix == '.md']
+        shown = [text.partition('```')[0].strip() for text in tables]
         picture = f'![Seconds to the target, track {track}]({track}_seconds.svg)'
         parts = [shown[0], picture, *shown[1:], f'Every run: [`{track}.jsonl`]({track}.jsonl).']
         begin, end = f'<!-- {track} -->', f'<!-- end of {track} -->'
         inside = '\n\n'.join([begin, *parts, end])
-        text = re.sub(f'{begin}.*{end}', lambda _: inside, readme.read_text(), flags=re.DOTALL)
+        before = readme.read_text(encoding='utf-8')
+        text = re.sub(f'{begin}.*{end}', lambda _: inside, before, flags=re.DOTALL)
         with atomic(readme) as f: f.write(text)
     return files

@@ -97,6 +97,7 @@ def pretrain(
     from cramlit.training.tracking import check_tracker
     from cramlit.training.training import pretrain as train, pretrain_in
     check_tracker(track)
+    rank, size = processes(nproc or get_scale(scale).processes)
     settings = [*(Override or []), *([] if seed is None else [f'seed={seed}'])]
     r, weights = get_recipe(recipe, scale, [] if init else settings), None
     if init: r, weights = init_from(init, data, r, settings)
@@ -105,7 +106,6 @@ def pretrain(
         check_export_folder(Path(out)/'model')
     seconds, n_steps = run_length(budget, steps, get_scale(scale))
     r = as_prepared(r, open_data(data), settings)
-    rank, size = processes(nproc or get_scale(scale).processes)
     if rank is None:  # the processes are still to be started, with the same arguments
         given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=n_steps,
                      seed=seed, track=track)
