@@ -27,7 +27,7 @@ Settings = Annotated[str, {'action': 'append', 'metavar': 'PATH=VALUE'}]
 def prepare(
     source: Annotated[str, {'nargs': '+'}] = None,  # enwik8 | hub:NAME[:CONFIG] | files, folders
     recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
-    scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper: sequences of 32 tokens, 128 in the last two
+    scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper: sequences of 32, or at last 128, tokens
     split_documents: str = '',  # where documents of a .txt end: blank | line | file; default: by looking
     init: str = '',           # folder of a stock model to go on from later: its tokenizer and its shape count
     out: Needed = None,       # folder to make
