@@ -27,7 +27,7 @@ Settings = Annotated[str, {'action': 'append', 'metavar': 'PATH=VALUE'}]
 def prepare(
     source: Annotated[str, {'nargs': '+'}] = None,  # enwik8 | hub:NAME[:CONFIG] | files, folders
     recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
-    scale: str = 'laptop',    # tiny | laptop | gpu | paper: sequences of 32, 32, 128 or 128 tokens
+    scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper: sequences of 32, or at last 128, tokens
     split_documents: str = '',  # where documents of a .txt end: blank | line | file; default: by looking
     init: str = '',           # folder of a stock model to go on from later: its tokenizer and its shape count
     out: Needed = None,       # folder to make
@@ -76,7 +76,7 @@ def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
 
 def pretrain(
     recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
-    scale: str = 'laptop',    # tiny | laptop | gpu | paper
+    scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper
     data: Needed = None,      # folder made by `cramlit prepare`
     init: str = '',           # folder of a stock model to go on from; default: random weights
     out: Needed = None,       # folder of the run; an interrupted run there is continued
@@ -122,7 +122,7 @@ def glue(
     glue_dir: str = '',       # local copy of GLUE, parquet or TSV; default: the hub
     tasks: str = '',          # a,b: only these; default: all of the suite
     seeds: int = 0,           # seeds a configuration; default: the scale's
-    scale: str = 'laptop',    # whose fine-tuning grid: tiny | laptop | gpu | paper
+    scale: str = 'laptop',    # whose fine-tuning grid: tiny | laptop | evening | gpu | paper
     protocol: str = '',       # plain | paper: MRPC, STS-B, RTE from MNLI's network too; default: the scale's
     submit: str = '',         # zip of answers to write for the GLUE server; only all of the suite glue
     out: Needed = None,       # folder for predictions and rows; finished jobs there are not run again
@@ -192,7 +192,7 @@ def report(
 # %% ../../nbs/running/81_command.ipynb #fdb8b4d1
 def config(
     recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
-    scale: str = 'laptop',    # tiny | laptop | gpu | paper
+    scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper
     Override: Settings = None,  # change one setting, such as -o model.num_layers=12
 ) -> list[dict]:
     "Print every setting of a recipe at a scale, one a line, as -o takes it"
@@ -222,7 +222,7 @@ def _finetuning_work(r: Recipe, planned: list[dict], scale: str) -> list[dict]:
 
 def plan(
     recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
-    scale: str = 'paper',     # tiny | laptop | gpu | paper
+    scale: str = 'paper',     # tiny | laptop | evening | gpu | paper
     gpu: str = '',            # titan-v | v100 | t4 | 2080-ti | 3090 | 4090 | a100 | h100 | h200
     measured: str = '',       # rows of a run, such as run/rows.jsonl: its rate counts, not the GPU's peak
     gpus: int = 1,            # how many GPUs, or processes of the measured kind
@@ -249,7 +249,7 @@ def plan(
 
 def search(
     recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
-    scale: str = 'laptop',    # tiny | laptop | gpu | paper
+    scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper
     grid: str = '',           # other values for some axes, such as 'batch=64,128 lr=1e-3 warmup=0 length=1,2'
     budget: str = '',         # time for each trial: 90s, 6m, 24h; default: the scale's
     data: str = '',           # folder made by `cramlit prepare`; default: made in OUT/data

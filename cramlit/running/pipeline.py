@@ -137,7 +137,7 @@ def code_of(
 @dataclass(frozen=True)
 class Workspace:
     "The stages of one scale in one folder"
-    scale: str                # tiny | laptop | gpu | paper
+    scale: str                # tiny | laptop | evening | gpu | paper
     out: Path                 # holds one folder a stage
     figures: Path             # where tables and figures go
     recipes: tuple[str, ...]  # the recipes that tables and figures compare
@@ -169,7 +169,7 @@ class Workspace:
         return self.folder(stage, recipe)
 
 def workspace(
-    scale: str,                # tiny | laptop | gpu | paper
+    scale: str,                # tiny | laptop | evening | gpu | paper
     out: str|Path = '',        # empty: runs/SCALE in the current folder
     figures: str|Path = '',    # empty: paper_figures in `out`
     recipes: str|Iterable[str] = '24hbert',  # names, or one text with commas
