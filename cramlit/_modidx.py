@@ -1239,6 +1239,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'cramlit.running.pipeline._note': ('running/pipeline.html#_note', 'cramlit/running/pipeline.py'),
                                           'cramlit.running.pipeline._package': ( 'running/pipeline.html#_package',
                                                                                  'cramlit/running/pipeline.py'),
+                                          'cramlit.running.pipeline._publish_calibration': ( 'running/pipeline.html#_publish_calibration',
+                                                                                             'cramlit/running/pipeline.py'),
                                           'cramlit.running.pipeline._publish_notebook': ( 'running/pipeline.html#_publish_notebook',
                                                                                           'cramlit/running/pipeline.py'),
                                           'cramlit.running.pipeline._publish_rows': ( 'running/pipeline.html#_publish_rows',

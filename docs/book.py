@@ -59,7 +59,8 @@ def menu() -> dict[str, dict[str, dict[str, str]]]:  # group → part, or '' →
     *parts, guides = PARTS
     return {'Guide': {'': {'README': 'Front page'} | pages(contents(f'nbs/{guides}'))},
             'Chapters': {part.capitalize(): pages(contents(f'nbs/{part}')) for part in parts},
-            'Results': {'': {f'{RESULTS}/README': 'All tables and figures'},
+            'Results': {'': {f'{RESULTS}/README': 'All tables and figures',
+                             'paper_figures/race/README': 'The race to a loss'},
                         'Stages in order': pages(stages())},
             'Reference': {'': {'genindex': 'Index of names', 'CONTRIBUTING': 'How to help',
                                'CHANGELOG': 'Changes', 'LABBOOK': 'Lab book'}}}

@@ -73,6 +73,15 @@ def test_the_rows_of_a_page_are_beside_it_and_it_says_whose_they_are(finished):
     assert '2 origins' in warning and table.splitlines()[-1].endswith(' | scaling |') and '| 0ther |' in table
 
 
+def test_what_a_step_took_is_published_with_the_page(tmp_path):
+    ws = workspace('laptop', tmp_path)
+    timing = result_row('seconds_per_step', .04, 's', stage='calibrate', contestant='c0ffee')
+    write_rows(ws.out/'texts'/'calibration.jsonl', [timing])
+    page = pipeline.write_index(ws, {}).read_text()
+    assert read_json_lines(ws.figures/'rows'/'calibration.jsonl') == [timing]
+    assert 'Put into `runs/laptop/texts`' in page
+
+
 COMMITTED = [page for page in sorted((ROOT/'paper_figures').glob('*/README.md'))
              if page.read_text().startswith('# Results at scale')]
 

@@ -314,6 +314,16 @@ def _publish_rows(ws: Workspace, stage: str, recipe: str = '') -> list[dict]:
     write_rows(ws.figures/'rows'/f'{_label(stage, recipe).replace(" ", "_")}.jsonl', rows)
     return rows
 
+def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage has turned seconds into steps
+    "Copy what a step took, with which somebody else's runs have the same number of steps"
+    from cramlit.experiments.comparison import CALIBRATION
+    timings = ws.out/'texts'/CALIBRATION
+    if not timings.exists(): return ''
+    write_rows(ws.figures/'rows'/CALIBRATION, read_rows(timings))
+    return (f'Studies count steps; `rows/{CALIBRATION}` has the seconds of a step that made steps of their '
+            f'budgets. Put into `runs/{ws.scale}/texts` before the first study, it gives every run the same '
+            'number of steps on another machine.')
+
 def page_origin(
     rows_of: dict[str, list[dict]],  # stage → its rows
 ) -> list[str]:                      # paragraphs
@@ -404,6 +414,7 @@ def write_index(
              'Every table names the commit, the hardware and the versions it comes from; figures carry them '
              'inside. The rows of all numbers are in `rows/`, and the notebooks that made them '
              '[at the end](#time-spent), as they ran.', *page_origin(rows_of)]
+    if counted := _publish_calibration(ws): parts.append(counted)
     for s in STAGES.values():
         not_asked_for = s.optional and s.name not in lacking and not any(map(ws.made, s.makes))
         if s.makes and not not_asked_for: parts += _section(ws, s, lacking)
