@@ -82,6 +82,14 @@ def test_what_a_step_took_is_published_with_the_page(tmp_path):
     assert 'Put into `runs/laptop/texts`' in page
 
 
+def test_a_page_tells_what_an_earlier_run_has_left_on_it(tmp_path):
+    ws = workspace('laptop', tmp_path)
+    assert 'earlier runs' not in pipeline.write_index(ws, {}).read_text()
+    (ws.figures/'scaling.md').write_text('**Loss against compute.**')
+    page = pipeline.write_index(ws, {}).read_text()
+    assert '**Tables and figures of scaling are of earlier runs**' in page
+
+
 COMMITTED = [page for page in sorted((ROOT/'paper_figures').glob('*/README.md'))
              if page.read_text().startswith('# Results at scale')]
 
