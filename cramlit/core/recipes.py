@@ -114,6 +114,7 @@ class Model:
     cooccurrence: float = limited(0., at_least=0)  # begin with what counts of neighbours tell, the
     # embeddings having this standard deviation in `initializer_range`s; 0 = begin at random
 
+# %% ../../nbs/core/00_recipes.ipynb #1ee5c465
 @dataclass(frozen=True)
 class Optim:
     "AdamW, or Muon for the matrices in the blocks and AdamW for the rest; no decay on biases, LayerNorms"
@@ -223,6 +224,7 @@ def _check_field(path: str, value, limits: dict):
     want = ' and '.join(f'{_LIMITS[name][1]} {bound:g}' for name, bound in bounds.items())
     for name, bound in bounds.items(): _check(_LIMITS[name][0](value, bound), path, value, want)
 
+# %% ../../nbs/core/00_recipes.ipynb #58202771
 def _check_model(m: Model):
     "What the fields of a model ask of one another"
     post_needs = m.norm == 'pre' or (m.embedding_norm and m.first_norm)

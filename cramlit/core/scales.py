@@ -44,6 +44,7 @@ class Finetune:
         if self.large and task in LARGE_TASKS: return self.large
         return Grid(self.epochs, self.batch_sizes, self.lrs)
 
+# %% ../../nbs/core/01_scales.ipynb #c3a1f466
 @dataclass(frozen=True)
 class Trials:
     "Pretraining runs that are compared with one another: a grid, and single choices"
@@ -59,6 +60,7 @@ class Trials:
     tasks: tuple[str, ...] = ('mnli', 'qnli', 'sst2')  # fine-tuned after each run; the first ranks the grid
     finetune: Finetune = Finetune((3,), (32,), (5e-5,), 1)
 
+# %% ../../nbs/core/01_scales.ipynb #8822b429
 @dataclass(frozen=True)
 class Comparison:
     "Recipes compared at equal budget, and the ablation that leads from one to another"
@@ -79,6 +81,7 @@ class Comparison:
     budgets: tuple[float, ...] = (1/64, 1/16, 1/4, 1.)  # fractions of it for what a budget buys
     budget_seeds: int = 3     # of each recipe and budget
 
+# %% ../../nbs/core/01_scales.ipynb #7d87112e
 @dataclass(frozen=True)
 class Scale:
     "How much of a recipe to run"

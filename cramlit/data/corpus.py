@@ -118,6 +118,7 @@ class _Zstd(io.RawIOBase):
         buffer[:n], self.plain = self.plain[:n], self.plain[n:]
         return n
 
+# %% ../../nbs/data/10_corpus.ipynb #fa2540ac
 def _open_zip(path: Path) -> IO[bytes]:
     z = zipfile.ZipFile(path)
     members = [m for m in z.infolist() if not m.is_dir() and not m.filename.startswith('__MACOSX/')]
@@ -136,6 +137,7 @@ def open_unpacked(
     "A file's content, whether it is packed or not"
     return _UNPACK.get(path.suffix.lower(), lambda p: open(p, 'rb'))(path)  # type: ignore[operator]
 
+# %% ../../nbs/data/10_corpus.ipynb #2ab95e31
 _DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
 
 @contextmanager
@@ -279,6 +281,7 @@ _REPLACED = [(re.compile(pattern, flags), new) for pattern, new, flags in (
     (r'[ \t\xa0]+', ' ', 0),
 )]
 
+# %% ../../nbs/data/10_corpus.ipynb #a919a6a6
 def is_prose(
     line: str,  # without markup
 ) -> bool:
@@ -352,6 +355,7 @@ def file_kind(
     if line.startswith(b'<doc '): return 'extract'
     return 'json' if _is_records(line, field) else ''
 
+# %% ../../nbs/data/10_corpus.ipynb #65101147
 def _walk(folder: Path) -> Iterator[Path]:
     "Every file below a folder that is not hidden, links followed; raises `CramlitError` for what is closed"
     def refuse(e: OSError): raise cannot_read(e.filename, e)
@@ -419,6 +423,7 @@ def _json_text(line: bytes|str, field: str) -> str:
         raise CramlitError(f'not JSON ({getattr(e, "msg", e)}): mend or remove the line') from None
     return record_text(record, field)
 
+# %% ../../nbs/data/10_corpus.ipynb #766660c1
 _BOMS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
          (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 
@@ -438,6 +443,7 @@ def _json_lines(path: Path, field: str) -> Iterator[Document]:
             except CramlitError as e: raise CramlitError(f'{path}, line {n}: {e}') from None
             yield Document(f'{path.name}:{n}', text)
 
+# %% ../../nbs/data/10_corpus.ipynb #698e94b8
 def _is_text(schema: Any, field: str) -> bool:
     "Is there a column of strings at this place in the schema of a parquet file?"
     import pyarrow as pa
@@ -498,6 +504,7 @@ def guess_split(
     long = len(blocks) == 1 and len(lines) >= enough and np.median([len(line) for line in lines]) >= 400
     return 'line' if long else 'file'
 
+# %% ../../nbs/data/10_corpus.ipynb #9f6f7f67
 def _decoded(path: Path) -> Iterator[str]:
     "A text file in pieces, with \\n for all ends of lines; raises `CramlitError` naming the byte at fault"
     with reading(path), open_unpacked(path) as f:
@@ -619,6 +626,7 @@ def _hub_parts(part: str) -> tuple[str, str]:
     head, _, tail = name.rpartition(':')
     return (head, tail) if os.path.exists(head) else name.partition(':')[::2]
 
+# %% ../../nbs/data/10_corpus.ipynb #fb536dfb
 def same_source(
     source: str,
 ) -> list[str]:  # enwik8, hub:NAME:CONFIG, and absolute paths without links
@@ -645,6 +653,7 @@ def source_state(
         with reading(path): state[os.path.realpath(path)] = [path.stat().st_size, path.stat().st_mtime_ns]
     return state
 
+# %% ../../nbs/data/10_corpus.ipynb #93df0ef6
 def _clean(text: str, counts: Counter) -> str:
     "The text without what no tokenizer can take: NULs, and halves of characters, as scrapers leave them"
     if '\0' in text:

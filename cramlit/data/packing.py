@@ -185,6 +185,7 @@ class Data:
         "A checksum of the sequences that all recipes are validated on"
         return hashlib.sha256(b''.join(rows[:].tobytes() for rows in self.ruler.values())).hexdigest()[:8]
 
+# %% ../../nbs/data/12_packing.ipynb #c6933f1e
 FORMAT = 3  # 2 had no ruler; 1 found fewer ends of sentences, and took [MASK] in a text for the token
 _NEEDED = dict(format=int, corpus=dict, tokenizer=dict, packing=dict, seed=int, seq_len=int, vocab_size=int,
                padded_vocab_size=int, special_ids=dict, tokenizer_sha256=str, splits=dict,
@@ -275,6 +276,7 @@ def _writer(path: Path, mode: str = 'wt') -> Any:
 
 def _line(d: Document) -> str: return json.dumps(asdict(d)) + '\n'
 
+# %% ../../nbs/data/12_packing.ipynb #4bbaed66
 def _split_end(d: Document, characters: int) -> list[Document]:
     "A document and, if it has several sentences, its last ones, of so many characters or more"
     starts = [start for start, _ in sentence_spans(d.text)][1:]
@@ -306,6 +308,7 @@ def _more_wanted(nearest: list[tuple[float, int, int]], missing: float, total: i
         missing -= wanted[i]
     return wanted
 
+# %% ../../nbs/data/12_packing.ipynb #ce900013
 def _write_documents(recipe: Recipe, folder: Path, counts: Counter):
     "Write the clean documents, one JSON a line, training and held-out ones apart"
     corpus, total, held = recipe.corpus, 0, 0
@@ -331,6 +334,7 @@ def _write_documents(recipe: Recipe, folder: Path, counts: Counter):
         note('the documents drawn for evaluation are too few: with more of them, or their ends, they are '
              f'{(held + sum(wanted.values()))/max(total, 1):.0%} of the text')
 
+# %% ../../nbs/data/12_packing.ipynb #5951eac8
 def tokenized_rows(
     docs: Iterable[Document],
     tok,                # a fast tokenizer
@@ -440,6 +444,7 @@ def _save_tokenizer(tok, folder: Path):
         if not (number := re.search(r'os error (\d+)', str(e))): raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
 
+# %% ../../nbs/data/12_packing.ipynb #3e18c0fe
 def _note_accents(tok, texts: Iterable[str], trained: bool):
     "Warn when stripping accents takes much from a text"
     if not strips_accents(tok): return
@@ -470,6 +475,7 @@ def _note_shares(recipe: Recipe, splits: dict, counts: Counter):
         note(f'more than 1 % of the tokens are unknown, and nothing can be learned about them: {more}')
     if n := counts['files of other kinds']: note(f'{n} files of other kinds in the folder were left out')
 
+# %% ../../nbs/data/12_packing.ipynb #8a564ea4
 def _build(recipe: Recipe, folder: Path) -> dict:
     "Fill an empty folder with prepared data, and return its manifest"
     counts: Counter = Counter()
@@ -561,6 +567,7 @@ def as_prepared(
         note(f'as {data.folder} was prepared: ' + ', '.join(f'{k}={v}' for k, v in taken.items()))
     return found
 
+# %% ../../nbs/data/12_packing.ipynb #ae8c9b27
 def _changed(old: dict, new: dict) -> str:
     "Which files are not what they were, in words; empty if all are"
     files = sorted(path for path in old | new if old.get(path) != new.get(path))
@@ -632,6 +639,7 @@ def _fill(recipe: Recipe, out: Path) -> dict:
     _move(work, out)
     return manifest
 
+# %% ../../nbs/data/12_packing.ipynb #6bd860c4
 def prepare(
     recipe: Recipe,
     out: str|Path,  # the folder to make or to fill

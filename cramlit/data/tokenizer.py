@@ -63,6 +63,7 @@ def _learnable(text: str, normalize: Callable[[str], str]) -> str:
         kept += [w for w in pieces if len(w) <= LONGEST_WORD]
     return ' '.join(kept)
 
+# %% ../../nbs/data/11_tokenizer.ipynb #c2157675
 def _train_wordpiece(
     texts: Iterable[str], size: int, cfg: TokenizerConfig, alphabet: list[str], first: list[str],
 ) -> list[str]:
