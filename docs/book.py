@@ -88,6 +88,18 @@ TAGS = dict(hide='remove-cell', default_exp='remove-cell', hide_input='remove-in
             hide_output='remove-output')  # what a mark of nbdev is for MyST-NB
 
 
+LABELS = re.compile(r"""(?:title|[xy]label|label)[=(]f?(['"])(.+?)\1""")
+
+
+def alt_text(
+    source: str,  # of a cell that draws
+) -> str:
+    "What is written in a figure, for those who cannot see it: its titles, axes and curves"
+    written = dict.fromkeys(re.sub(r'\{.*?\}', '…', label) for _, label in LABELS.findall(source))
+    labels = [' '.join(label.replace('\\n', ' ').split()) for label in written if re.search(r'\w', label)]
+    return 'Figure: ' + '; '.join(labels) if labels else 'Figure, drawn by the code above'
+
+
 def anchor(link: re.Match) -> str:
     "A link to a heading, whose name Jupyter writes as it is, as MyST and GitHub write it"
     return link[1] + re.sub(r'[^\w-]', '', link[2].lower())
@@ -113,6 +125,8 @@ def read_notebook(
             tags.append('hide-input')
             cell.metadata['mystnb'] = dict(code_prompt_show='Imports', code_prompt_hide='Imports')
         cell.metadata['tags'] = tags
+        if any('image/png' in o.get('data', {}) for o in cell.outputs):
+            cell.metadata.setdefault('mystnb', {})['image'] = dict(alt=alt_text(cell.source))
         cell.outputs = [o for o in cell.outputs if not is_noise(o)]
     if module:
         offers = ['```{eval-rst}', f'.. automodule:: cramlit.{module}', '   :members:', '```']

@@ -41,7 +41,7 @@ if repository:  # buttons that lead to the source of a page
                                use_edit_page_button=True)
 templates_path = ['.']
 html_sidebars = {'**': ['navbar-logo.html', 'search-button-field.html', 'menu.html']}
-html_context = dict(menu=book.menu())
+html_context = dict(menu=book.menu(), default_mode='auto')  # light or dark as the reader's system is
 html_show_copyright = False
 html_static_path, html_css_files = ['style.css'], ['style.css']
 html_math_renderer = 'mathml'  # a browser shows it by itself: no script, and none from elsewhere

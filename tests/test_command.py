@@ -1,6 +1,7 @@
 "The command line: exit codes, messages, JSON, and nothing left behind"
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -97,6 +98,16 @@ def test_ctrl_c_is_one_line_that_says_what_the_same_command_does(name, says, mon
     monkeypatch.setitem(COMMANDS, name, fail)
     assert main([name, 'x']) == 1
     assert capsys.readouterr().err == f'cramlit: interrupted; the same command {says}\n'
+
+
+def test_sigterm_counts_as_ctrl_c_so_that_workers_are_ended_too(monkeypatch, capsys):
+    def command(folder: str):
+        signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setitem(COMMANDS, 'verify', command)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(['verify', 'x']) == 1
+    assert capsys.readouterr().err == 'cramlit: interrupted; the same command starts anew\n'
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_missing_extra_is_named_and_a_missing_report_is_no_failure(monkeypatch, capsys, data, tmp_path):

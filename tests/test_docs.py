@@ -69,11 +69,18 @@ def test_a_chapter_is_a_page(built, pages, path):
     shown = [o for c in cells if '#| hide' not in ''.join(c['source']) for o in c.get('outputs', [])]
     linked = sum(''.join(c['source']).count('![') for c in cells if c['cell_type'] == 'markdown')
     assert len(page.find_all('img')) == linked + sum('image/png' in o.get('data', {}) for o in shown)
+    for img in page.find_all('img'): assert img['alt'] and not img['alt'].endswith(('.png', '.svg')), img
     code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
     if '#| default_exp' in code:
         assert page.find('dt', class_='sig') and 'offers' in page.find_all('h2')[-1].get_text()
     for p in page.find_all('p'):
         assert not [t for t in p.find_all(string=True) if '$' in t and not t.find_parent(['code', 'pre'])]
+
+
+def test_a_figure_says_in_words_what_is_written_in_it():
+    code = "ax.set(xlabel='step', ylabel=f'loss of {n}\\nruns')\nax.set_title('rounds')"
+    assert book.alt_text(code) == 'Figure: step; loss of … runs; rounds'
+    assert book.alt_text('draw()').startswith('Figure,')
 
 
 def test_chapters_stand_at_the_side_in_order(built, pages):

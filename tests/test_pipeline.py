@@ -1,13 +1,19 @@
 "The whole pipeline at scale tiny: from enwik8 to the tables, skipped when done, redone when forced"
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import nbformat
 import pandas as pd
+import psutil
 import pytest
 import torch
+from conftest import PATIENCE
 
 from cramlit.core.recipes import CramlitError
 from cramlit.core.results import provenance, read_json_lines, result_row, write_rows
@@ -423,3 +429,58 @@ def test_the_plan_of_a_scale_runs_nothing_and_counts_all_pretraining(tmp_path, c
     assert main([*command, '--only', 'budgets']) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[0])
     assert last['part'] == 'budgets' and last['value'] == round(10*85*60/cores/3600, 2)
+
+
+AT_WORK = '''
+import os, subprocess
+worker = subprocess.Popen(['sleep', '1000000'])
+with open('worker.tmp', 'w') as f: f.write(str(worker.pid))
+os.rename('worker.tmp', 'worker')
+worker.wait()
+'''
+COMMAND = '''
+import sys
+from cramlit.running.command import COMMANDS, main
+from cramlit.running.pipeline import run_notebook
+
+def reproduce(stage: str):
+    "Run a stage"
+    run_notebook(stage, 'copy.ipynb')
+
+COMMANDS['reproduce'] = reproduce
+sys.exit(main(sys.argv[1:]))
+'''
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_stage_and_what_it_has_started_with_one_line(number, tmp_path):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in ('x = 1', AT_WORK)])
+    nb.cells[0].metadata['tags'] = ['parameters']
+    nb.metadata['kernelspec'] = dict(name='python3', display_name='python3', language='python')
+    nbformat.write(nb, tmp_path/'stage.ipynb')
+    (tmp_path/'command.py').write_text(COMMAND)
+    command = [sys.executable, 'command.py', 'reproduce', 'stage.ipynb']
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                               env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    until = time.monotonic() + PATIENCE
+    while not (tmp_path/'worker').exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(.1)
+    process.send_signal(number)  # a terminal's reaches no kernel either, which has a session of its own
+    err = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 1, err
+    assert err == 'cramlit: interrupted; the same command goes on where it stopped\n'
+    worker = int((tmp_path/'worker').read_text())
+    until = time.monotonic() + PATIENCE
+    while psutil.pid_exists(worker) and time.monotonic() < until: time.sleep(.1)
+    assert not psutil.pid_exists(worker)
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_a_signal_while_no_cell_runs_is_not_forgotten(when, tmp_path, monkeypatch):
+    def execute(*args, on_cell_start, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        if when == 'before': on_cell_start(cell={}, cell_index=0)
+    monkeypatch.setattr('papermill.inspect_notebook', lambda path: {'x': 1})
+    monkeypatch.setattr('papermill.execute_notebook', execute)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run_notebook(tmp_path/'x.ipynb', tmp_path/'copy.ipynb', x=2)

@@ -7,9 +7,9 @@ __all__ = ['Needed', 'Settings', 'COMMANDS', 'EXAMPLES', 'TRAINING', 'EXTRAS', '
            'export', 'reproduce', 'report', 'config', 'plan', 'search', 'bench', 'race', 'watch', 'verify', 'main']
 
 # %% ../../nbs/running/81_command.ipynb #898f686f
-import argparse, inspect, io, json, math, os, re, shlex, sys
-from collections.abc import Iterable
-from contextlib import redirect_stderr
+import argparse, inspect, io, json, math, os, re, shlex, signal, sys, threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
@@ -544,13 +544,25 @@ def _main(argv: list[str]) -> int:
     print(f'cramlit: {why}', file=sys.stderr)
     return code
 
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    "SIGTERM, as `kill` and batch systems send it, counts as Ctrl-C: or its workers would go on"
+    in_main = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
+    if not in_main or 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun ends its processes itself
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
 def main(
     argv: list[str]|None = None,  # arguments; None = those of the process
 ) -> int:                         # 0 done, 1 failed, 2 misused, 75 stopped and saved
     "The `cramlit` command"
     for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is replaced, not refused
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
-    with redirect_stderr(_MayBeLost(sys.stderr)): return _main(sys.argv[1:] if argv is None else argv)
+    with redirect_stderr(_MayBeLost(sys.stderr)), _terminated_as_interrupted():
+        return _main(sys.argv[1:] if argv is None else argv)
 
 # %% ../../nbs/running/81_command.ipynb #96d388e3
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())  # not in a notebook

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMEOUT', 'KEPT', 'World', 'processes', 'join_world', 'Bucket', 'share_out', 'Gradients', 'step_together',
-           'keep_share', 'whole_state', 'catch_stop_signals', 'usable_cpus', 'launch']
+           'keep_share', 'whole_state', 'on_stop_signals', 'catch_stop_signals', 'usable_cpus', 'launch']
 
 # %% ../../nbs/training/32_distributed.ipynb #ee2f4182
 import os, signal, subprocess, sys, threading
@@ -274,7 +274,7 @@ def whole_state(
 
 # %% ../../nbs/training/32_distributed.ipynb #7da83ee5
 @contextmanager
-def _signal_handler(handler: Callable[[int, object], object]) -> Iterator[None]:
+def on_stop_signals(handler: Callable[[int, object], object]) -> Iterator[None]:
     "Handle SIGINT and SIGTERM meanwhile; outside the main thread, where Python allows none, do nothing"
     in_main = threading.current_thread() is threading.main_thread()
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM) if in_main}
@@ -292,7 +292,7 @@ def catch_stop_signals(
         if caught and 'TORCHELASTIC_RUN_ID' not in os.environ: raise KeyboardInterrupt
         caught.append(number)
     def stop_requested() -> bool: return bool(caught) or stop_file.exists()
-    with _signal_handler(note): yield stop_requested
+    with on_stop_signals(note): yield stop_requested
 
 # %% ../../nbs/training/32_distributed.ipynb #5b3d17c2
 def usable_cpus() -> int:
@@ -321,7 +321,7 @@ def launch(
         (out/'stop').touch()
         print('\nfinishing the step and saving; once more to leave at once', file=sys.stderr)
     assert process.stderr is not None  # it is a pipe
-    with _signal_handler(request_stop):
+    with on_stop_signals(request_stop):
         while chunk := os.read(process.stderr.fileno(), 4096):
             sys.stderr.write(chunk.decode(errors='replace'))
             sys.stderr.flush()
