@@ -7,8 +7,9 @@ __all__ = ['STAGES', 'run_notebook', 'Stage', 'paper_notebook', 'code_of', 'Work
            'timetable', 'write_index', 'reproduce', 'pretraining_of', 'planned']
 
 # %% ../../nbs/running/80_pipeline.ipynb #24cb8400
-import ast, json, os, sys, time
-from collections.abc import Iterable, Iterator
+import ast, json, os, signal, sys, time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import resolve_name
@@ -21,6 +22,29 @@ from ..core.results import atomic, provenance, read_rows, result_row, sha256, wr
 from ..core.scales import get_recipe, get_scale
 
 # %% ../../nbs/running/80_pipeline.ipynb #cf1dc3fd
+@contextmanager
+def _stopped_in_order() -> Iterator[Callable]:  # to be called before each cell, and when one has failed
+    "SIGINT and SIGTERM end the cell that runs, a second one the kernel; then raises KeyboardInterrupt"
+    import psutil
+    from cramlit.training.distributed import on_stop_signals
+    signals, cells = list[int](), list[int]()
+    def to_kernels(number):
+        for p in psutil.Process().children():
+            if os.getpgid(p.pid) == p.pid: os.killpg(p.pid, number)
+    def pass_on(number, frame):
+        signals.append(number)
+        if len(signals) > 1: to_kernels(signal.SIGKILL)
+        elif cells: to_kernels(signal.SIGINT)  # while it starts, it would die of it, and say so
+    def at_cell(cell, cell_index, execute_reply=None):
+        cells.append(cell_index)
+        if not signals: return
+        to_kernels(signal.SIGKILL)  # asked to end after an interrupt, it complains of tasks of its own
+        raise KeyboardInterrupt
+    with on_stop_signals(pass_on):
+        try: yield at_cell
+        finally:
+            if signals: raise KeyboardInterrupt from None  # whatever it was that ended
+
 def run_notebook(
     notebook: str|Path,  # what to run
     output: str|Path,    # where the executed copy goes; its folder is the notebook's working directory
@@ -29,7 +53,6 @@ def run_notebook(
     "Run a notebook; raises `UsageError` for unknown parameters, `CramlitError` when a cell fails"
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
-    from nbclient.exceptions import DeadKernelError
     notebook, output = Path(notebook), Path(output)
     known = papermill.inspect_notebook(str(notebook))
     if not known: raise UsageError(f'{notebook} has no cell tagged "parameters": it would run as it is')
@@ -38,13 +61,15 @@ def run_notebook(
     output.parent.mkdir(parents=True, exist_ok=True)
     quiet = ['--log-level=ERROR']  # otherwise ipykernel warns of the way in which it was started
     try:
-        papermill.execute_notebook(str(notebook), str(output), parameters, progress_bar=False,
-                                   stderr_file=sys.stderr, cwd=str(output.parent), extra_arguments=quiet,
-                                   start_timeout=1800)  # s; a busy machine loads libraries slowly
+        with _stopped_in_order() as at_cell:
+            papermill.execute_notebook(str(notebook), str(output), parameters, progress_bar=False,
+                                       stderr_file=sys.stderr, cwd=str(output.parent), extra_arguments=quiet,
+                                       on_cell_start=at_cell, on_cell_error=at_cell,
+                                       start_timeout=1800)  # s; a busy machine loads libraries slowly
     except papermill.PapermillExecutionError as e:
         raise CramlitError(f'{notebook.name} failed with {e.ename}: {e.evalue}. '
                            f'The executed copy shows where: {output}') from None
-    except (DeadKernelError, NoSuchKernel) as e:  # killed for lack of memory, or not installed
+    except (RuntimeError, NoSuchKernel) as e:  # killed for lack of memory, or not installed
         raise CramlitError(f'{notebook.name} has no kernel: {type(e).__name__}: {e}. '
                            f'What was run of it is in {output}') from None
     return output
@@ -414,8 +439,8 @@ def write_index(
              'Every table names the commit, the hardware and the versions it comes from; figures carry them '
              'inside. The rows of all numbers are in `rows/`, and the notebooks that made them '
              '[at the end](#time-spent), as they ran.', *page_origin(rows_of)]
-    begun = {stage for stage, *_ in _so_far(ws, lacking)}
-    older = [s.name for s in STAGES.values() if s.name not in begun and any(map(ws.made, s.makes))]
+    done = {stage for stage, _, _, why in _so_far(ws, lacking) if not why}
+    older = [s.name for s in STAGES.values() if s.name not in done and any(map(ws.made, s.makes))]
     if older:
         parts.append(f'**Tables and figures of {", ".join(older)} are of earlier runs**: each names its own '
                      'commit and hardware, and its rows are not here.')
