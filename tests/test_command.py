@@ -224,3 +224,9 @@ def test_what_a_run_has_learned_in_words():
                          '2.00 nats below the unigram baseline')
     assert 'not yet more than how frequent tokens are' in said(6.55)
     assert said(None) == 'the run has no validation loss'
+
+
+@pytest.mark.parametrize('args, code', [(['config', '--scale', 'tiny'], 0), (['config', '--scale', 'no'], 2)])
+def test_a_process_without_standard_streams(args, code, monkeypatch):
+    for name in ('stdout', 'stderr'): monkeypatch.setattr(sys, name, None)
+    assert main(args) == code

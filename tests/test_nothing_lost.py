@@ -235,3 +235,10 @@ def test_a_report_that_cannot_be_drawn_ends_no_run(data, tmp_path, monkeypatch, 
     monkeypatch.setattr('cramlit.reporting.run_report.write_page', wrong)
     assert train(data, tmp_path/'run') == 0
     assert 'report.html: ' in capsys.readouterr().err and (tmp_path/'run'/'model'/'config.json').exists()
+
+
+def test_the_checkout_that_a_git_hook_names_is_not_ours(tmp_path, monkeypatch):
+    from cramlit.core.results import _git
+    ours = _git('rev-parse', 'HEAD')
+    monkeypatch.setenv('GIT_DIR', str(tmp_path/'elsewhere'))
+    assert _git('rev-parse', 'HEAD') == ours

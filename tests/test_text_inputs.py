@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -929,3 +930,44 @@ def test_a_zip_as_a_mac_makes_it(tmp_path):
         z.writestr('a.txt', 'A text.')
         z.writestr('__MACOSX/._a.txt', b'\0\5')
     assert texts_of(tmp_path/'a.txt.zip') == ['A text.']
+
+
+def test_a_source_that_can_be_read_only_once_is_refused(tmp_path):
+    os.mkfifo(tmp_path/'text.txt')  # with nobody at its other end
+    with pytest.raises(UsageError, match='is a pipe or a device'): list(documents(str(tmp_path/'text.txt')))
+
+
+@pytest.mark.parametrize('source, says', [
+    ('https://example.com/text.txt', 'is an address: fetch'), ('hub:', 'names no data set')])
+def test_a_source_that_is_no_place_says_so(source, says):
+    with pytest.raises(UsageError, match=says): list(documents(source))
+
+
+def test_of_a_dump_of_the_history_the_last_version_counts(tmp_path):
+    text = 'A river was quiet and the old man walked home slowly over the bridge. '*3
+    versions = ''.join(f'<revision><text>{text} This is version {n}.</text></revision>' for n in range(3))
+    end = '<page><title>B</title><revision><text>' + text + '</text></revision>'  # the file is cut off here
+    (tmp_path/'wiki.xml').write_text(f'<mediawiki><page><title>A</title>{versions}</page>{end}')
+    counts = Counter()
+    first, second = documents(str(tmp_path/'wiki.xml'), counts=counts)
+    assert 'version 2' in first.text and 'version 1' not in first.text and second.id == 'B'
+    assert counts['earlier versions of pages'] == 2 and counts['pages cut off by the end of the file'] == 1
+
+
+def test_articles_of_wikiextractor_without_a_title_in_double_quotes(tmp_path):
+    (tmp_path/'wiki_00').write_text("<doc id='1' title='T'>\nA river.\n</doc>\n"
+                                    "<doc id='2'>\nA house.\n</doc>\n")
+    assert [d.text for d in documents(str(tmp_path/'wiki_00'))] == ['A river.', 'A house.']
+
+
+def test_parquet_with_nulls_on_the_way_and_bytes_that_are_no_text(tmp_path):
+    pq.write_table(pa.table({'doc': [{'text': 'A river.'}, None]}), tmp_path/'null.parquet')
+    counts = Counter()
+    docs = documents(str(tmp_path/'null.parquet'), counts=counts, field='doc.text')
+    assert [d.text for d in docs] == ['A river.']
+    assert counts['empty'] == 1
+    as_bytes = pa.array([b'caf\xe9'], pa.binary())
+    strings = pa.Array.from_buffers(pa.string(), 1, as_bytes.buffers())  # which nobody has looked at
+    pq.write_table(pa.table({'text': strings}), tmp_path/'latin1.parquet')
+    with pytest.raises(CramlitError, match='latin1.parquet has a text that is not UTF-8'):
+        list(documents(str(tmp_path/'latin1.parquet')))

@@ -165,7 +165,8 @@ def _git(*args) -> str:
     "What git says in the checkout of this package; empty without git, and outside a checkout"
     here = Path(__file__).resolve().parents[2] if '__file__' in globals() else Path.cwd().parents[1]
     if not (here/'.git').exists(): return ''
-    try: run = subprocess.run(['git', *args], cwd=here, capture_output=True, text=True)
+    own = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}  # a hook's name another checkout
+    try: run = subprocess.run(['git', *args], cwd=here, capture_output=True, text=True, env=own)
     except OSError: return ''
     return run.stdout.strip() if run.returncode == 0 else ''
 

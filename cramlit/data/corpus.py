@@ -204,7 +204,7 @@ def pages(
 ) -> Iterator[tuple[str, str]]:   # title, wikitext
     "The articles of a Wikipedia dump, one at a time; raises `CramlitError` when it is damaged"
     path, counts = Path(path), Counter() if counts is None else counts
-    title, namespace, redirects = '', '', False
+    title, namespace, redirects, latest = '', '', False, None
     with reading(path), open_unpacked(path) as f:
         try:
             events = ElementTree.iterparse(f, ('start', 'end'))
@@ -215,13 +215,21 @@ def pages(
                 if tag == 'title': title, namespace, redirects = text, '', False
                 elif tag == 'ns': namespace = text
                 elif tag == 'redirect': redirects = True
-                elif tag == 'page': root.clear()
-                elif tag == 'text' and _is_article(title, namespace, redirects, text, counts):
-                    yield title, text
+                elif tag == 'text':
+                    if latest is not None: counts['earlier versions of pages'] += 1
+                    latest = text
+                elif tag == 'revision': element.clear()  # in a dump of the history a page has thousands
+                elif tag == 'page':
+                    root.clear()
+                    if latest is not None and _is_article(title, namespace, redirects, latest, counts):
+                        yield title, latest
+                    latest = None
         except ElementTree.ParseError as e:
             if e.code not in _CUT_OFF:
                 raise CramlitError(f'{path} is damaged XML ({e}): fetch it again, or leave it out') from None
             counts['pages cut off by the end of the file'] += 1
+            if latest is not None and _is_article(title, namespace, redirects, latest, counts):
+                yield title, latest
 
 # %% ../../nbs/data/10_corpus.ipynb #b7d3c0a9
 # Wikipedia's language codes, closed ones and ones that were renamed included, as in [[de:Fluss]]
@@ -384,6 +392,9 @@ def source_files(
         what = 'is a link to nothing' if path.is_symlink() else 'does not exist'
         raise UsageError(f'{path} {what}: give enwik8, hub:NAME[:CONFIG], or files and folders') from None
     except OSError as e: raise cannot_read(path, e) from None
+    if not path.is_dir() and not path.is_file():
+        raise UsageError(f'{path} is a pipe or a device, and a source is read more than once: '
+                         'write what comes from it into a file')
     if not path.is_dir():
         kind = file_kind(path) or path.suffix.lower() == '.json' and 'json'
         if kind: return {path: kind}
@@ -405,7 +416,7 @@ def record_text(
     value = record
     for key in [field] if isinstance(record, dict) and field in record else field.split('.'):
         value = value.get(key, record) if isinstance(value, dict) else record
-        if value is record: break
+        if value is None or value is record: break
     if value is None or isinstance(value, str): return value or ''
     found = ', '.join(map(str, record)) if isinstance(record, dict) else f'a {type(record).__name__}'
     raise CramlitError(f'no field "{field}" with a string, only {found}: name the field that holds the text, '
@@ -466,6 +477,7 @@ def _parquet(path: Path, field: str) -> Iterator[Document]:
         batches = file.iter_batches(1024, columns=[field], use_threads=False)
         records = (record for batch in batches for record in batch.to_pylist())
         for n, record in enumerate(records, 1): yield Document(f'{path.name}:{n}', record_text(record, field))
+    except UnicodeDecodeError as e: raise CramlitError(f'{path} has a text that is not UTF-8 ({e})') from None
     except (pa.ArrowException, OSError) as e:
         if getattr(e, 'errno', None): raise cannot_read(path, e) from None
         raise CramlitError(f'{path} is not a whole parquet file: {e}') from None
@@ -540,14 +552,14 @@ def _text_file(path: Path, split: str) -> Iterator[Document]:
     yield Document(f'{path.name}:{n + 1}' if n else path.name, rest.strip() if between else rest)
 
 # %% ../../nbs/data/10_corpus.ipynb #d9b37a15
-_EXTRACTED = re.compile(r'\s*<doc [^>]*title="([^"]*)"[^>]*>\s*(.*)', re.S)
+_EXTRACTED = re.compile(r'\s*<doc (?:[^>]*title="([^"]*)")?[^>]*>\s*(.*)', re.S)
 
 def _extract(path: Path) -> Iterator[Document]:
     rest = ''
     for piece in _decoded(path):
         *whole, rest = (rest + piece).split('</doc>')
         for found in filter(None, map(_EXTRACTED.match, whole)):
-            title = html.unescape(found[1])
+            title = html.unescape(found[1] or '')
             yield Document(title, found[2].removeprefix(title).strip())
     if rest.strip(): raise CramlitError(f'{path} is truncated: its last article has no end. Extract it again')
 
@@ -590,6 +602,7 @@ def hub(
     field: str = 'text',  # that holds the text
 ) -> Iterator[Document]:
     "Documents of the train split of a hub data set; raises `CramlitError` when it cannot be read to its end"
+    if not name.strip(): raise UsageError('hub: names no data set: give hub:NAME[:CONFIG]')
     try:
         from datasets import load_dataset
         for n, record in enumerate(load_dataset(name, config or None, split='train', streaming=True)):
@@ -605,6 +618,8 @@ def split_source(
     source: str,  # enwik8, hub:NAME[:CONFIG] and paths, with the system's path separator between
 ) -> list[str]:   # each of them
     "The parts of a source; what exists under a name with a separator in it is one part"
+    if address := re.search(r'\w+://\S+', source):
+        raise UsageError(f'{address[0]} is an address: fetch what is there, and give the path of the file')
     words, parts = source.split(os.pathsep), list[str]()
     while words:
         n = next((n for n in range(len(words), 1, -1) if os.path.exists(os.pathsep.join(words[:n]))), 1)

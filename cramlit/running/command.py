@@ -559,6 +559,8 @@ def main(
     argv: list[str]|None = None,  # arguments; None = those of the process
 ) -> int:                         # 0 done, 1 failed, 2 misused, 75 stopped and saved
     "The `cramlit` command"
+    for name in ('stdout', 'stderr'):  # a service may have none, or a closed one
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
     for stream in (sys.stdout, sys.stderr):  # what a terminal's encoding lacks is replaced, not refused
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors='replace')
     with redirect_stderr(_MayBeLost(sys.stderr)), _terminated_as_interrupted():
