@@ -118,7 +118,8 @@ def test_a_committed_page_says_of_which_commits_and_machines_it_is(page):
         tables = [page.parent/f'{name}.md' for name in stage.makes if stage.name not in earlier]
         for path in filter(Path.exists, tables):
             for commits in re.findall(r'^Commit: (.+)$', path.read_text(), re.M):
-                assert {c.removesuffix('+changes') for c in commits.split(', ')} <= {c for c, *_ in origins}, path
+                mine = {c.removesuffix('+changes') for c in commits.split(', ')}
+                assert mine <= {c for c, *_ in origins}, path
 
 
 def test_executed_notebooks_are_there_to_be_read(finished):
