@@ -88,6 +88,14 @@ def test_what_a_step_took_is_published_with_the_page(tmp_path):
     assert 'Put into `runs/laptop/texts`' in page
 
 
+def test_a_page_tells_what_an_earlier_run_has_left_on_it(tmp_path):
+    ws = workspace('laptop', tmp_path)
+    assert 'earlier runs' not in pipeline.write_index(ws, {}).read_text()
+    (ws.figures/'scaling.md').write_text('**Loss against compute.**')
+    page = pipeline.write_index(ws, {}).read_text()
+    assert '**Tables and figures of scaling are of earlier runs**' in page
+
+
 COMMITTED = [page for page in sorted((ROOT/'paper_figures').glob('*/README.md'))
              if page.read_text().startswith('# Results at scale')]
 
@@ -104,9 +112,14 @@ def test_a_committed_page_says_of_which_commits_and_machines_it_is(page):
     for commit, dirty, hardware in origins:
         assert f'{commit}{" with changes" if dirty else ""}' in text and hardware in text
     assert ('All numbers are of one state' in text) == (len(origins) == 1)
-    for path in page.parent.glob('*.md'):  # and no table is of a commit that no row has
-        for commits in re.findall(r'^Commit: (.+)$', path.read_text(), re.M):
-            assert {c.removesuffix('+changes') for c in commits.split(', ')} <= {c for c, *_ in origins}, path
+    named = re.search(r'Tables and figures of (.+) are of earlier runs', text)
+    earlier = named[1].split(', ') if named else []
+    for stage in ALL_STAGES.values():  # and no other table is of a commit that no row has
+        tables = [page.parent/f'{name}.md' for name in stage.makes if stage.name not in earlier]
+        for path in filter(Path.exists, tables):
+            for commits in re.findall(r'^Commit: (.+)$', path.read_text(), re.M):
+                mine = {c.removesuffix('+changes') for c in commits.split(', ')}
+                assert mine <= {c for c, *_ in origins}, path
 
 
 def test_executed_notebooks_are_there_to_be_read(finished):

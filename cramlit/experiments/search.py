@@ -210,9 +210,14 @@ def calibrate(
     "Turn a budget of seconds into steps: time a step of every contestant, in turns"
     known = read_rows(path) if path.exists() else []
     names = {_contestant(t.recipe): t for t in reversed(trials)}  # the first of each kind
-    missing = {key: t for key, t in reversed(names.items()) if key not in {r['contestant'] for r in known}}
-    if missing:
-        known += _time_steps(missing, study, turns)
+    before = {r['contestant']: r['value'] for r in known}
+    anchor = next((key for key in reversed(names) if key in before), '')  # is timed again beside new ones
+    missing = {key: t for key, t in reversed(names.items()) if key == anchor or key not in before}
+    if len(missing) > (anchor != ''):
+        timed = _time_steps(missing, study, turns)
+        pace = next((before[anchor]/r['value'] for r in timed if r['contestant'] == anchor), 1.)
+        for r in timed: r.update({name: r[name]*pace for name in ('value', 'low', 'high')}, pace=pace)
+        known += [r for r in timed if r['contestant'] != anchor]
         write_rows(path, known)
     steps = {r['contestant']: max(1, round(study.trials.budget/r['value'])) for r in known}
     return [replace(t, steps=steps[_contestant(t.recipe)]) for t in trials]
