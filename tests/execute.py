@@ -15,5 +15,6 @@ if __name__ == '__main__':
         NotebookClient(nb, kernel_name='python3', resources=where).execute()
         for cell in nb.cells:
             if cell.cell_type == 'code': cell.outputs = [o for o in cell.outputs if not is_noise(o)]
+        nb.metadata.pop('widgets', None)  # the state of progress bars that are gone
         nbformat.write(nb, path)
         print(path)

@@ -135,6 +135,7 @@ def test_outputs_are_results(path):
     for o in (o for c in cells(path) for o in c['outputs']):
         assert o['output_type'] != 'error' and o.get('name') != 'stderr'
         assert 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})
+    assert 'IPY_MODEL' not in path.read_text()  # the state of widgets that nobody sees
 
 
 @pytest.mark.parametrize('path', PAPER, ids=lambda p: p.stem)
