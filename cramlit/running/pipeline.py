@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'run_notebook', 'Stage', 'paper_notebook', 'code_of', 'Work
 # %% ../../nbs/running/80_pipeline.ipynb #24cb8400
 import ast, json, os, signal, sys, time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import resolve_name
@@ -30,7 +30,8 @@ def _stopped_in_order() -> Iterator[Callable]:  # to be called before each cell,
     signals, cells = list[int](), list[int]()
     def to_kernels(number):
         for p in psutil.Process().children():
-            if os.getpgid(p.pid) == p.pid: os.killpg(p.pid, number)
+            with suppress(ProcessLookupError):  # it may just have ended
+                if os.getpgid(p.pid) == p.pid: os.killpg(p.pid, number)
     def pass_on(number, frame):
         signals.append(number)
         if len(signals) > 1: to_kernels(signal.SIGKILL)
@@ -59,7 +60,7 @@ def run_notebook(
     for name in parameters:
         if name not in known: raise unknown(f'parameter of {notebook.name}', name, known)
     output.parent.mkdir(parents=True, exist_ok=True)
-    quiet = ['--log-level=ERROR']  # otherwise ipykernel warns of the way in which it was started
+    quiet = ['--log-level=CRITICAL']  # ipykernel logs how it was started, and that it was asked to end
     try:
         with _stopped_in_order() as at_cell:
             papermill.execute_notebook(str(notebook), str(output), parameters, progress_bar=False,
