@@ -678,7 +678,8 @@ def write_race(
              f'p: one-sided, below {LEVEL:g} both for a record; that the loss is not below the target, and '
              'that the time is not below that of the record before.']
     files = write_table(records, page/track, f'Records, track {track}.', notes, rows)
-    for path in page.glob(f'{track}_rejected.*'): path.unlink()  # of an entry that is a record now
+    for suffix in ('md', 'csv', 'tex'):  # of an entry that is a record now
+        (page/f'{track}_rejected.{suffix}').unlink(missing_ok=True)
     if len(rejected):
         caption = f'Entries that were no records, track {track}.'
         files += write_table(rejected, page/f'{track}_rejected', caption, [], rows)

@@ -347,8 +347,8 @@ def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage
     if not timings.exists(): return ''
     write_rows(ws.figures/'rows'/CALIBRATION, read_rows(timings))
     return (f'Studies count steps; `rows/{CALIBRATION}` has the seconds of a step that made steps of their '
-            f'budgets. Put into `runs/{ws.scale}/texts` before the first study, it gives every run the same '
-            'number of steps on another machine.')
+            f'budgets. Put into `runs/{ws.scale}/texts` before the first study, it gives tuning, comparison, '
+            'ablation, scaling and budgets the same numbers of steps on another machine.')
 
 def page_origin(
     rows_of: dict[str, list[dict]],  # stage → its rows
