@@ -429,11 +429,11 @@ def test_the_plan_of_a_scale_runs_nothing_and_counts_all_pretraining(tmp_path, c
         f'{s} {r}' for s in EACH for r in ('24hbert', 'modern')}
     cores = rows['all']['cores']
     assert rows['pretrain modern']['value'] == round(960/3600, 2)  # one run, by the clock
-    assert rows['comparison']['runs'] == 56 and rows['comparison']['value'] == round(56*240/cores/3600, 2)
+    assert rows['comparison']['runs'] == 35 and rows['comparison']['value'] == round(35*240/cores/3600, 2)
     assert rows['all']['value']*cores < 16  # an evening and a night of two cores
     assert main([*command, '--only', 'budgets']) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[0])
-    assert last['part'] == 'budgets' and last['value'] == round(10*85*60/cores/3600, 2)
+    assert last['part'] == 'budgets' and last['value'] == round(6*85*60/cores/3600, 2)
 
 
 AT_WORK = '''
