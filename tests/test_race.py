@@ -1,11 +1,12 @@
 "The race: which entries are let in, the verdict on known numbers, a race of two entries, and the page"
 import json
+import shutil
 from pathlib import Path
 
 import joblib
 import pandas as pd
 import pytest
-from scipy.stats import ttest_1samp, ttest_rel
+from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
 from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.results import read_json_lines
@@ -98,6 +99,8 @@ def test_the_verdict_on_known_numbers():
     for name, losses in (('fast', LOW), ('high', [4.19, 4.21, 4.2, 4.18, 4.2])):
         p = ttest_1samp(losses, 4.2, alternative='less').pvalue
         assert v.p_target[name] == pytest.approx(p)
+        welch = ttest_ind(losses, [4.3, 4.1, 4.2, 4.25, 4.16], equal_var=False, alternative='less').pvalue
+        assert v.p_first[name] == pytest.approx(welch)
     a, b = 4*pd.Series(faster) + pd.Series([.1, .2, .1]), 5*pd.Series(fast)
     assert v.p_faster['faster'] == pytest.approx(ttest_rel(a, b, alternative='less').pvalue)
     half = b.sem()*4.302652729696142  # t(2) at 97.5 %
@@ -198,6 +201,22 @@ def test_calibrating_anew_replaces_the_clock_and_nothing_else(small):
     _, rows = run_race([], 'tiny', small['page'], small['out'], calibrate=True)
     def rest(rows): return [r for r in rows if r.get('kind') != 'calibrated']
     assert rest(rows) == rest(small['rows']) and len(rows) == len(small['rows'])
+
+
+def test_a_new_entry_is_timed_in_the_same_turns_as_all_others(small, monkeypatch, tmp_path):
+    page = tmp_path/'page'
+    shutil.copytree(small['page'], page)
+    third = write(tmp_path/'3_third.json', steps=3)
+    def as_the_first(entry, out):
+        mine = [r for r in small['rows'] if r['entry'] == '1_first' and 'seed' in r]
+        return [r | dict(entry=entry.name, id=entry.id) for r in mine]
+    def names(entries, out):
+        about = dict(metric='seconds_per_step', value=0., turns=[], kind='calibrated')
+        return [about | dict(entry=e.name, id=e.id) for e in entries]
+    monkeypatch.setattr(speedrun, 'run_entry', as_the_first)
+    monkeypatch.setattr(speedrun, 'time_entries', names)
+    _, rows = run_race([str(third)], 'tiny', page, small['out'])
+    assert [r['entry'] for r in rows if r.get('kind') == 'calibrated'] == ['1_first', '2_second', '3_third']
 
 
 def test_the_command_takes_a_file_and_draws_the_page(small, capsys):

@@ -235,6 +235,7 @@ def judge(
 ) -> pd.DataFrame:         # entry × what was found, `record`, and `why` not
     "Which entries were records; `CramlitError` where two were not measured by the same held-out text"
     lines, best, goal, rulers = list[dict](), pd.Series(dtype=float), 0., set[str]()
+    of_first = pd.Series(dtype=float)
     for e in entries:
         mine = [r for r in rows if r.get('id') == e.id]
         losses, timed = _values(mine, 'validation_loss'), _values(mine, 'seconds_per_step')
@@ -245,18 +246,20 @@ def judge(
         time = scores(e, mine)
         first = not lines
         if first: goal = target(mine)
-        whole = [x for x in losses if x is not None]
-        reached = below(difference(pd.Series(whole), goal)) if len(whole) >= len(SEEDS) else 1.
+        whole = pd.Series([x for x in losses if x is not None], dtype=float)
+        if first: of_first = whole.set_axis(['first']*len(whole))  # other names, so no pairs
+        reached = below(difference(whole, goal)) if len(whole) >= len(SEEDS) else 1.
         faster = 0. if first else below(difference(time, best))
         why = ''
         if not first and reached >= LEVEL: why = f'not below the target (p = {reached:.2g})'
         elif not first and faster >= LEVEL: why = f'not faster than the record (p = {faster:.2g})'
         if not why: best = time
-        score = difference(time, 0.)
+        score, its_mean = difference(time, 0.), difference(whole, 0.)
         lines.append(dict(entry=e.name, seconds=time.median(), low=score.low, high=score.high,
-                          part=time.median()/TRACKS[e.track].seconds, loss=mean(whole) if whole else None,
-                          deviation=pd.Series(whole).std(), seeds=len(whole), p_target=reached,
-                          p_faster=faster, record=not why, why=why))
+                          part=time.median()/TRACKS[e.track].seconds, loss=whole.mean(),
+                          loss_low=its_mean.low, loss_high=its_mean.high, deviation=whole.std(),
+                          seeds=len(whole), p_target=reached, p_faster=faster,
+                          p_first=below(difference(whole, of_first)), record=not why, why=why))
     return pd.DataFrame(lines).set_index('entry') if lines else pd.DataFrame()
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #64a00013
@@ -295,7 +298,7 @@ def run_race(
     track: str,             # laptop | gpu | tiny
     page: str|Path,         # the folder of the race
     out: str|Path,          # for prepared text and trials
-    calibrate: bool = False,  # time all entries anew; nothing else may be running
+    calibrate: bool = False,  # time all entries anew, as a new one does; nothing else may be running
 ) -> tuple[list[Entry], list[dict]]:  # of the track, and their rows
     "Run, time and keep what is missing; raises `UsageError` for entries that cannot be"
     page, out = Path(page), Path(out)/track
@@ -314,9 +317,8 @@ def run_race(
         else: rows += new
         write_rows(page/f'{track}.jsonl', rows)
     run = [e for e in entries if known(e, 'validation_loss')]
-    due = [e for e in run if calibrate or not known(e, 'seconds_per_step')]
-    if due:
-        timed = time_entries([entries[0], *(e for e in due if e is not entries[0])], out)
+    if any(calibrate or not known(e, 'seconds_per_step') for e in run):  # all of them, in the same turns
+        timed = time_entries(run, out)
         again = {r['id'] for r in timed}
         rows = [r for r in rows if not (r.get('kind') == 'calibrated' and r['id'] in again)] + timed
         write_rows(page/f'{track}.jsonl', rows)
