@@ -73,7 +73,8 @@ def test_the_rows_of_a_page_are_beside_it_and_it_says_whose_they_are(finished):
     assert {(r['commit'], r['hardware']) for some in rows.values() for r in some} == {
         (provenance()['commit'], provenance()['hardware'])}
     said, = page_origin(rows)
-    assert said.startswith('All numbers in `rows/` are of one state') and said in (figures/'README.md').read_text()
+    assert said.startswith('All numbers in `rows/` are of one state')
+    assert said in (figures/'README.md').read_text()
     elsewhere = {name: [r | dict(commit='0ther') for r in some] for name, some in rows.items()}
     warning, table = page_origin(rows | dict(scaling=elsewhere['scaling']))
     assert '2 origins' in warning and table.splitlines()[-1].endswith(' | scaling |') and '| 0ther' in table

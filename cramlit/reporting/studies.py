@@ -58,6 +58,7 @@ def seeds_and_seconds(t: pd.DataFrame) -> str:
     "How many runs there were of each, and how long they were"
     return f'{t.seed.nunique()} seeds, {t.seconds.median():.0f} s each (median), as steps timed beforehand'
 
+# %% ../../nbs/reporting/75_studies.ipynb #75f00002
 NEAR = .2  # nats from the unigram baseline within which a network has hardly left the plateau
 
 def by_hand(
@@ -88,7 +89,6 @@ SIGNIFICANCE = ('Change: difference of the means over seeds, by pairs where both
 VALIDATION = ('Validation: 15 % of the tokens of held-out sequences replaced by [MASK], the same tokens for '
               'all, of the half of the held-out text by which no setting of this study was chosen. Times to '
               'a loss are of the other half.')
-
 
 # %% ../../nbs/reporting/75_studies.ipynb #33019e78
 NOT_RECOVERED = 'The values of the published table were not recovered.'

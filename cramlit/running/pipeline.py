@@ -348,9 +348,9 @@ def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage
     write_rows(ws.figures/'rows'/CALIBRATION, read_rows(timings))
     return (f'Studies count steps; `rows/{CALIBRATION}` has the seconds of a step that made steps of their '
             f'budgets. Put into `runs/{ws.scale}/texts` before the first study, it gives the same commit the '
-            'same numbers of steps on another machine, and these give the same numbers on the same kind of CPU '
-            'with the same versions. Stages that go by the clock, the main runs among them, have others each '
-            'time.')
+            'same numbers of steps on another machine, and these give the same results on the same kind of '
+            'CPU with the same versions. Stages that go by the clock, the main runs among them, have others '
+            'each time.')
 
 def page_origin(
     rows_of: dict[str, list[dict]],  # stage → its rows
