@@ -186,6 +186,8 @@ def test_every_recipe_has_as_many_tries_on_the_same_axes(scale):
         for t in mine[1:]:
             assert t.recipe.optim.lr in shared['peak LR'] and t.recipe.schedule.warmup in shared['warm-up']
             assert t.recipe.batch.global_batch_size in shared['batch']
+        reported = {t.seed for t in recipe_trials({name: ()}, scale)}
+        assert not reported & {t.seed for t in mine} and len({t.seed for t in mine}) == 1
         assert ('window' in axes(name, scale)) == (get_recipe(name, scale).model.window > 0)
 
 
@@ -349,7 +351,8 @@ def test_a_search_and_the_comparison_that_follows_from_it_are_the_same_a_second_
 
     def time_steps(trials, study, turns):  # as a quiet machine might, so that nothing here is of the clock
         timed.extend(trials)
-        return [result_row('seconds_per_step', .04, 's', contestant=key, low=.04, high=.04) for key in trials]
+        about = dict(low=.04, high=.04, before=0.)
+        return [result_row('seconds_per_step', .04, 's', contestant=key, **about) for key in trials]
     monkeypatch.setattr(search, '_time_steps', time_steps)
     for name in 'ab':
         found = run_tuning(['24hbert', 'modern'], small_scale, tmp_path/'data', tmp_path/name/'tuning')

@@ -317,7 +317,7 @@ def test_a_grid_of_several_seeds_is_judged_by_their_means():
 
 
 def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(tmp_path, monkeypatch):
-    "A machine that is half as fast in the second hour must not give its newcomers half of the steps"
+    "A machine half as fast in the second hour gives as many steps; what precedes the first is taken off"
     t, pace = replace(TRIALS, budget=10., steps=0), [1.]
     first, second = trials_of(tmp_path, (1e-3,)), [replace(x, settings=(*x.settings, 'model.num_layers=1'))
                                                    for x in trials_of(tmp_path, (1e-3,))]
@@ -326,13 +326,15 @@ def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(tmp_path,
     def time_steps(trials, study, turns):
         seconds = {2: .1, 1: .05}
         found = {key: seconds[x.recipe.model.num_layers]*pace[0] for key, x in trials.items()}
-        return [result_row('seconds_per_step', value, 's', low=value, high=value, contestant=key)
+        before = {2: 0., 1: 2.*pace[0]}
+        return [result_row('seconds_per_step', value, 's', low=value, high=value, contestant=key,
+                           before=before[trials[key].recipe.model.num_layers])
                 for key, value in found.items()]
 
     monkeypatch.setattr(s, '_time_steps', time_steps)
     assert [x.steps for x in s.calibrate(first, study, tmp_path/'times.jsonl')] == [100]
     pace[0] = 2.
-    assert [x.steps for x in s.calibrate(first + second, study, tmp_path/'times.jsonl')] == [100, 200]
+    assert [x.steps for x in s.calibrate(first + second, study, tmp_path/'times.jsonl')] == [100, 160]
     assert values(read_rows(tmp_path/'times.jsonl'), 'seconds_per_step') == [.1, .05]
     monkeypatch.setattr(s, '_time_steps', None)  # nothing is left to time
-    assert [x.steps for x in s.calibrate(second, study, tmp_path/'times.jsonl')] == [200]
+    assert [x.steps for x in s.calibrate(second, study, tmp_path/'times.jsonl')] == [160]

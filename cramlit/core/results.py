@@ -7,7 +7,7 @@ __all__ = ['note', 'cache_dir', 'cannot_write', 'cannot_read', 'sync_folder', 'a
            'sha256', 'provenance', 'result_row', 'write_rows', 'read_json_lines', 'read_rows']
 
 # %% ../../nbs/core/02_results.ipynb #e2a83050
-import errno, hashlib, json, math, os, platform, subprocess, sys, tempfile
+import errno, hashlib, json, math, os, platform, re, subprocess, sys, tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -170,12 +170,16 @@ def _git(*args) -> str:
     except OSError: return ''
     return run.stdout.strip() if run.returncode == 0 else ''
 
+_VECTORS = {'amx_bf16': 'AMX', 'avx512_bf16': 'AVX512-BF16', 'avx512f': 'AVX512', 'avx2': 'AVX2'}
+# flags of Linux, the one that multiplies most at a time first
+
 def _cpu() -> str:
-    "The processor's name as the system tells it"
-    try:
-        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace').splitlines()
-        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    "The processor's name as the system tells it, and its widest instructions, which the name may not tell"
+    try: text = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
+    except OSError: text = ''
+    about = dict(re.findall(r'^(model name|flags)\s*: (.*)$', text, re.M))
+    widest = [name for flag, name in _VECTORS.items() if flag in about.get('flags', '').split()][:1]
+    return ', '.join([about.get('model name') or platform.processor() or platform.machine(), *widest])
 
 def _version(package: str) -> str:
     try: return version(package)
@@ -187,7 +191,7 @@ def provenance() -> dict:  # commit, dirty, versions, hardware
     "Where a number comes from; `dirty` says that the checkout was changed since, its figures aside"
     import torch
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    packages = ('cramlit', 'torch', 'transformers', 'tokenizers', 'datasets')
+    packages = ('cramlit', 'torch', 'transformers', 'tokenizers', 'datasets', 'numpy', 'scipy')
     changed = _git('status', '--porcelain', '--', ':/', ':(exclude,top)paper_figures')
     return dict(
         commit=_git('rev-parse', 'HEAD')[:12], dirty=bool(changed),

@@ -151,8 +151,8 @@ _EVENING_FINETUNE = replace(_LAPTOP_FINETUNE, max_eval=3000)
 _EVENING_TRIALS = replace(_LAPTOP_TRIALS, budget=240., batch_sizes=(64, 128), grid_seeds=3,
                           finetune=replace(_EVENING_FINETUNE, seeds=1))
 _EVENING_COMPARISON = replace(
-    _LAPTOP_COMPARISON, budget=240., recipes=('24hbert-document', 'bert-base', 'cramming', 'mosaicbert'),
-    tries=16, spans=(1/8, 1/4, 1/2, 1.), budgets=(1/4, 1., 4., 16.))
+    _LAPTOP_COMPARISON, budget=240., recipes=('bert-base', 'cramming', 'mosaicbert'), tuning=1.,
+    spans=(1/8, 1/4, 1/2, 1.), budgets=(1/4, 1., 4., 16.))
 _EVENING_SCALE = replace(_LAPTOP_SCALE, name='evening', budget=960., finetune=_EVENING_FINETUNE,
                          trials=_EVENING_TRIALS, comparison=_EVENING_COMPARISON)
 

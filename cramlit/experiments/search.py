@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Trial', 'batch_settings', 'grid_trials', 'parse_grid', 'choices', 'choice_trials', 'Study', 'has_stock', 'trial_ids',
-           'calibrate', 'train_trial', 'calibrated_rows', 'trial_rows', 'trial_key', 'run_trial', 'run_trials',
-           'trial_table', 'over_seeds', 'best', 'search']
+           'threads', 'seconds_before', 'calibrate', 'train_trial', 'calibrated_rows', 'trial_rows', 'trial_key',
+           'run_trial', 'run_trials', 'trial_table', 'over_seeds', 'best', 'search']
 
 # %% ../../nbs/experiments/60_search.ipynb #3f3ecdc5
 import hashlib, json
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -22,10 +22,10 @@ import pandas as pd
 import torch
 from joblib import delayed
 
-from ..core.devices import pick_device
+from ..core.devices import choose_precision, pick_device
 from ..core.recipes import Checkpoint, Model, Optim, Recipe, Schedule, UsageError, Validation
 from ..core.recipes import digest, recipe_hash, unknown
-from ..core.results import read_rows, refuse_run, result_row, sha256, write_rows
+from ..core.results import provenance, read_rows, refuse_run, result_row, sha256, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.batches import rank_slice
 from ..data.packing import as_prepared, open_data, prepare
@@ -34,9 +34,11 @@ from ..evaluation.finetuning import FINETUNING_VERSION, check_length
 from ..evaluation.glue import Task
 from ..evaluation.protocol import (
     common_provenance, find_result, jobs, load_tasks, run_grid, run_parallel, save_result, with_retry)
+from ..model.encoder import MaskedLM
 from ..model.stock_models import family
 from ..training.checkpoints import export_all, remove_checkpoints
-from ..training.training import pretrain, pretrain_in
+from ..training.schedule import Clock
+from ..training.training import TRAINING_VERSION, Run, begin, pretrain, pretrain_in
 
 # %% ../../nbs/experiments/60_search.ipynb #c54504a2
 @dataclass(frozen=True)
@@ -182,23 +184,42 @@ def _contestant(recipe: Recipe) -> str:
                    validation=Validation(), checkpoint=Checkpoint())
     return digest(asdict(same))
 
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    "So many threads of torch; 0 = as many as there are"
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+def seconds_before(
+    trial: Trial,
+    folder: Path,   # of its text
+) -> float:
+    "What a run computes from its text before the first step, which is time of its budget"
+    recipe, data = trial.recipe, open_data(folder)
+    if not recipe.model.cooccurrence: return 0.
+    run = Run(recipe, data, folder, Clock(steps=1))
+    begin(run, MaskedLM(recipe.model, data.padded_vocab_size).to(pick_device()))
+    return run.clock.spent
+
 def _time_steps(trials: dict[str, Trial], study: Study, turns: int) -> list[dict]:
-    "Rows with the seconds that a step of each contestant takes"
-    device, threads = pick_device(), torch.get_num_threads()
+    "Rows with the seconds that a step of each contestant takes, and those before its first step"
+    device = pick_device()
     def contender(trial: Trial) -> Contender:
         data = open_data(trial.data or study.data)
         return our_step(make_setup(trial.recipe, data.padded_vocab_size, device), data, most=8)
-    if study.nproc == 1: torch.set_num_threads(1)  # as `run_parallel` has it
     contenders: dict[str, Callable[[], Contender]]
     contenders = {f'{t.name} ({key})': partial(contender, t) for key, t in trials.items()}
-    try: taken, _ = take_turns(contenders, device, turns)
-    finally: torch.set_num_threads(threads)
     rows = []
-    for (key, trial), timings in zip(trials.items(), taken.values(), strict=True):
-        values = [timing.step() for timing in timings]
-        rows.append(result_row('seconds_per_step', median(values), 's', stage='calibrate', contestant=key,
-                               recipe=trial.base, trial=trial.name, scale=trial.scale, low=min(values),
-                               high=max(values)))
+    with threads(1 if study.nproc == 1 else 0):  # as a trial has it
+        taken, _ = take_turns(contenders, device, turns)
+        for (key, trial), timings in zip(trials.items(), taken.values(), strict=True):
+            values = [timing.step() for timing in timings]
+            before = median(seconds_before(trial, trial.data or study.data) for _ in range(turns))
+            rows.append(result_row('seconds_per_step', median(values), 's', stage='calibrate', contestant=key,
+                                   recipe=trial.base, trial=trial.name, scale=trial.scale, low=min(values),
+                                   high=max(values), before=before))
     return rows
 
 def calibrate(
@@ -216,10 +237,12 @@ def calibrate(
     if len(missing) > (anchor != ''):
         timed = _time_steps(missing, study, turns)
         pace = next((before[anchor]/r['value'] for r in timed if r['contestant'] == anchor), 1.)
-        for r in timed: r.update({name: r[name]*pace for name in ('value', 'low', 'high')}, pace=pace)
+        seconds = 'value', 'low', 'high', 'before'
+        for r in timed: r.update({name: r[name]*pace for name in seconds}, pace=pace)
         known += [r for r in timed if r['contestant'] != anchor]
         write_rows(path, known)
-    steps = {r['contestant']: max(1, round(study.trials.budget/r['value'])) for r in known}
+    budget = study.trials.budget
+    steps = {r['contestant']: max(1, round((budget - r.get('before', 0.))/r['value'])) for r in known}
     return [replace(t, steps=steps[_contestant(t.recipe)]) for t in trials]
 
 # %% ../../nbs/experiments/60_search.ipynb #a61f0c37
@@ -287,8 +310,11 @@ def trial_key(
 ) -> dict:              # as JSON has it
     "All that decides what a trial finds"
     t, data = study.trials, open_data(trial.data or study.data).folder
+    versions = {p: provenance()['versions'][p] for p in ('torch', 'numpy')}
+    precision = str(choose_precision(pick_device()).dtype)
     key = dict(recipe=asdict(trial.recipe), data=sha256(data/'manifest.json'), budget=t.budget,
-               steps=study.steps(trial), processes=study.nproc, finetune={})
+               steps=study.steps(trial), processes=study.nproc, rules=TRAINING_VERSION, versions=versions,
+               precision=precision, finetune={})
     if tasks:
         text = json.dumps([asdict(task) for task in tasks], sort_keys=True)
         key['finetune'] = dict(tasks=hashlib.sha256(text.encode()).hexdigest(), rules=FINETUNING_VERSION,
@@ -303,7 +329,8 @@ def run_trial(
 ) -> str:           # '' or why it failed, twice
     "A trial from its recipe to its rows; what it prints goes to log.txt"
     def work():
-        save_result(folder.parent, key, lambda: dict(rows=trial_rows(trial, study, folder)))
+        with threads(1 if study.nproc == 1 else 0):  # another number of threads gives other last digits
+            save_result(folder.parent, key, lambda: dict(rows=trial_rows(trial, study, folder)))
         remove_checkpoints(folder/'run'/'checkpoints')  # the model is kept; the optimizer's state is larger
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'log.txt', 'a', buffering=1, encoding='utf-8') as log, redirect_stderr(log):

@@ -347,8 +347,10 @@ def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage
     if not timings.exists(): return ''
     write_rows(ws.figures/'rows'/CALIBRATION, read_rows(timings))
     return (f'Studies count steps; `rows/{CALIBRATION}` has the seconds of a step that made steps of their '
-            f'budgets. Put into `runs/{ws.scale}/texts` before the first study, it gives tuning, comparison, '
-            'ablation, scaling and budgets the same numbers of steps on another machine.')
+            f'budgets. Put into `runs/{ws.scale}/texts` before the first study, it gives the same commit the '
+            'same numbers of steps on another machine, and these give the same results on the same kind of '
+            'CPU with the same versions. Stages that go by the clock, the main runs among them, have others '
+            'each time.')
 
 def page_origin(
     rows_of: dict[str, list[dict]],  # stage → its rows
@@ -365,7 +367,7 @@ def page_origin(
     if not each: return []
     if len(each) == 1:
         one = ', '.join(next(iter(groups)))
-        return [f'All numbers are of one state of the code and one machine: {one}.']
+        return [f'All numbers in `rows/` are of one state of the code and one kind of machine: {one}.']
     head = '| commit | machine | library | stages |', '|---|---|---|---|'
     return [f'**These results are of {len(each)} origins.** Numbers of one line of this table may be '
             'compared with one another; those of two lines may differ because code or machine did.',
@@ -436,10 +438,10 @@ def write_index(
         lines.append(f'| {name} | {seconds/60:.1f} | {why} |')
         total += seconds
     parts = [f'{_HEADING} {ws.scale}',
-             f'Recipes: {", ".join(ws.recipes)}. All stages together took {total/3600:.2f} hours. '
+             f'Recipes: {", ".join(ws.recipes)}. The times of its stages add up to {total/3600:.2f} hours. '
              'Every table names the commit, the hardware and the versions it comes from; figures carry them '
-             'inside. The rows of all numbers are in `rows/`, and the notebooks that made them '
-             '[at the end](#time-spent), as they ran.', *page_origin(rows_of)]
+             'inside. Rows are in `rows/`, and the notebooks that made them [at the end](#time-spent), as '
+             'they ran.', *page_origin(rows_of)]
     done = {stage for stage, _, _, why in _so_far(ws, lacking) if not why}
     older = [s.name for s in STAGES.values() if s.name not in done and any(map(ws.made, s.makes))]
     if older:
