@@ -351,7 +351,7 @@ def test_a_search_and_the_comparison_that_follows_from_it_are_the_same_a_second_
 
     def time_steps(trials, study, turns):  # as a quiet machine might, so that nothing here is of the clock
         timed.extend(trials)
-        about = dict(low=.04, high=.04, before=0.)
+        about = dict(median=.04, high=.04, before=0.)
         return [result_row('seconds_per_step', .04, 's', contestant=key, **about) for key in trials]
     monkeypatch.setattr(search, '_time_steps', time_steps)
     for name in 'ab':

@@ -327,7 +327,7 @@ def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(tmp_path,
         seconds = {2: .1, 1: .05}
         found = {key: seconds[x.recipe.model.num_layers]*pace[0] for key, x in trials.items()}
         before = {2: 0., 1: 2.*pace[0]}
-        return [result_row('seconds_per_step', value, 's', low=value, high=value, contestant=key,
+        return [result_row('seconds_per_step', value, 's', median=value, high=value, contestant=key,
                            before=before[trials[key].recipe.model.num_layers])
                 for key, value in found.items()]
 

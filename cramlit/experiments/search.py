@@ -216,17 +216,17 @@ def _time_steps(trials: dict[str, Trial], study: Study, turns: int) -> list[dict
         taken, _ = take_turns(contenders, device, turns)
         for (key, trial), timings in zip(trials.items(), taken.values(), strict=True):
             values = [timing.step() for timing in timings]
-            before = median(seconds_before(trial, trial.data or study.data) for _ in range(turns))
-            rows.append(result_row('seconds_per_step', median(values), 's', stage='calibrate', contestant=key,
-                                   recipe=trial.base, trial=trial.name, scale=trial.scale, low=min(values),
-                                   high=max(values), before=before))
+            before = min(seconds_before(trial, trial.data or study.data) for _ in range(turns))
+            rows.append(result_row('seconds_per_step', min(values), 's', stage='calibrate', contestant=key,
+                                   recipe=trial.base, trial=trial.name, scale=trial.scale,
+                                   median=median(values), high=max(values), before=before))
     return rows
 
 def calibrate(
     trials: list[Trial],
     study: Study,     # its budget is what every trial has
     path: Path,       # a file of rows; a contestant that is in it is not timed again
-    turns: int = 3,
+    turns: int = 7,
 ) -> list[Trial]:     # each with its number of steps
     "Turn a budget of seconds into steps: time a step of every contestant, in turns"
     known = read_rows(path) if path.exists() else []
@@ -237,7 +237,7 @@ def calibrate(
     if len(missing) > (anchor != ''):
         timed = _time_steps(missing, study, turns)
         pace = next((before[anchor]/r['value'] for r in timed if r['contestant'] == anchor), 1.)
-        seconds = 'value', 'low', 'high', 'before'
+        seconds = 'value', 'median', 'high', 'before'
         for r in timed: r.update({name: r[name]*pace for name in seconds}, pace=pace)
         known += [r for r in timed if r['contestant'] != anchor]
         write_rows(path, known)
