@@ -744,8 +744,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'cramlit/experiments/speedrun.py'),
                                               'cramlit.experiments.speedrun._rows_of': ( 'experiments/speedrun.html#_rows_of',
                                                                                          'cramlit/experiments/speedrun.py'),
-                                              'cramlit.experiments.speedrun._threads': ( 'experiments/speedrun.html#_threads',
-                                                                                         'cramlit/experiments/speedrun.py'),
                                               'cramlit.experiments.speedrun._values': ( 'experiments/speedrun.html#_values',
                                                                                         'cramlit/experiments/speedrun.py'),
                                               'cramlit.experiments.speedrun.below': ( 'experiments/speedrun.html#below',

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 from joblib import parallel_config
 
+from cramlit.core.devices import Precision
 from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.results import read_rows, result_row, write_rows
 from cramlit.core.scales import get_recipe, get_scale
@@ -196,6 +198,11 @@ def test_a_trial_is_run_again_when_anything_that_decides_its_result_is_another(
         assert [loss(), loss()] == [1., 1.]
         for n, change in enumerate(changed, 2): assert [loss(**change), loss(**change)] == [n, n]
         assert loss() == 1. and len(set(ran)) == len(ran)
+        another = dict(TRAINING_VERSION='next', provenance=lambda: dict(versions=dict(torch='0', numpy='0')),
+                       choose_precision=lambda device: Precision(torch.float16, 'of another machine'))
+        for n, (name, value) in enumerate(another.items(), len(changed) + 2):
+            monkeypatch.setattr(s, name, value)
+            assert [loss(), loss()] == [n, n], name
 
 
 def test_a_search_takes_the_text_that_it_is_given(data, tmp_path):

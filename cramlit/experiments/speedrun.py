@@ -8,8 +8,7 @@ __all__ = ['TRACKS', 'SEEDS', 'FIXED', 'EQUAL', 'LEVEL', 'Track', 'Entry', 'read
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #64a00003
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -30,11 +29,8 @@ from ..data.packing import Data, open_data
 from ..efficiency.benchmark import Contender, make_setup, our_step, take_turns
 from ..evaluation.statistics import Difference, difference
 from .comparison import with_data
-from .search import Trial, run_trials
-from ..model.encoder import MaskedLM
+from .search import Trial, run_trials, seconds_before, threads
 from ..model.stock_models import family, quiet
-from ..training.schedule import Clock
-from ..training.training import Run, begin
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #64a00006
 @dataclass(frozen=True)
@@ -157,14 +153,6 @@ def run_entry(
     return [r | about for r in found if r['metric'] in _KEPT]
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #64a0000d
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    "So many threads of torch; 0 = as many as there are"
-    before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
-    try: yield
-    finally: torch.set_num_threads(before)
-
 def time_entries(
     entries: list[Entry],  # of one track, the first one first
     out: Path,        # where the track's text is prepared
@@ -179,16 +167,10 @@ def time_entries(
         data = open_data(trial.data or out)
         return our_step(make_setup(trial.recipe, data.padded_vocab_size, device), data, most=8)
 
-    def count(trial: Trial) -> float:
-        recipe, data = trial.recipe, open_data(trial.data or out)
-        if not recipe.model.cooccurrence: return 0.
-        run = Run(recipe, data, out, Clock(0., 1))
-        begin(run, MaskedLM(recipe.model, data.padded_vocab_size).to(device))
-        return run.clock.spent
-
-    with _threads(track.cores):
+    with threads(track.cores):
         taken, _ = take_turns({name: partial(contender, t) for name, t in trials.items()}, device, turns)
-        before = {name: [count(t) for _ in range(turns)] for name, t in trials.items()}
+        before = {name: [seconds_before(t, t.data or out) for _ in range(turns)]
+                  for name, t in trials.items()}
     reference = [timing.step() for timing in taken[first.name]]
     by_definition = track.seconds/first.steps
     rows = []

@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..core.recipes import CramlitError, Recipe, UsageError, settings_of
 from ..core.results import atomic
-from ..core.scales import LARGE_TASKS, Finetune, Scale
+from ..core.scales import LARGE_TASKS, Finetune, Scale, get_scale
 from ..evaluation.glue import NOT_AVERAGED
 from ..evaluation.protocol import REFERENCE_NOTE
 from ..evaluation.statistics import Difference, headline_difference, holm
@@ -288,9 +288,11 @@ def standard_errors(
     return f'Standard error that comes from the validation examples alone, points: {told}.' if told else ''
 
 # %% ../../nbs/reporting/70_tables.ipynb #e132b7f0
-_PROTOCOL = ('Median over seeds of the best configuration, lowest and highest seed in parentheses, percent. '
-             'The configuration was chosen on the validation set that is reported, for all networks alike. '
-             'In the average a task counts once, as the mean of its metrics and validation sets.')
+_BEST = ('Median over seeds of the best configuration, lowest and highest seed in parentheses, percent. The '
+         'configuration was chosen on the validation set that is reported, for all networks alike.')
+_ONLY = ('Median over seeds, lowest and highest in parentheses, percent. One configuration for all networks: '
+         'epochs, rate and pooling of this scale were chosen by hand, on validation sets like these.')
+_AVERAGE = 'In the average a task counts once, as the mean of its metrics and validation sets.'
 _MNLI_FIRST = ('mnli-first: MRPC, STS-B and RTE start from the network that has learned MNLI, as two sources '
                'say of the paper; the other tasks are those of the column pretrained. There every task '
                'starts from the pretrained network, as in the official code.')
@@ -341,8 +343,10 @@ def write_table4(
     words = [gain_from_pretraining(found, m, v) for m in models for v in ('from-scratch', 'bag-of-words')
              if m not in references]
     first = [_MNLI_FIRST] if any(r.get('variant') == 'mnli-first' for r in rows) else []
-    notes = [*words, _GAINS, _PROTOCOL, *_one_pooling(rows), *first, standard_errors(rows), *_diverged(rows),
-             *_about_reference(rows), _GLUE if glue else _SURROGATE]
+    f = get_scale(rows[0]['scale']).finetune
+    protocol = _BEST if len(f.epochs)*len(f.batch_sizes)*len(f.lrs) > 1 else _ONLY
+    notes = [*words, _GAINS, f'{protocol} {_AVERAGE}', *_one_pooling(rows), *first,
+             standard_errors(rows), *_diverged(rows), *_about_reference(rows), _GLUE if glue else _SURROGATE]
     file = folder/'submitted.csv'
     submitted = pd.read_csv(file, index_col=0) if file.exists() else None
     caption = f'Table 4. {"GLUE" if glue else "Surrogate tasks"}, measured at scale {rows[0]["scale"]}.'
