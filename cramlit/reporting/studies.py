@@ -56,7 +56,8 @@ def median_and_range(
 
 def seeds_and_seconds(t: pd.DataFrame) -> str:
     "How many runs there were of each, and how long they were"
-    return f'{t.seed.nunique()} seeds, {t.seconds.median():.0f} s each (median), as steps timed beforehand'
+    n = t.seed.nunique()
+    return f'{n} seed{"s"*(n > 1)}, {t.seconds.median():.0f} s each (median), as steps timed beforehand'
 
 # %% ../../nbs/reporting/75_studies.ipynb #75f00002
 NEAR = .2  # nats from the unigram baseline within which a network has hardly left the plateau
@@ -79,6 +80,7 @@ def on_plateau(
     "Who has hardly left the plateau"
     names = [str(name) for name, loss in losses.items() if loss > unigram - NEAR]
     if not names: return []
+    if len(names) == len(losses) > 1: names = ['all']
     return [f'**Within {NEAR:g} nats of the unigram baseline, {unigram:.2f} nats, {what}: '
             f'{", ".join(names)}**. Differences between these say little, and those from them say who has '
             'left the plateau from which all set out.']
@@ -120,7 +122,7 @@ def best_table(
         if task in r: line[f'{task}, %'] = '' if pd.isna(r[task]) else f'{r[task]:.1f}'
         judge = 'loss' if r['best_by'] == 'tuning_loss' else task
         length = f', schedule {r["schedule_length"]:g} budgets long' if several else ''
-        lines[f'batch {r["global_batch_size"]}{length}, best by {judge}'] = line
+        lines[f'batch {r["global_batch_size"]:g}{length}, best by {judge}'] = line
     return pd.DataFrame(lines).T
 
 # %% ../../nbs/reporting/75_studies.ipynb #8041cfee
@@ -165,7 +167,8 @@ def write_search(
     about = (f'{len(t)} combinations, {seeds_and_seconds(each)}; {len(early)} stopped early. ')
     about += 'Means over the seeds.' if seeds > 1 else 'One seed each, so small differences mean little.'
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
-    notes = [about, VALIDATION, *early, NOT_RECOVERED]
+    ends = t.set_index('trial').validation_loss
+    notes = [about, VALIDATION, *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *early, NOT_RECOVERED]
     return [*write_table(best_table(t, task), folder/'table3_search', caption, notes, mine),
             *write_figure(figure_grid(t), folder/'search_grid', mine)]
 
@@ -264,10 +267,12 @@ def write_choices(
     "Table 5, the schedules, the panels of the choices, and loss against task"
     mine = needed(rows, 'the choices', stage='trial', study='choices')
     t, tasks, first = trial_table(mine), tasks_of_rows(mine), mine[0]
+    ends = whole_runs(t).groupby('trial', sort=False).validation_loss.mean()
     notes = [f'One change at a time, {seeds_and_seconds(t)}. Median over seeds, lowest and highest in '
              'parentheses. Base instead of large takes half the layers and three quarters of the width.',
              f'{SIGNIFICANCE} A choice of which a run was stopped early is not compared, and its median is '
-             'that of the others.', VALIDATION, *stopped_early(t), NOT_RECOVERED]
+             'that of the others.', VALIDATION,
+             *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *stopped_early(t), NOT_RECOVERED]
     caption = f"Table 5. Which choices matter, {first['recipe']} at scale {first['scale']}."
     return [*write_table(choices_table(t, tasks), folder/'table5_choices', caption, notes, mine),
             *write_figure(figure_schedules(t), folder/'schedules', mine),
@@ -406,7 +411,7 @@ def write_tuning(
     recipes = t.recipe.nunique()
     each = [f'{axis} {listed}' + ('' if len(names) == recipes else f' ({", ".join(names)})')
             for (axis, listed), names in searched.items()]
-    lowest = t.groupby('recipe', sort=False).tuning_loss.min()
+    lowest = t.groupby('recipe', sort=False).tuning_loss.min()  # of the half that is for choices, as all here
     notes = [f'As many tries for each recipe, one seed, {seconds} s each (median), as steps timed '
              'beforehand. Losses are of the half of the held-out text that is for choices; nothing of this '
              'table is of the other half.', f'Space: {"; ".join(each)}.',
