@@ -323,7 +323,7 @@ def test_a_grid_of_several_seeds_is_judged_by_their_means():
     assert list(best(means, 'no task').trial) == [trials[1].name]
 
 
-def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(tmp_path, monkeypatch):
+def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(tmp_path, monkeypatch, capsys):
     "A machine half as fast in the second hour gives as many steps; what precedes the first is taken off"
     t, pace = replace(TRIALS, budget=10., steps=0), [1.]
     first, second = trials_of(tmp_path, (1e-3,)), [replace(x, settings=(*x.settings, 'model.num_layers=1'))
@@ -343,5 +343,9 @@ def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(tmp_path,
     pace[0] = 2.
     assert [x.steps for x in s.calibrate(first + second, study, tmp_path/'times.jsonl')] == [100, 160]
     assert values(read_rows(tmp_path/'times.jsonl'), 'seconds_per_step') == [.1, .05]
+    write_rows(tmp_path/'others.jsonl', [result_row('seconds_per_step', 1., 's', contestant='unknown')])
+    assert not capsys.readouterr().err
+    assert [x.steps for x in s.calibrate(first, study, tmp_path/'others.jsonl')] == [50]
+    assert 'has none of these networks' in capsys.readouterr().err
     monkeypatch.setattr(s, '_time_steps', None)  # nothing is left to time
     assert [x.steps for x in s.calibrate(second, study, tmp_path/'times.jsonl')] == [160]

@@ -25,7 +25,7 @@ from joblib import delayed
 from ..core.devices import choose_precision, pick_device
 from ..core.recipes import Checkpoint, Model, Optim, Recipe, Schedule, UsageError, Validation
 from ..core.recipes import digest, recipe_hash, unknown
-from ..core.results import provenance, read_rows, refuse_run, result_row, sha256, write_rows
+from ..core.results import note, provenance, read_rows, refuse_run, result_row, sha256, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.batches import rank_slice
 from ..data.packing import as_prepared, open_data, prepare
@@ -235,6 +235,7 @@ def calibrate(
     anchor = next((key for key in reversed(names) if key in before), '')  # is timed again beside new ones
     missing = {key: t for key, t in reversed(names.items()) if key == anchor or key not in before}
     if len(missing) > (anchor != ''):
+        if known and not anchor: note(f'{path} has none of these networks: they are timed now, by themselves')
         timed = _time_steps(missing, study, turns)
         pace = next((before[anchor]/r['value'] for r in timed if r['contestant'] == anchor), 1.)
         seconds = 'value', 'median', 'high', 'before'
