@@ -386,8 +386,7 @@ def _section(ws: Workspace, stage: Stage, lacking: dict[str, str]) -> list[str]:
     for name in stage.makes:
         path = ws.made(name)
         if stage.name in lacking: parts.append(f'**{name} is missing**: {lacking[stage.name]}')
-        elif not path: parts.append(f'**{name} is missing**: it was not run. '
-                                    '`cramlit reproduce` without --headline and --only makes it')
+        elif not path: parts.append(f'**{name} is missing**: the stage did not come to it')
         elif path.suffix == '.md': parts.append(path.read_text(encoding='utf-8').strip())
         else: parts.append(f'![{heading}: {name.replace("_", " ")}]({path.name})')
     return parts
@@ -448,9 +447,14 @@ def write_index(
         parts.append(f'**Tables and figures of {", ".join(older)} are of earlier runs**: each names its own '
                      'commit and hardware, and its rows are not here.')
     if counted := _publish_calibration(ws): parts.append(counted)
+    not_run = []
     for s in STAGES.values():
-        not_asked_for = s.optional and s.name not in lacking and not any(map(ws.made, s.makes))
-        if s.makes and not not_asked_for: parts += _section(ws, s, lacking)
+        if not s.makes: continue
+        if s.name in lacking or any(map(ws.made, s.makes)): parts += _section(ws, s, lacking)
+        elif not s.optional: not_run.append(s.name)
+    if not_run:
+        parts.append(f'**Not run**: {", ".join(not_run)}. `cramlit reproduce --scale {ws.scale}` without '
+                     '--headline and --only runs them.')
     parts += ['## Time spent', '\n'.join(lines)]
     with atomic(ws.figures/'README.md') as f: f.write('\n\n'.join(parts) + '\n')
     return ws.figures/'README.md'
