@@ -586,6 +586,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'cramlit/evaluation/surrogate_tasks.py'),
                                                     'cramlit.evaluation.surrogate_tasks.damage': ( 'evaluation/surrogate_tasks.html#damage',
                                                                                                    'cramlit/evaluation/surrogate_tasks.py'),
+                                                    'cramlit.evaluation.surrogate_tasks.held_out_group': ( 'evaluation/surrogate_tasks.html#held_out_group',
+                                                                                                           'cramlit/evaluation/surrogate_tasks.py'),
                                                     'cramlit.evaluation.surrogate_tasks.load_surrogate': ( 'evaluation/surrogate_tasks.html#load_surrogate',
                                                                                                            'cramlit/evaluation/surrogate_tasks.py'),
                                                     'cramlit.evaluation.surrogate_tasks.only_words': ( 'evaluation/surrogate_tasks.html#only_words',

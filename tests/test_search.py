@@ -177,7 +177,7 @@ def test_a_trial_is_run_again_when_anything_that_decides_its_result_is_another(
         text, data, tmp_path, monkeypatch):
     ran = []
     def trial_rows(trial, study, folder):
-        (folder/'run'/'checkpoints').mkdir(parents=True)
+        (folder/'run'/'checkpoints').mkdir(parents=True, exist_ok=True)
         ran.append(folder)
         return [result_row('validation_loss', float(len(ran)), 'nats')]
     monkeypatch.setattr(s, 'trial_rows', trial_rows)
@@ -197,12 +197,25 @@ def test_a_trial_is_run_again_when_anything_that_decides_its_result_is_another(
     with parallel_config('threading', n_jobs=1):
         assert [loss(), loss()] == [1., 1.]
         for n, change in enumerate(changed, 2): assert [loss(**change), loss(**change)] == [n, n]
-        assert loss() == 1. and len(set(ran)) == len(ran)
+        assert loss() == 1. and len(ran) == 7 and len(set(ran)) == 4  # tasks have no run of their own
         another = dict(TRAINING_VERSION='next', provenance=lambda: dict(versions=dict(torch='0', numpy='0')),
                        choose_precision=lambda device: Precision(torch.float16, 'of another machine'))
         for n, (name, value) in enumerate(another.items(), len(changed) + 2):
             monkeypatch.setattr(s, name, value)
             assert [loss(), loss()] == [n, n], name
+
+
+def test_other_tasks_cost_no_other_pretraining(text, data, tmp_path):
+    trials, t = trials_of(text, (1e-3,)), replace(TRIALS, tasks=('acceptability',))
+    with parallel_config('threading', n_jobs=1):
+        alone = run_trials(trials, 'grid', data, tmp_path, TRIALS)
+        run, = (tmp_path/'trials').glob('*/run')
+        before = {p.name: p.stat().st_mtime_ns for p in run.glob('*.jsonl')}
+        scored = run_trials(trials, 'grid', data, tmp_path, t)
+    assert before and before == {p.name: p.stat().st_mtime_ns for p in run.glob('*.jsonl')}
+    assert list((tmp_path/'trials').glob('*/run')) == [run]
+    assert values(alone, 'validation_loss') == values(scored, 'validation_loss')
+    assert len(values(scored, 'headline')) == 1 and not values(alone, 'headline')
 
 
 def test_a_search_takes_the_text_that_it_is_given(data, tmp_path):

@@ -36,7 +36,7 @@ from ..evaluation.protocol import (
     common_provenance, find_result, jobs, load_tasks, run_grid, run_parallel, save_result, with_retry)
 from ..model.encoder import MaskedLM
 from ..model.stock_models import family
-from ..training.checkpoints import export_all, remove_checkpoints
+from ..training.checkpoints import checkpoints, export_all, remove_checkpoints
 from ..training.schedule import Clock
 from ..training.training import TRAINING_VERSION, Run, begin, pretrain, pretrain_in
 
@@ -292,7 +292,9 @@ def trial_rows(
     ids = trial_ids(trial, study) | dict(stopped=stopped, folder=folder.name)
     rows = [row | ids for row in found]
     if not has_stock(trial.recipe.model): return rows
-    model = export_all(folder/'run', (trial.data or study.data)/'tokenizer')
+    model = folder/'run'/'model'  # where it has been pretrained for other tasks, no checkpoint is left
+    if checkpoints(folder/'run'/'checkpoints'):
+        model = export_all(folder/'run', (trial.data or study.data)/'tokenizer')
     if stopped or not t.tasks: return rows
     check_length(model, t.finetune.max_length)
     tasks = load_tasks(get_scale(trial.scale).suite, list(t.tasks), study.glue_dir)
@@ -332,7 +334,8 @@ def run_trial(
     def work():
         with threads(1 if study.nproc == 1 else 0):  # another number of threads gives other last digits
             save_result(folder.parent, key, lambda: dict(rows=trial_rows(trial, study, folder)))
-        remove_checkpoints(folder/'run'/'checkpoints')  # the model is kept; the optimizer's state is larger
+        kept = folder/'run'/'checkpoints'
+        if kept.exists(): remove_checkpoints(kept)  # the model stays; the optimizer's state is larger
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'log.txt', 'a', buffering=1, encoding='utf-8') as log, redirect_stderr(log):
         return with_retry(f'{trial.name}, seed {trial.seed}', work)
@@ -356,8 +359,9 @@ def run_trials(
     tasks = load_tasks(get_scale(trials[0].scale).suite, list(t.tasks), glue_dir) if t.tasks else []
     keys, missing = [trial_key(trial, study, tasks) for trial in trials], []
     for trial, key in zip(trials, keys, strict=True):
-        path, found = find_result(place, key)
-        if not found: missing.append(delayed(run_trial)(trial, study, path.with_suffix(''), key))
+        pretrained, _ = find_result(place, key | dict(finetune={}))  # other tasks or rules need no other run
+        if not find_result(place, key)[1]:
+            missing.append(delayed(run_trial)(trial, study, pretrained.with_suffix(''), key))
     run_parallel(missing, len(trials), 'trials', one_by_one=study.nproc > 1)
     rows = []
     for trial, key in zip(trials, keys, strict=True):

@@ -185,7 +185,7 @@ def report(
     runs: Needed = None,      # folder with result rows, such as `cramlit reproduce` leaves
     out: Needed = None,       # folder for tables and figures
 ) -> list[dict]:
-    "Draw the tables and figures from result rows"
+    "Draw the curves, Tables 1 to 5 and the check of a GPU from result rows"
     from cramlit.reporting.report import report as draw
     return [result_row('files_written', len(draw(runs, out)), 'files', stage='report')]
 
