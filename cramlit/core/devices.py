@@ -64,7 +64,7 @@ def choose_precision(
     has = torch.cpu.get_capabilities()
     for flag, name in (('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX512-BF16')):
         if has.get(flag): return Precision(torch.bfloat16, f'this CPU multiplies bfloat16 with {name}')
-    return Precision(torch.float32, 'this CPU has no bfloat16 instructions')
+    return Precision(torch.float32, 'this CPU has neither AMX nor AVX512-BF16')
 
 # %% ../../nbs/core/04_devices.ipynb #15db38df
 def pick_device() -> torch.device:  # this process's current GPU, the first if none was taken; else the CPU
