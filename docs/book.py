@@ -60,6 +60,7 @@ def menu() -> dict[str, dict[str, dict[str, str]]]:  # group → part, or '' →
     return {'Guide': {'': {'README': 'Front page'} | pages(contents(f'nbs/{guides}'))},
             'Chapters': {part.capitalize(): pages(contents(f'nbs/{part}')) for part in parts},
             'Results': {'': {f'{RESULTS}/README': 'All tables and figures',
+                             'paper_figures/evening/README': 'What a budget buys',
                              'paper_figures/race/README': 'The race to a loss'},
                         'Stages in order': pages(stages())},
             'Reference': {'': {'genindex': 'Index of names', 'CONTRIBUTING': 'How to help',
@@ -76,7 +77,9 @@ def llms_text() -> str:
     for name, folder in sections:
         lines = [f'- [{title}]({path}): {line}' for path, title, line in contents(folder)]
         parts += [f'## {name}', '\n'.join(lines)]
-    parts += ['## Results', f'- [At scale laptop]({RESULTS}/README.md): all tables and figures on one page']
+    parts += ['## Results',
+              f'- [At scale laptop]({RESULTS}/README.md): all tables and figures on one page\n'
+              '- [At scale evening](paper_figures/evening/README.md): what a budget buys']
     return '\n\n'.join(parts) + '\n'
 
 

@@ -16,7 +16,7 @@ project = html_title = 'cramlit'
 author = 'the cramlit authors'
 extensions = ['myst_nb', 'sphinx.ext.autodoc']
 root_doc = 'README'
-include_patterns = ['*.md', 'nbs/*/*.ipynb', 'paper_figures/*/*.md', f'{book.RESULTS}/notebooks/*.ipynb']
+include_patterns = ['*.md', 'nbs/*/*.ipynb', 'paper_figures/*/*.md', 'paper_figures/*/notebooks/*.ipynb']
 exclude_patterns = ['.*', '_docs', 'build', 'dist', 'runs', '**.ipynb_checkpoints']
 
 nb_custom_formats = {'.ipynb': ['book.read_notebook', {}]}

@@ -80,6 +80,21 @@ def test_the_rows_of_a_page_are_beside_it_and_it_says_whose_they_are(finished):
     assert '2 origins' in warning and table.splitlines()[-1].endswith(' | scaling |') and '| 0ther' in table
 
 
+def test_an_unfinished_stage_has_its_rows_beside_the_page(tmp_path):
+    ws = workspace('tiny', tmp_path)
+    rows = ws.folder('budgets')/'rows.jsonl'
+    write_rows(rows, [result_row('steps', 1., 'steps')])
+    note = dict(question={}, depends={}, made={}, done=False, seconds=60.)
+    (rows.parent/'key.json').write_text(json.dumps(note))
+    ws.figures.mkdir(exist_ok=True)
+    (ws.figures/'budgets.md').write_text('**A table.**')
+    page = pipeline.write_index(ws, {}).read_text()
+    assert '**A table.**' in page and '| budgets | 1.0 | unfinished |' in page and 'earlier runs' not in page
+    assert '**Not run**: figure_pretraining, ' in page and (ws.figures/'rows'/'budgets.jsonl').exists()
+    rows.unlink()
+    assert '**Tables and figures of budgets are of earlier runs**' in pipeline.write_index(ws, {}).read_text()
+
+
 def test_what_a_step_took_is_published_with_the_page(tmp_path):
     ws = workspace('laptop', tmp_path)
     timing = result_row('seconds_per_step', .04, 's', stage='calibrate', contestant='c0ffee')

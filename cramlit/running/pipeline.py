@@ -441,8 +441,9 @@ def write_index(
              'Every table names the commit, the hardware and the versions it comes from; figures carry them '
              'inside. Rows are in `rows/`, and the notebooks that made them [at the end](#time-spent), as '
              'they ran.', *page_origin(rows_of)]
-    done = {stage for stage, _, _, why in _so_far(ws, lacking) if not why}
-    older = [s.name for s in STAGES.values() if s.name not in done and any(map(ws.made, s.makes))]
+    known = {stage for stage, recipe, _, why in _so_far(ws, lacking)
+             if not why or rows_of[_label(stage, recipe)]}
+    older = [s.name for s in STAGES.values() if s.name not in known and any(map(ws.made, s.makes))]
     if older:
         parts.append(f'**Tables and figures of {", ".join(older)} are of earlier runs**: each names its own '
                      'commit and hardware, and its rows are not here.')
