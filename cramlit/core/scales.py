@@ -147,7 +147,7 @@ _LAPTOP_SCALE = Scale(
     shapes=('batch.micro_batch_size=4',))
 
 # %% ../../nbs/core/01_scales.ipynb #01e10001
-_EVENING_FINETUNE = replace(_LAPTOP_FINETUNE, max_eval=3000)
+_EVENING_FINETUNE = replace(_LAPTOP_FINETUNE, lrs=(3e-4, 1e-3, 2e-3), max_eval=3000)
 _EVENING_TRIALS = replace(_LAPTOP_TRIALS, budget=240., batch_sizes=(64, 128), grid_seeds=3,
                           finetune=replace(_EVENING_FINETUNE, seeds=1))
 _EVENING_COMPARISON = replace(
