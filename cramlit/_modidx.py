@@ -1031,6 +1031,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'cramlit/reporting/studies.py'),
                                            'cramlit.reporting.studies.ablation_table': ( 'reporting/studies.html#ablation_table',
                                                                                          'cramlit/reporting/studies.py'),
+                                           'cramlit.reporting.studies.about_rates': ( 'reporting/studies.html#about_rates',
+                                                                                      'cramlit/reporting/studies.py'),
                                            'cramlit.reporting.studies.against': ( 'reporting/studies.html#against',
                                                                                   'cramlit/reporting/studies.py'),
                                            'cramlit.reporting.studies.best_table': ( 'reporting/studies.html#best_table',

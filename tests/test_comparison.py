@@ -14,7 +14,7 @@ from cramlit.core.scales import SCALES, get_recipe, get_scale
 from cramlit.data.batches import RULERS, VALIDATION_RATE, mask_for_validation, validation_batches
 from cramlit.data.masking import IGNORE
 from cramlit.data.packing import open_data, prepare
-from cramlit.experiments import search
+from cramlit.experiments import comparison, search
 from cramlit.experiments.comparison import (
     ablation_trials,
     axes,
@@ -331,6 +331,23 @@ def test_what_a_budget_buys_is_drawn_after_each_budget_and_again_to_the_last_dig
     before = [p.stat().st_mtime_ns for p in trials]
     again = list(run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'a'))
     assert again[-1] == rows and [p.stat().st_mtime_ns for p in trials] == before  # nothing is run twice
+
+
+def test_a_rate_is_chosen_by_as_many_seeds_from_scratch_as_for_a_pretrained_network(
+        small_scale, tmp_path, monkeypatch):
+    tiny, asked = SCALES[small_scale], []
+    monkeypatch.setitem(SCALES, small_scale, replace(tiny, finetune=replace(tiny.finetune, lrs=(1e-3, 5e-3))))
+    def best_runs(runs):
+        asked.append({(r['job']['lr'], r['job']['seed']) for r in runs})
+        return real(runs)
+    real = comparison.best_runs
+    monkeypatch.setattr(comparison, 'best_runs', best_runs)
+    *_, rows = run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'out')
+    each, budgets = tiny.finetune.seeds, tiny.comparison.budget_seeds
+    assert asked == [{(lr, seed) for lr in (1e-3, 5e-3) for seed in range(i*each, (i + 1)*each)}
+                     for i in range(budgets)]
+    said = write_budgets(rows, tmp_path/'figures', [])[0].read_text()
+    assert 'best of the rates 0.001, 0.005, chosen by the score itself' in said
 
 
 def test_one_trial_is_compared_with_several_and_a_baseline_has_no_seeds():

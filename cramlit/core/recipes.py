@@ -207,7 +207,7 @@ _KINDS = {bool: 'true or false', int: 'a whole number', float: 'a number', str: 
 _LARGEST = {int: 10**15, float: 1e30}  # where a field has no upper limit; float32 ends at 3e38
 
 def _is_kind(value, kind: type) -> bool:
-    "Has a value a field's type? A whole number will do for a float, but True is no number"
+    "Has a value a field's type? A whole number will do for a float, but True is not a number"
     return type(value) is int or isinstance(value, float) if kind is float else type(value) is kind
 
 def _check_field(path: str, value, limits: dict):

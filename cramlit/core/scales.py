@@ -97,6 +97,7 @@ class Scale:
     trials: Trials = Trials()
     comparison: Comparison = Comparison()
     shapes: tuple[str, ...] = ()  # what shrinks in BERT-base and BERT-large where their speed is measured
+    by_hand: tuple[str, ...] = ()  # recipes whose settings here were searched for before any study
 
 # %% ../../nbs/core/01_scales.ipynb #c9706c4b
 _SMALL = ('corpus.holdout=0.02', 'validation.stop_loss=0')
@@ -144,7 +145,7 @@ _LAPTOP_COMPARISON = Comparison(
 _LAPTOP_SCALE = Scale(
     'laptop', _SMALL + _LAPTOP, per_recipe={'modern': _LAPTOP_MODERN}, budget=240., processes=1,
     suite='surrogate', finetune=_LAPTOP_FINETUNE, trials=_LAPTOP_TRIALS, comparison=_LAPTOP_COMPARISON,
-    shapes=('batch.micro_batch_size=4',))
+    shapes=('batch.micro_batch_size=4',), by_hand=('modern',))
 
 # %% ../../nbs/core/01_scales.ipynb #01e10001
 _EVENING_FINETUNE = replace(_LAPTOP_FINETUNE, lrs=(3e-4, 1e-3, 2e-3), max_eval=3000)

@@ -12,7 +12,7 @@ __all__ = ['SELDOM', 'AXES', 'ASIDE', 'STEPS', 'CALIBRATION', 'SAVED', 'shared_v
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pandas as pd
@@ -302,11 +302,11 @@ def without_pretraining(
         work = [job for task in tasks
                 for job in jobs(task, s.finetune, each*c.budget_seeds, ('from-scratch',))]
         results = job_results(model, tasks, work, out)
-        for task in tasks:
-            runs = best_runs([r for r in results if r['job']['task'] == task.name])
-            for i in range(c.budget_seeds):
-                about = dict(trial=f'{name}, from scratch', recipe=name, seed=i)
-                add(task, 'from-scratch', runs[i*each:(i + 1)*each], **about)
+        for task, i in product(tasks, range(c.budget_seeds)):
+            seeds = range(i*each, (i + 1)*each)  # a rate is chosen by as many as for a pretrained network
+            runs = [r for r in results if r['job']['task'] == task.name and r['job']['seed'] in seeds]
+            about = dict(trial=f'{name}, from scratch', recipe=name, seed=i, rates=list(s.finetune.lrs))
+            add(task, 'from-scratch', best_runs(runs), **about)
     return rows
 
 def run_budgets(

@@ -301,7 +301,7 @@ def trial_rows(
     work = [job for task in tasks for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',))]
     for score in run_grid(model, tasks, work, folder, {}):
         if score['metric'] != 'headline': continue
-        about = ids | dict(task=score['task'], resampled=score['resampled'])
+        about = ids | dict(task=score['task'], resampled=score['resampled'], rates=list(t.finetune.lrs))
         row = result_row('headline', score['value'], '%', **about)
         rows.append(row | common_provenance([score]))  # it may have been measured long ago
     return rows

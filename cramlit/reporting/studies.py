@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARKS', 'POOR', 'FEW', 'mean_and_deviation',
-           'median_and_range', 'seeds_and_seconds', 'by_hand', 'on_plateau', 'stopped_early', 'whole_runs',
-           'best_table', 'figure_grid', 'write_search', 'tasks_of_rows', 'choices_table', 'trial_runs',
+           'median_and_range', 'seeds_and_seconds', 'by_hand', 'about_rates', 'on_plateau', 'stopped_early',
+           'whole_runs', 'best_table', 'figure_grid', 'write_search', 'tasks_of_rows', 'choices_table', 'trial_runs',
            'figure_choices', 'figure_schedules', 'figure_loss_task', 'write_choices', 'with_average',
            'comparison_table', 'unigram_baselines', 'figure_by_time', 'write_comparison', 'tuning_table',
            'write_tuning', 'ablation_table', 'write_ablation', 'against', 'budgets_table', 'budget_gains',
@@ -67,10 +67,20 @@ def by_hand(
     scale: str,
 ) -> list[str]:  # a note, or none
     "Which recipes have settings of their own at a scale, which were found before any study of it"
-    own = [name for name in recipes if name in get_scale(scale).per_recipe]
+    own = [name for name in recipes if name in get_scale(scale).by_hand]
     if not own: return []
     return [f'What {", ".join(own)} has of its own at this scale was found by hand beforehand, in more runs '
             'than a search of this page has, and by held-out text that includes what is reported.']
+
+def about_rates(
+    rows: list[dict],  # of trials
+) -> list[str]:        # a note, or none where the rows do not say it
+    "At which rates networks were fine-tuned"
+    rates = sorted({rate for r in rows for rate in r.get('rates', ())})
+    told = ', '.join(f'{rate:g}' for rate in rates)
+    if len(rates) < 2: return [f'All networks are fine-tuned at one rate, {told}.'] if rates else []
+    return [f'A score is that of the best of the rates {told}, chosen by the score itself, for each network '
+            'and task.']
 
 def on_plateau(
     losses: pd.Series,  # nats, by name
@@ -271,7 +281,7 @@ def write_choices(
     notes = [f'One change at a time, {seeds_and_seconds(t)}. Median over seeds, lowest and highest in '
              'parentheses. Base instead of large takes half the layers and three quarters of the width.',
              f'{SIGNIFICANCE} A choice of which a run was stopped early is not compared, and its median is '
-             'that of the others.', VALIDATION,
+             'that of the others.', *about_rates(mine), VALIDATION,
              *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *stopped_early(t), NOT_RECOVERED]
     caption = f"Table 5. Which choices matter, {first['recipe']} at scale {first['scale']}."
     return [*write_table(choices_table(t, tasks), folder/'table5_choices', caption, notes, mine),
@@ -370,7 +380,8 @@ def write_comparison(
              *by_hand(list(dict.fromkeys(t.recipe)), scale),
              *on_plateau(ends, t.unigram_entropy[0], 'in the end'),
              'Times are parts of the budget: median over seeds, lowest and highest in parentheses. A seed '
-             'that never comes down to the mark took more than 100 %.', SIGNIFICANCE, *stopped_early(t)]
+             'that never comes down to the mark took more than 100 %.', *about_rates(mine), SIGNIFICANCE,
+             *stopped_early(t)]
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
     return [*write_table(table, folder/'comparison', f'Recipes at equal time, scale {scale}.', notes, mine),
             *write_figure(figure_by_time(runs, unigram_baselines(t)), folder/'comparison_by_time', mine)]
@@ -571,7 +582,7 @@ def write_budgets(
              'beforehand; each budget is a run of its own, with a schedule of its own length. Mean ± '
              'standard deviation over seeds; a score is the median over seeds of fine-tuning, from scratch '
              'too. The recipes are as they are at this scale, and were not tuned for each budget. '
-             f'{VALIDATION}', *by_hand(list(dict.fromkeys(trained.recipe)), scale),
+             f'{VALIDATION}', *about_rates(mine), *by_hand(list(dict.fromkeys(trained.recipe)), scale),
              'The intervals are those of each line alone, of seeds and validation examples.']
     claims = [*partial, 'Claimed is no more than this table, which has the longest budget alone: '
               f'{", ".join(longest.trial.unique())}. {SIGNIFICANCE}']

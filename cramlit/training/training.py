@@ -45,7 +45,7 @@ from .schedule import Clock, lr_factor, parse_budget
 from .tracking import Tracker, append_lines, check_tracker, prediction_writer
 
 # %% ../../nbs/training/36_training.ipynb #3f9927cc
-RUN_FORMAT = 2  # of run.json: 1 had no number
+RUN_FORMAT = 2  # of run.json: the first one was not numbered
 TRAINING_VERSION = 1  # of what a run computes, to be raised when a change of code changes its numbers
 
 @dataclass
