@@ -80,6 +80,7 @@ class Comparison:
     spans: tuple[float, ...] = (1/8, 1/4, 1/2, 1.)  # fractions of the budget that each of them has
     budgets: tuple[float, ...] = (1/64, 1/16, 1/4, 1.)  # fractions of it for what a budget buys
     budget_seeds: int = 3     # of each recipe and budget
+    pairs: int = 0            # minimal pairs of each kind that these are asked; 0 = none
 
 # %% ../../nbs/core/01_scales.ipynb #7d87112e
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ _TINY_TRIALS = Trials(
 _TINY_COMPARISON = Comparison(
     steps=10, seeds=2, lrs=(1e-3, 2e-3), tries=2, tuning=.5, ablation=.3, ablation_seeds=2, every=.25,
     tasks=('continuation',), sizes=((1, 32), (1, 64), (2, 64), (2, 96)), spans=(.4, .6, .8, 1.),
-    budgets=(.4, 1.), budget_seeds=2)
+    budgets=(.4, 1.), budget_seeds=2, pairs=10)
 _TINY_SCALE = Scale(
     'tiny', _SMALL + _TINY + ('batch.global_batch_size=32', 'batch.micro_batch_size=32'), steps=30,
     processes=1, suite='surrogate', finetune=_TINY_FINETUNE, trials=_TINY_TRIALS, comparison=_TINY_COMPARISON,
@@ -141,7 +142,7 @@ _LAPTOP_TRIALS = Trials(
 _LAPTOP_COMPARISON = Comparison(
     90., seeds=5, lrs=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), ablation=1/2, spans=(1/3, 2/3, 4/3, 8/3),
     tasks=('sentence_rating', 'verse_match', 'review_polarity', 'continuation', 'acceptability'),
-    sizes=((2, 64), (2, 96), (3, 128), (4, 192)), budgets=(1/6, 2/3, 8/3))
+    sizes=((2, 64), (2, 96), (3, 128), (4, 192)), budgets=(1/6, 2/3, 8/3), pairs=400)
 _LAPTOP_SCALE = Scale(
     'laptop', _SMALL + _LAPTOP, per_recipe={'modern': _LAPTOP_MODERN}, budget=240., processes=1,
     suite='surrogate', finetune=_LAPTOP_FINETUNE, trials=_LAPTOP_TRIALS, comparison=_LAPTOP_COMPARISON,

@@ -6,7 +6,7 @@
 __all__ = ['SELDOM', 'AXES', 'ASIDE', 'STEPS', 'CALIBRATION', 'SAVED', 'shared_validation', 'axes', 'drawn_settings',
            'tuning_trials', 'recipe_trials', 'tuned_settings', 'differences', 'steps_between', 'ablation_trials',
            'with_data', 'trial_settings', 'recipes_to_compare', 'run_tuning', 'compare_recipes', 'run_ablation',
-           'budget_trials', 'without_pretraining', 'run_budgets', 'evaluations', 'reached', 'compare']
+           'budget_trials', 'without_pretraining', 'ask_pairs', 'run_budgets', 'evaluations', 'reached', 'compare']
 
 # %% ../../nbs/experiments/61_comparison.ipynb #c265cd16
 import json
@@ -21,6 +21,7 @@ from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash
 from ..core.results import result_row, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.packing import open_data, prepare
+from ..evaluation.minimal_pairs import pair_results, pair_rows
 from ..evaluation.protocol import (
     baseline, best_runs, common_provenance, job_results, jobs, load_tasks, summary)
 from ..evaluation.statistics import Difference, difference, holm, sampling_error
@@ -287,13 +288,13 @@ def without_pretraining(
     scale: str,               # name of a scale
     out: Path,                # for results
     glue_dir: str = '',       # a local copy of GLUE; empty: the hub
-) -> list[dict]:              # rows of headlines
+) -> list[dict]:              # rows of headlines and pairs
     "The same networks from scratch, and what needs no network"
     s, rows = get_scale(scale), list[dict]()
     c, each = s.comparison, s.finetune.seeds
+    ids = dict(stage='trial', study='budgets', scale=scale, versus='', stopped='')
     def add(task, variant, runs, **about):
-        ids = dict(stage='trial', study='budgets', scale=scale, versus='', stopped='', **about)
-        rows.extend(r for r in summary(task, variant, runs, ids) if r['metric'] == 'headline')
+        rows.extend(r for r in summary(task, variant, runs, ids | about) if r['metric'] == 'headline')
     tasks = load_tasks(s.suite, list(c.tasks), glue_dir)
     for task in tasks:
         for name in ('majority', 'bag-of-words'):
@@ -307,7 +308,23 @@ def without_pretraining(
             runs = [r for r in results if r['job']['task'] == task.name and r['job']['seed'] in seeds]
             about = dict(trial=f'{name}, from scratch', recipe=name, seed=i, rates=list(s.finetune.lrs))
             add(task, 'from-scratch', best_runs(runs), **about)
+    if not c.pairs: return rows
+    untrained = list(product(models.items(), range(c.budget_seeds)))
+    found = pair_results([(model, i) for (_, model), i in untrained], c.pairs, out)
+    for ((name, _), i), result in zip(untrained, found, strict=True):
+        rows += pair_rows(result, ids | dict(trial=f'{name}, from scratch', recipe=name, seed=i))
     return rows
+
+def ask_pairs(
+    rows: list[dict],  # of trials that have been run
+    n: int,            # pairs of each kind
+    out: Path,         # holds the trials; for results
+) -> list[dict]:       # rows of the pairs
+    "What the pretrained networks know of minimal pairs"
+    trials = [r for r in rows if r['metric'] == 'validation_loss']
+    models: list[tuple[Path, int|None]] = [(out/'trials'/r['folder']/'run'/'model', None) for r in trials]
+    return [row for r, result in zip(trials, pair_results(models, n, out), strict=True)
+            for row in pair_rows(result, r)]
 
 def run_budgets(
     names: list[str],    # recipes
@@ -322,6 +339,7 @@ def run_budgets(
         t = replace(trial_settings(scale, part, tasks=True), finetune=s.finetune)
         trials = with_data(budget_trials(names, scale, part), data)
         found = run_trials(trials, 'budgets', data, out, t, s.processes, glue_dir, data/CALIBRATION)
+        if s.comparison.pairs: found += ask_pairs(found, s.comparison.pairs, out)
         rows += [r | dict(budget=t.steps or t.budget) for r in found]
         if not others:
             first = {r['recipe']: r['folder'] for r in reversed(found)}
