@@ -108,3 +108,21 @@ def test_a_network_without_a_head_for_masked_tokens_is_refused(model_folder, tmp
     with pytest.raises(CramlitError, match='no head for masked tokens'): masked_lm(tmp_path)
     with parallel_config('sequential'), pytest.raises(CramlitError, match='no head for masked tokens'):
         pair_results([(tmp_path, None)], 2, tmp_path/'out')
+
+
+def test_a_tokenizer_without_a_mask_is_refused(model_folder, tmp_path, monkeypatch):
+    real = module.load_parts
+    def without_mask(folder):
+        config, tok = real(folder)
+        tok.mask_token = None
+        return config, tok
+    monkeypatch.setattr(module, 'load_parts', without_mask)
+    with pytest.raises(CramlitError, match='has no .MASK.'): masked_lm(model_folder)
+
+
+def test_long_sentences_are_computed_in_parts(model_folder, monkeypatch):
+    model, tok = masked_lm(model_folder)
+    sentence = 'the river was near the old house and the stone'
+    whole = pseudo_log_likelihood(model, tok, sentence)
+    monkeypatch.setattr(module, 'COPIES', 3)
+    assert pseudo_log_likelihood(model, tok, sentence) == pytest.approx(whole, rel=1e-5)
