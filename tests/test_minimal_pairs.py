@@ -11,9 +11,11 @@ from transformers import AutoModel
 
 from cramlit.core.recipes import CramlitError
 from cramlit.data.corpus import documents, holdout_position, unique
+from cramlit.data.packing import open_data
 from cramlit.evaluation import minimal_pairs as module
 from cramlit.evaluation.minimal_pairs import (
     Pair,
+    bigram_choices,
     choices,
     masked_lm,
     minimal_pairs,
@@ -42,7 +44,7 @@ def test_a_pair_differs_in_one_place_and_words_alone_are_right_in_half():
     assert len(directions) > 4 and all(n == directions[b, a] for (a, b), n in directions.items())
 
 
-def test_no_sentence_was_trained_on():
+def test_all_sentences_are_of_held_out_articles():
     texts = ' '.join(' '.join(d.text.split()) for d in unique(documents('enwik8'))
                      if holdout_position(d.text) < HOLDOUT)
     assert all(p.right in texts for p in minimal_pairs(100))
@@ -126,3 +128,27 @@ def test_long_sentences_are_computed_in_parts(model_folder, monkeypatch):
     whole = pseudo_log_likelihood(model, tok, sentence)
     monkeypatch.setattr(module, 'COPIES', 3)
     assert pseudo_log_likelihood(model, tok, sentence) == pytest.approx(whole, rel=1e-5)
+
+
+def test_neighbours_counted_in_the_training_text_decide(data, model_folder):
+    prepared = open_data(data)
+    _, tok = masked_lm(model_folder, 0)
+    ids, special = prepared.train[:], set(prepared.manifest['special_ids'].values())
+    seen = Counter((a, b) for row in ids.tolist() for a, b in pairwise(row) if not {a, b} & special)
+    left, right = Counter(), Counter()
+    for (a, b), n in seen.items(): left[a], right[b] = left[a] + n, right[b] + n
+    size = prepared.padded_vocab_size
+    def score(a, b):
+        frequency = (right[b] + .5)/(sum(seen.values()) + .5*size)
+        return (seen[a, b] + 5*frequency)/(left[a] + 5)
+    words = {i: w for w, i in tok.get_vocab().items() if w.isalpha() and len(w) > 1}
+    some = [(a, b) for (a, b), _ in seen.most_common(200) if a in words and b in words and a != b]
+    pairs = [Pair('order', f'{words[a]} {words[b]}', f'{words[b]} {words[a]}') for a, b in some]
+    expected = [float(score(a, b) > score(b, a)) for a, b in some]
+    assert bigram_choices(prepared, pairs) == expected and 0 < np.mean(expected) < 1
+    assert bigram_choices(prepared, [Pair('order', pairs[0].right, pairs[0].right)]) == [.5]
+
+
+def test_a_score_that_is_no_number_is_no_choice(model_folder, monkeypatch):
+    monkeypatch.setattr(module, 'pseudo_log_likelihood', lambda model, tok, sentence: float('nan'))
+    assert choices(None, None, [Pair('order', 'a b', 'b a')]) == [.5]

@@ -80,7 +80,7 @@ class Comparison:
     spans: tuple[float, ...] = (1/8, 1/4, 1/2, 1.)  # fractions of the budget that each of them has
     budgets: tuple[float, ...] = (1/64, 1/16, 1/4, 1.)  # fractions of it for what a budget buys
     budget_seeds: int = 3     # of each recipe and budget
-    pairs: int = 0            # minimal pairs of each kind that these are asked; 0 = none
+    pairs: int = 0            # minimal pairs of each kind that these are asked, an even number; 0 = none
 
 # %% ../../nbs/core/01_scales.ipynb #7d87112e
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash
 from ..core.results import result_row, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.packing import open_data, prepare
-from ..evaluation.minimal_pairs import pair_results, pair_rows
+from ..evaluation.minimal_pairs import bigram_result, pair_results, pair_rows
 from ..evaluation.protocol import (
     baseline, best_runs, common_provenance, job_results, jobs, load_tasks, summary)
 from ..evaluation.statistics import Difference, difference, holm, sampling_error
@@ -286,6 +286,7 @@ def budget_trials(
 def without_pretraining(
     models: dict[str, Path],  # recipe → a stock folder of its network; its weights are not used
     scale: str,               # name of a scale
+    data: Path,               # prepared text, for counts
     out: Path,                # for results
     glue_dir: str = '',       # a local copy of GLUE; empty: the hub
 ) -> list[dict]:              # rows of headlines and pairs
@@ -312,8 +313,10 @@ def without_pretraining(
     untrained = list(product(models.items(), range(c.budget_seeds)))
     found = pair_results([(model, i) for (_, model), i in untrained], c.pairs, out)
     for ((name, _), i), result in zip(untrained, found, strict=True):
-        rows += pair_rows(result, ids | dict(trial=f'{name}, from scratch', recipe=name, seed=i))
-    return rows
+        about = dict(trial=f'{name}, from scratch', recipe=name, seed=i, precision='float32')
+        rows += pair_rows(result, ids | about)
+    bigrams = bigram_result(open_data(data), c.pairs, out)
+    return rows + pair_rows(bigrams, ids | dict(trial='bigrams', seed=None))
 
 def ask_pairs(
     rows: list[dict],  # of trials that have been run
@@ -321,10 +324,10 @@ def ask_pairs(
     out: Path,         # holds the trials; for results
 ) -> list[dict]:       # rows of the pairs
     "What the pretrained networks know of minimal pairs"
-    trials = [r for r in rows if r['metric'] == 'validation_loss']
+    trials = [r for r in rows if r['metric'] == 'validation_loss' and not r['stopped']]
     models: list[tuple[Path, int|None]] = [(out/'trials'/r['folder']/'run'/'model', None) for r in trials]
     return [row for r, result in zip(trials, pair_results(models, n, out), strict=True)
-            for row in pair_rows(result, r)]
+            for row in pair_rows(result, r | dict(precision='float32'))]
 
 def run_budgets(
     names: list[str],    # recipes
@@ -344,7 +347,8 @@ def run_budgets(
         if not others:
             first = {r['recipe']: r['folder'] for r in reversed(found)}
             models = {name: out/'trials'/first[name]/'run'/'model' for name in names}
-            others = without_pretraining(models, scale, out, glue_dir)
+            most = max((t.data or data for t in trials), key=lambda d: len(open_data(d).train))
+            others = without_pretraining(models, scale, most, out, glue_dir)
         write_rows(out/'rows.jsonl', rows + others)
         yield rows + others
 

@@ -518,10 +518,10 @@ def budget_gains(
     longest = _pretrained(t)
     longest = longest[longest.budget == longest.budget.max()]
     pairs = [(name, versus) for name, recipe in dict(zip(longest.trial, longest.recipe, strict=True)).items()
-             for versus in (f'{recipe}, from scratch', 'bag-of-words')]
+             for versus in (f'{recipe}, from scratch', 'bag-of-words', 'bigrams')]
     found = against(t, pairs, 'average')
     if 'minimal_pairs' in t: found = against(t, pairs, 'average', 'minimal_pairs')
-    return found.dropna(subset='change')  # words alone have no choice among minimal pairs
+    return found.dropna(subset='change')  # a bag of words judges no pairs, and bigrams no tasks
 
 def reference_scores(
     rows: list[dict],  # of fine-tuning the reference encoder; may be none
@@ -546,7 +546,8 @@ def figure_budgets(
     reference: dict[str, float],  # as `reference_scores` gives it
 ) -> Figure:
     "Scores against the budget of pretraining, with intervals over seeds; what has no budget as lines"
-    t, names = with_average(t, tasks), ['average', *(n for n in _PAIRS if n in t)][:2] + tasks[:2]
+    pairs = ['minimal_pairs'] if 'minimal_pairs' in t else []
+    t, names = with_average(t, tasks), ['average', *pairs, *tasks[:2]]
     trained = _pretrained(t)
     by_steps = trained.span.iloc[0] == f'{trained.budget.iloc[0]:g} steps'
     unit, size = ('steps', 1) if by_steps else time_unit(trained.budget.max())
@@ -563,7 +564,7 @@ def figure_budgets(
             ax.plot(mine.budget/size, mine[name], '.', ms=2, color=colour, alpha=.6)
             scratch = t[t.trial == f'{recipe}, from scratch'][name]
             _mean_line(ax, scratch, f'{recipe}, from scratch', color=colour, ls='--')
-        for other, style in (('majority', ':'), ('bag-of-words', '-.')):
+        for other, style in (('majority', ':'), ('bag-of-words', '-.'), ('bigrams', (0, (8, 2)))):
             for value in t[t.trial == other][name].dropna():
                 ax.axhline(value, color='0.3', ls=style, lw=1, label=other)
         if name in reference: ax.axhline(reference[name], color='k', lw=1, label='reference encoder')
@@ -572,12 +573,16 @@ def figure_budgets(
         ax.xaxis.set_major_formatter('{x:g}')
         ax.xaxis.set_minor_locator(NullLocator())
     for ax in axes[:, 0]: ax.set_ylabel('score, %')
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
+    known = [ax.get_legend_handles_labels() for ax in fig.axes]
+    shown = {label: handle for some in known for handle, label in zip(*some, strict=True)}
+    fig.legend(shown.values(), shown, loc='outside lower center', ncols=3, fontsize=8)
     return fig
 
-PAIRS_NOTE = ('Minimal pairs: how often a network, as it is after pretraining, holds a sentence of held-out '
-              'Wikipedia to be likelier than the same with two words swapped (order) or an agreement broken '
-              '(agreement). Chance is 50 %, and so is whatever knows only how frequent words are.')
+PAIRS_NOTE = ('Minimal pairs: in how many percent of them a network, as it is after pretraining, holds a '
+              'sentence of held-out Wikipedia to be likelier than the same with two words swapped (order) or an '
+              'agreement broken (agreement). Chance, and any judge by single words alone, are right in 50 %; '
+              'bigrams are a table of neighbouring tokens, counted in the training text. From scratch is here '
+              'the network with random weights.')
 
 def write_budgets(
     rows: list[dict],       # as `run_budgets` gives them, of some budgets or of all
