@@ -579,10 +579,10 @@ def figure_budgets(
     return fig
 
 PAIRS_NOTE = ('Minimal pairs: in how many percent of them a network, as it is after pretraining, holds a '
-              'sentence of held-out Wikipedia to be likelier than the same with two words swapped (order) or an '
-              'agreement broken (agreement). Chance, and any judge by single words alone, are right in 50 %; '
-              'bigrams are a table of neighbouring tokens, counted in the training text. From scratch is here '
-              'the network with random weights.')
+              'sentence of held-out Wikipedia to be likelier than the same with two words swapped (order) '
+              'or an agreement broken (agreement). Chance, and any judge by single words alone, are right '
+              'in 50 %; bigrams are a table of neighbouring tokens, counted in the training text. From '
+              'scratch is here the network with random weights.')
 
 def write_budgets(
     rows: list[dict],       # as `run_budgets` gives them, of some budgets or of all
