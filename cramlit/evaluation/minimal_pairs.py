@@ -72,7 +72,7 @@ def pseudo_log_likelihood(
     tok,            # its tokenizer
     sentence: str,
 ) -> float:         # nats
-    "The log-probability of every token behind [MASK] with all others visible, summed"
+    "The log-probability of every token, replaced by [MASK] with all others visible, summed"
     encoded = tok(sentence, return_special_tokens_mask=True, return_tensors='pt', truncation=True)
     special = encoded.pop('special_tokens_mask')[0].bool()
     places = torch.nonzero(~special)[:, 0]
