@@ -323,14 +323,14 @@ def test_what_a_budget_buys_is_drawn_after_each_budget_and_again_to_the_last_dig
     assert counts == [1, 0]*2 and pages[0] == pages[1]
     table = pd.read_csv(tmp_path/'figures a'/'budgets.csv', index_col=0)
     assert list(table.index) == ['majority', 'bag-of-words', 'modern, from scratch', 'bigrams',
-                                 'modern, 4 steps', 'modern, 10 steps']
+                                 'trigrams', 'modern, 4 steps', 'modern, 10 steps']
     gains = pd.read_csv(tmp_path/'figures a'/'budgets_gains.csv', index_col=0)
     scratch = 'modern, 10 steps against modern, from scratch'
     assert list(gains.index) == [f'average of the tasks: {scratch}',
                                  'average of the tasks: modern, 10 steps against bag-of-words',
                                  f'minimal pairs: {scratch}',
-                                 'minimal pairs: modern, 10 steps against bigrams']
-    assert list(table['minimal pairs, %'].notna()) == [False, False, True, True, True, True]
+                                 'minimal pairs: modern, 10 steps against trigrams']
+    assert list(table['minimal pairs, %'].notna()) == [False, False, True, True, True, True, True]
     rows, trials = read_rows(tmp_path/'a'), sorted((tmp_path/'a'/'trials').glob('*.json'))
     before = [p.stat().st_mtime_ns for p in trials]
     again = list(run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'a'))

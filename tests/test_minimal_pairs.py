@@ -15,10 +15,13 @@ from cramlit.data.packing import open_data
 from cramlit.evaluation import minimal_pairs as module
 from cramlit.evaluation.minimal_pairs import (
     Pair,
-    bigram_choices,
     choices,
+    count_ngrams,
     masked_lm,
     minimal_pairs,
+    ngram_choices,
+    ngram_log_likelihoods,
+    ngram_result,
     pair_results,
     pair_rows,
     pseudo_log_likelihood,
@@ -130,23 +133,53 @@ def test_long_sentences_are_computed_in_parts(model_folder, monkeypatch):
     assert pseudo_log_likelihood(model, tok, sentence) == pytest.approx(whole, rel=1e-5)
 
 
-def test_neighbours_counted_in_the_training_text_decide(data, model_folder):
+def likelihood_by_hand(data, ids, k):
+    "The log-probability of a sentence by counts of up to k neighbouring tokens, in plain Python"
+    special, counts = set(data.manifest['special_ids'].values()), [Counter() for _ in range(k + 1)]
+    for row in data.train[:].tolist():
+        for n in range(1, k + 1):
+            runs = zip(*(row[i:] for i in range(n)), strict=False)
+            counts[n].update(run for run in runs if not special & {*run})
+    counts[0][()] = sum(counts[1].values())
+    def probability(run):
+        shorter = probability(run[1:]) if run[1:] else 1/data.padded_vocab_size
+        return (counts[len(run)][run] + 5*shorter)/(counts[len(run) - 1][run[:-1]] + 5)
+    return sum(np.log(probability(tuple(ids[max(0, i - k + 1):i + 1]))) for i in range(len(ids)))
+
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_neighbours_counted_in_the_training_text_decide(data, model_folder, k):
     prepared = open_data(data)
     _, tok = masked_lm(model_folder, 0)
-    ids, special = prepared.train[:], set(prepared.manifest['special_ids'].values())
-    seen = Counter((a, b) for row in ids.tolist() for a, b in pairwise(row) if not {a, b} & special)
-    left, right = Counter(), Counter()
-    for (a, b), n in seen.items(): left[a], right[b] = left[a] + n, right[b] + n
-    size = prepared.padded_vocab_size
-    def score(a, b):
-        frequency = (right[b] + .5)/(sum(seen.values()) + .5*size)
-        return (seen[a, b] + 5*frequency)/(left[a] + 5)
-    words = {i: w for w, i in tok.get_vocab().items() if w.isalpha() and len(w) > 1}
-    some = [(a, b) for (a, b), _ in seen.most_common(200) if a in words and b in words and a != b]
-    pairs = [Pair('order', f'{words[a]} {words[b]}', f'{words[b]} {words[a]}') for a, b in some]
-    expected = [float(score(a, b) > score(b, a)) for a, b in some]
-    assert bigram_choices(prepared, pairs) == expected and 0 < np.mean(expected) < 1
-    assert bigram_choices(prepared, [Pair('order', pairs[0].right, pairs[0].right)]) == [.5]
+    texts = [tok.decode([t for t in row if t not in tok.all_special_ids][:n])
+             for row, n in zip(prepared.train[:40].tolist(), range(1, 41), strict=True)]
+    texts = [' '.join(words) for text in texts for words in (text.split(), text.split()[::-1])]
+    encoded = tok(texts, add_special_tokens=False)['input_ids']
+    expected = [likelihood_by_hand(prepared, ids, k) for ids in encoded]
+    assert ngram_log_likelihoods(prepared, texts, k) == pytest.approx(expected, rel=1e-9)
+    pairs = [Pair('order', a, b) for a, b in zip(texts[::2], texts[1::2], strict=True)]
+    found = ngram_choices(prepared, pairs, k)
+    if k > 1:  # a single word has no neighbours
+        assert found[2:] == [float(a > b) for a, b in zip(expected[4::2], expected[5::2], strict=True)]
+        assert np.mean(found) > .6  # of words in their order against the same in reverse
+    assert ngram_choices(prepared, [Pair('order', pairs[0].right, pairs[0].right)], k) == [.5]
+
+
+def test_runs_of_tokens_are_counted_within_a_sequence(data):
+    prepared = open_data(data)
+    special = set(prepared.manifest['special_ids'].values())
+    rows = prepared.train[:].tolist()
+    runs = [r[i:i+3] for r in rows for i in range(len(r) - 2) if not special & {*r[i:i+3]}]
+    counts, total = count_ngrams(prepared, np.array([runs[0], [prepared.padded_vocab_size - 1]*3]))
+    assert counts.tolist() == [runs.count(runs[0]), 0] and counts[0] > 0 and total == len(runs)
+
+
+def test_choices_of_counted_neighbours_are_kept(data, tmp_path, monkeypatch):
+    prepared = open_data(data)
+    first = [ngram_result(prepared, 4, k, tmp_path) for k in (2, 3)]
+    assert first[0]['key'] != first[1]['key'] and all(len(r['choices']) == 8 for r in first)
+    monkeypatch.setattr(module, 'ngram_choices', lambda *a: pytest.fail('computed twice'))
+    assert [ngram_result(prepared, 4, k, tmp_path) for k in (2, 3)] == first
 
 
 def test_a_score_that_is_no_number_is_no_choice(model_folder, monkeypatch):

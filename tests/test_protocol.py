@@ -44,6 +44,7 @@ from cramlit.model.stock_models import load_parts
 from cramlit.reporting.tables import (
     NINE,
     PUBLISHED,
+    about_lengths,
     at_chance,
     gain_from_pretraining,
     gains,
@@ -625,6 +626,14 @@ def test_a_table_has_one_pooling_for_all(tmp_path):
     with pytest.raises(UsageError, match='cls, mean'): write_table4(rows, tmp_path)
     text = write_table4(rows[:2], tmp_path)[0].read_text()
     assert 'first token' in text and 'mean over all tokens' not in text
+
+
+def test_a_table_says_what_of_an_example_is_seen():
+    seen, lengths = about_lengths(['24hbert', 'modern'], 'laptop')
+    assert 'at most 64 tokens' in seen and 'sees all of it' in seen
+    assert lengths == ('24hbert, modern: pretrained on sequences of 32 tokens. In 24hbert the embeddings of '
+                       'later positions were not trained.')
+    assert len(about_lengths(['24hbert', 'my-recipe'], 'paper')) == 1
 
 
 def test_a_task_may_start_from_the_network_that_learned_mnli(model, tmp_path, capsys):

@@ -21,7 +21,7 @@ from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash
 from ..core.results import result_row, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.packing import open_data, prepare
-from ..evaluation.minimal_pairs import bigram_result, pair_results, pair_rows
+from ..evaluation.minimal_pairs import NGRAMS, ngram_result, pair_results, pair_rows
 from ..evaluation.protocol import (
     baseline, best_runs, common_provenance, job_results, jobs, load_tasks, summary)
 from ..evaluation.statistics import Difference, difference, holm, sampling_error
@@ -315,8 +315,9 @@ def without_pretraining(
     for ((name, _), i), result in zip(untrained, found, strict=True):
         about = dict(trial=f'{name}, from scratch', recipe=name, seed=i, precision='float32')
         rows += pair_rows(result, ids | about)
-    bigrams = bigram_result(open_data(data), c.pairs, out)
-    return rows + pair_rows(bigrams, ids | dict(trial='bigrams', seed=None))
+    for name, k in NGRAMS.items():
+        rows += pair_rows(ngram_result(open_data(data), c.pairs, k, out), ids | dict(trial=name, seed=None))
+    return rows
 
 def ask_pairs(
     rows: list[dict],  # of trials that have been run

@@ -115,7 +115,8 @@ def write_table1(
              f"of the official code. Rates of {max(r.get('devices', 1) for r in mine)} device(s). Days are "
              'for 256 million sequences of 128 tokens, without the exchange of gradients: of this machine '
              f'only where it has GPUs, and planned for 8 × Titan V at {MFU:.0%} of their peak, where the '
-             'batch is large enough that the optimizer takes little of the time.']
+             'batch is large enough that the optimizer takes little of the time. That share was '
+             "chosen so that the plan comes to the paper's number of steps, which it does not confirm."]
     for network in dict.fromkeys(r['recipe'] for r in mine):
         of = [r for r in mine if r['recipe'] == network and r.get('kind') != 'planned']
         micro = [r for r in of if r['metric'] == 'seconds_per_micro_batch']
@@ -123,7 +124,8 @@ def write_table1(
                  for r in micro]
         why = [f"was not timed: it {r['why']}" for r in of if r.get('why')]
         notes.append(f"{NETWORKS[network]} ({of[0]['shape']}) {(why or ['; '.join(times)])[0]}.")
-    notes.append('Published: Izsak et al. (2021), Table 1, on 8 × Titan V.')
+    notes.append('Published: Izsak et al. (2021), Table 1, on 8 × Titan V, as transcribed in a public '
+                 'repository.')
     caption = f"Table 1. Speed on the hardware at hand, and days on GPUs, scale {mine[0]['scale']}."
     return write_table(table1(mine), folder/'table1_time', caption, notes, mine)
 

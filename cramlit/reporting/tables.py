@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARKS', 'KINDS', 'VARIANTS', 'PUBLISHED', 'NINE', 'published_csv', 'published', 'needed', 'origin', 'shown',
            'markdown_table', 'write_table', 'glue_column', 'model_names', 'table4', 'p_text', 'difference_cells',
-           'gains', 'gain_from_pretraining', 'at_chance', 'gains_table', 'standard_errors', 'write_table4', 'poolings',
-           'write_poolings', 'pretraining_grid', 'finetuning_grid']
+           'gains', 'gain_from_pretraining', 'at_chance', 'gains_table', 'standard_errors', 'about_lengths',
+           'write_table4', 'poolings', 'write_poolings', 'pretraining_grid', 'finetuning_grid']
 
 # %% ../../nbs/reporting/70_tables.ipynb #4c9782db
 import re
@@ -18,9 +18,9 @@ from statistics import mean
 import numpy as np
 import pandas as pd
 
-from ..core.recipes import CramlitError, Recipe, UsageError, settings_of
+from ..core.recipes import RECIPES, CramlitError, Recipe, UsageError, settings_of
 from ..core.results import atomic
-from ..core.scales import LARGE_TASKS, Finetune, Scale, get_scale
+from ..core.scales import LARGE_TASKS, Finetune, Scale, get_recipe, get_scale
 from ..evaluation.glue import NOT_AVERAGED
 from ..evaluation.protocol import REFERENCE_NOTE
 from ..evaluation.statistics import Difference, headline_difference, holm
@@ -328,6 +328,23 @@ def _one_pooling(rows: list[dict]) -> list[str]:
     return [f'All networks have the same classifier, on {_POOLED[p]}: a layer with tanh, dropout, a layer.'
             for p in poolings]
 
+def about_lengths(
+    recipes: Collection[str],
+    scale: str,
+) -> list[str]:  # one or two notes
+    "What of an example networks and the bag of words see, and where pretraining had shorter sequences"
+    longest = get_scale(scale).finetune.max_length
+    notes = [f'Networks see at most {longest} tokens of an example; of two sentences the longer is cut. The '
+             'bag of words, a linear model of single words and of pairs of neighbours, sees all of it.']
+    known = {name: get_recipe(name, scale) for name in recipes if name in RECIPES}
+    short = {name: r for name, r in known.items() if r.packing.seq_len < longest}
+    if not short: return notes
+    lengths = ' or '.join(str(n) for n in sorted({r.packing.seq_len for r in short.values()}))
+    said = f'{", ".join(short)}: pretrained on sequences of {lengths} tokens.'
+    absolute = [name for name, r in short.items() if r.model.position == 'absolute']
+    if absolute: said += f' In {", ".join(absolute)} the embeddings of later positions were not trained.'
+    return [*notes, said]
+
 def _about_reference(rows: list[dict]) -> list[str]:
     "What the reference encoder is, where there is one"
     return [REFERENCE_NOTE] if any(r.get('reference') for r in rows) else []
@@ -346,7 +363,9 @@ def write_table4(
     first = [_MNLI_FIRST] if any(r.get('variant') == 'mnli-first' for r in rows) else []
     f = get_scale(rows[0]['scale']).finetune
     protocol = _BEST if len(f.epochs)*len(f.batch_sizes)*len(f.lrs) > 1 else _ONLY
+    pretrained = sorted({r['recipe'] for r in rows if not r.get('reference')})
     notes = [*words, _GAINS, f'{protocol} {_AVERAGE}', *_one_pooling(rows), *first,
+             *about_lengths(pretrained, rows[0]['scale']),
              standard_errors(rows), *_diverged(rows), *_about_reference(rows), _GLUE if glue else _SURROGATE]
     file = folder/'submitted.csv'
     submitted = pd.read_csv(file, index_col=0) if file.exists() else None
