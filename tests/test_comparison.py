@@ -252,6 +252,9 @@ def test_a_mark_that_is_never_reached_is_said_so_and_is_later_than_all_others(tm
     assert evaluations(tmp_path/'b1'/'run') == [(0, 7), (10, 5), (20, 4)]
     assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25)
     assert reached(tmp_path/'b2'/'run', 5.) == float('inf')
+    (tmp_path/'b1'/'run'/'run.json').write_text(json.dumps(dict(budget=40., steps=4)))  # was stopped half-way
+    assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25/2)
+    (tmp_path/'b1'/'run'/'run.json').unlink()
     t, column = trial_table(rows), 'time to the loss of a'
     table = comparison_table(t, [], trial_runs(rows, tmp_path))
     assert table.loc['b', column] == '> 100 % (50 %–> 100 %)' and table.loc['a', column] == ''

@@ -308,8 +308,14 @@ def test_of_two_recipes_the_one_that_works_is_gone_on_with(tmp_path, pretend):
     run = pretend('pretrain bert-base')
     ws = workspace('tiny', tmp_path/'out', tmp_path/'figures', '24hbert,bert-base')
     with pytest.raises(CramlitError, match='4 stages came to nothing'): pipeline.reproduce(ws)
+    with pytest.raises(CramlitError, match='the same command without --force runs only these'):
+        pipeline.reproduce(ws, force='appendix')  # with it, what has been done since would be done again
     assert 'finetune 24hbert' in run.ran and 'finetune bert-base' not in run.ran
     assert {'table3_search', 'appendix'} <= set(run.ran)
+
+
+def test_a_recipe_that_is_named_twice_is_one(tmp_path):
+    assert workspace('tiny', tmp_path, '', ['modern', '24hbert', 'modern']).recipes == ('modern', '24hbert')
 
 
 def test_what_was_deleted_is_made_again_and_what_is_elsewhere_too(tmp_path, pretend):

@@ -1,7 +1,9 @@
 "Fine-tuning and reporting: repeatable, continued, honest about what is missing"
 import json
 import math
+import os
 import shutil
+import signal
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -36,6 +38,7 @@ from cramlit.evaluation.protocol import (
     load_tasks,
     median_run,
     reference_encoder,
+    run_parallel,
     run_suite,
     suite_work,
     task_rows,
@@ -113,6 +116,7 @@ def test_a_fine_tuning_that_diverges_counts_as_the_majority_and_says_so(model, t
         assert (r['diverged'], r['diverged_seeds'], r['seeds'], r['spread_high']) == (True, 2, 3, 99.)
     assert summaries[0]['value'] == runs[0]['value'] < 99
     with pytest.raises(CramlitError, match='toy diverged: there is nothing'): median_run(results[:2])
+    assert median_run([*results[:2], *tame]) == tame[0]  # one that did not is enough to go on with
 
 
 @pytest.mark.parametrize('steps', [10, 1])
@@ -626,6 +630,22 @@ def test_a_table_has_one_pooling_for_all(tmp_path):
     with pytest.raises(UsageError, match='cls, mean'): write_table4(rows, tmp_path)
     text = write_table4(rows[:2], tmp_path)[0].read_text()
     assert 'first token' in text and 'mean over all tokens' not in text
+
+
+def test_one_validation_example_is_refused_before_anything_is_trained(model, tmp_path):
+    one = replace(toy(), validation={'validation': toy().train.sample(1)})
+    with pytest.raises(UsageError, match=r'give toy \(validation\) more'):
+        run_suite(model, [toy('other'), one], GRID, 1, tmp_path/'out', IDS)
+    assert not (tmp_path/'out').exists()
+
+
+def end_this_process(): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_ended_from_outside_is_said_without_a_traceback():
+    message = 'a process of the fine-tunings was ended from outside'
+    with parallel_config('loky', n_jobs=2), pytest.raises(CramlitError, match=message):
+        run_parallel([delayed(end_this_process)() for _ in range(2)], 2, 'fine-tunings')
 
 
 def test_a_table_says_what_of_an_example_is_seen():

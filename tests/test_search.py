@@ -1,6 +1,8 @@
 "The search: trials from text to the best, continued, stopped early, failed; and their tables and figures"
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pandas as pd
@@ -9,9 +11,9 @@ import torch
 from joblib import parallel_config
 
 from cramlit.core.devices import Precision
-from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.core.recipes import RECIPES, CramlitError, UsageError
 from cramlit.core.results import read_rows, result_row, write_rows
-from cramlit.core.scales import get_recipe, get_scale
+from cramlit.core.scales import SCALES, get_recipe, get_scale
 from cramlit.data.packing import prepare
 from cramlit.experiments import search as s
 from cramlit.experiments.comparison import evaluations
@@ -243,6 +245,14 @@ def test_choices_change_what_they_say():
         get_recipe('bert-base', 'tiny', ['model.embedding_norm=false'])
 
 
+@pytest.mark.parametrize('name', RECIPES)
+def test_every_recipe_has_choices_that_are_possible_at_every_scale(name):
+    for scale in SCALES:
+        trials = choice_trials(name, scale, replace(get_scale(scale).trials, seeds=1))
+        assert len({trial.name for trial in trials}) == len(trials) > 5
+        for trial in trials: assert trial.recipe
+
+
 def test_choices_are_compared_with_the_recipe_as_it_is():
     trials = choice_trials('24hbert', 'tiny', replace(TRIALS, seeds=2))
     assert {t.seed for t in trials} == {42, 43}
@@ -313,6 +323,11 @@ def test_a_grid_that_is_typed_in():
     assert parse_grid('lr=1e-3,0.001', TRIALS).lrs == (1e-3,)
 
 
+def test_warm_ups_that_are_nearly_the_same_have_names_of_their_own():
+    trials = grid_trials('24hbert', 'tiny', parse_grid('warmup=0,0.004,0.015,0.02', TRIALS))
+    assert len({(trial.name, trial.seed) for trial in trials}) == len(trials)
+
+
 def test_a_local_copy_of_glue_is_asked_for_before_the_first_run(text, data, tmp_path, monkeypatch):
     def asked(suite, names, folder): raise CramlitError(f'{names} from {folder}')
     monkeypatch.setattr(s, 'load_tasks', asked)
@@ -334,6 +349,8 @@ def test_a_grid_of_several_seeds_is_judged_by_their_means():
     means = over_seeds(trial_table(rows))
     assert list(means.tuning_loss) == [5., pytest.approx(4.6)] and list(means.stopped) == ['too slow', '']
     assert list(best(means, 'no task').trial) == [trials[1].name]
+    rows[3]['value'] = None  # a seed that diverged is no reason to be the best
+    assert list(best(over_seeds(trial_table(rows)), 'no task').trial) == [trials[0].name]
 
 
 def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(tmp_path, monkeypatch, capsys):
@@ -360,5 +377,26 @@ def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(tmp_path,
     assert not capsys.readouterr().err
     assert [x.steps for x in s.calibrate(first, study, tmp_path/'others.jsonl')] == [50]
     assert 'has none of these networks' in capsys.readouterr().err
+    pair = replace(study, nproc=2)  # a step of two processes takes another time
+    assert [x.steps for x in s.calibrate(first, pair, tmp_path/'times.jsonl')] == [50]
     monkeypatch.setattr(s, '_time_steps', None)  # nothing is left to time
     assert [x.steps for x in s.calibrate(second, study, tmp_path/'times.jsonl')] == [160]
+
+
+def test_two_studies_do_not_time_at_once(tmp_path, monkeypatch):
+    t = replace(TRIALS, budget=10., steps=0)
+    study, trials = s.Study('grid', tmp_path, t, 1), trials_of(tmp_path, (1e-3,))
+    path, at_once, most = tmp_path/'times.jsonl', [], []
+
+    def time_steps(trials, study, turns):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(.3)
+        at_once.pop()
+        return [result_row('seconds_per_step', .1, 's', median=.1, high=.1, contestant=key, before=0.)
+                for key in trials]
+
+    monkeypatch.setattr(s, '_time_steps', time_steps)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: s.calibrate(trials, study, path), range(3)))
+    assert most == [1] and len(read_rows(path)) == 1 and all(x.steps == 100 for x, in found)

@@ -27,8 +27,10 @@ def test_a_lost_seed_ends_the_pairs_and_what_does_not_scatter_has_no_p():
     a, b = seeds(4.9, 5.1, float('nan')), seeds(5.4, 5.6, 5.9)
     assert difference(a, b).p == pytest.approx(ttest_ind(a[:2], b, equal_var=False).pvalue)
     constant = seeds(1., 1.)
+    rounded = seeds(53.3, 53.3, 53.3)
+    assert rounded.var() > 0  # by rounding alone
     for d in (difference(seeds(1.), seeds(2.)), difference(constant, constant + 1), difference(seeds(1.), b),
-              difference(constant, 2., .3)):
+              difference(constant, 2., .3), difference(rounded, 50., .3)):
         assert np.isnan([d.low, d.high, d.p]).all() and not np.isnan(d.change)
     assert np.isnan(difference(seeds(), seeds()).change)
 

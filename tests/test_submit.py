@@ -8,7 +8,7 @@ import pytest
 from joblib import parallel_config
 from test_glue import ROWS, make_parquet, make_tsv
 
-from cramlit.core.recipes import CramlitError
+from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.scales import get_scale
 from cramlit.evaluation.finetuning import run_job
 from cramlit.evaluation.glue import GLUE, SUBMISSION_FILES, Examples, check_submission, load_ax, load_glue
@@ -53,6 +53,12 @@ def glue(model, root, out, *more):
     with parallel_config('threading', n_jobs=1):
         return main(['glue', '--model', str(model), '--suite', 'glue', '--glue-dir', str(root),
                      '--scale', 'tiny', '--seeds', '1', '--out', str(out), *more])
+
+
+def test_a_runs_own_folder_is_refused(model, tmp_path):
+    (tmp_path/'run.json').write_text('{}')
+    with pytest.raises(UsageError, match='run'): answer(model, tmp_path, tmp_path, tmp_path/'x.zip')
+    assert [p.name for p in tmp_path.iterdir()] == ['run.json']
 
 
 @pytest.mark.parametrize('make', [make_tsv, make_parquet])

@@ -13,6 +13,7 @@ __all__ = ['DRAWS', 'MNLI_FIRST', 'PROTOCOLS', 'SUITES', 'REFERENCE', 'REFERENCE
 # %% ../../nbs/evaluation/43_protocol.ipynb #a11c9b18
 import hashlib, io, json, os, sys, tempfile, warnings, zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -101,7 +102,11 @@ def run_parallel(
         if one_by_one: outcomes = (f(*args, **more) for f, args, more in calls)
         else: outcomes = Parallel(return_as='generator_unordered')(dealt)
         bar = tqdm(outcomes, what, total, initial=total - len(calls), file=sys.stderr, mininterval=2)
-        failed = [why for why in bar if why]
+        try: failed = [why for why in bar if why]
+        except BrokenProcessPool:
+            raise CramlitError(f'a process of the {what} was ended from outside, most likely for lack of '
+                               'memory. What is finished is kept, and the same command goes on; with '
+                               'LOKY_MAX_CPU_COUNT=1 before it one works at a time') from None
     if failed:
         shown = failed[:8] + [f'and {len(failed) - 8} more']*(len(failed) > 8)
         raise CramlitError(f'{len(failed)} of {total} {what} failed twice; the others are kept, and the same '
@@ -247,11 +252,11 @@ PROTOCOLS = ('plain', 'paper')
 def median_run(
     runs: list[dict],  # as `run_job` gives them, of one task and one variant
 ) -> dict:             # one of them
-    "The middle seed of the best configuration; raises `CramlitError` when that one diverged"
-    best = sorted(best_runs(runs), key=lambda r: headline(r['scores']))
-    middle = best[(len(best) - 1)//2]
-    if not middle['diverged']: return middle
-    task = middle['job']['task']
+    "The middle of the best configuration's seeds that did not diverge; raises `CramlitError` when all did"
+    best = best_runs(runs)
+    whole = sorted((r for r in best if not r['diverged']), key=lambda r: headline(r['scores']))
+    if whole: return whole[(len(whole) - 1)//2]
+    task = best[0]['job']['task']
     raise CramlitError(f'the fine-tunings on {task} diverged: there is nothing to go on with')
 
 def mnli_model(
@@ -267,7 +272,8 @@ def mnli_model(
     key, = job_keys(folder, [mnli], [job])
     place = out/'mnli'/digest(key)
     if not (place/'job.json').exists():
-        run_job(job, folder, mnli, keep=place)
+        failed = with_retry('the network of MNLI', lambda: run_job(job, folder, mnli, keep=place))
+        if failed: raise CramlitError(failed)
         with atomic(place/'job.json') as f: json.dump(key, f)
     return place
 
@@ -449,6 +455,8 @@ def run_suite(
     check_protocol(protocol, [t.name for t in tasks])
     folder, out = Path(folder), Path(out)
     check_length(folder, grid.max_length)
+    few = [f'{t.name} ({name})' for t in tasks for name, e in t.validation.items() if len(e.labels) < 2]
+    if few: raise UsageError(f'one validation example tells nothing: give {", ".join(few)} more')
     rows = run_grid(folder, tasks, [job for t in tasks for job in jobs(t, grid, seeds, variants)], out, ids)
     if protocol == 'paper': rows += _mnli_first(folder, tasks, grid, seeds, out, ids, rows)
     for t in tasks:
@@ -572,6 +580,7 @@ def submit(
     protocol: str = '',   # plain | paper; '' = the scale's
 ) -> list[dict]:          # rows of the evaluation, and one for each file: how many predictions, and whose
     "Evaluate on GLUE, predict its test sets, write the zip; a test set that is not whole is a `CramlitError`"
+    refuse_run(out)
     seeds, model, out = _seeds(seeds, scale), Path(model), Path(out)
     if Path(to).is_dir(): raise UsageError(f'{to} is a folder: name the zip to write')
     ids = model_ids(model, scale, 'glue')

@@ -41,7 +41,8 @@ def difference(
     a, b = a.dropna(), b.dropna() if isinstance(b, pd.Series) else b
     change, unknown = float(np.mean(a) - np.mean(b)), float('nan')
     variance, df = _seed_variance(a, b)
-    if not variance > 0: return Difference(change, unknown, unknown, unknown)
+    rounding = (1e-9*max(abs(np.mean(a)), abs(np.mean(b))))**2  # what equal values may seem to scatter
+    if not variance > rounding: return Difference(change, unknown, unknown, unknown)
     whole = variance + sampling**2
     cases = (variance, df), (whole, df*(whole/variance)**2)  # seeds alone, and with the examples
     half = float(max(t.ppf(.975, df)*v**.5 for v, df in cases))

@@ -354,13 +354,17 @@ def run_budgets(
         yield rows + others
 
 # %% ../../nbs/experiments/61_comparison.ipynb #60fdfb88
+def _info(run: Path) -> dict:
+    "What is known of a run as a whole"
+    about = run/'run.json'
+    return json.loads(about.read_text(encoding='utf-8')) if about.exists() else {}
+
 def evaluations(
     run: Path,  # a run's folder
 ) -> list[tuple[float, float]]:  # seconds, validation loss
     "When a run was validated, and its losses; the times of calibrated steps where it counted them"
     lines = [json.loads(line) for line in (run/'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
-    about = run/'run.json'
-    info = json.loads(about.read_text(encoding='utf-8')) if about.exists() else {}
+    info = _info(run)
     calibrated = info.get('budget') and info.get('steps')
     def when(line): return line['step']*info['budget']/info['steps'] if calibrated else line['seconds']
     return [(when(l), l['validation_loss']) for l in lines if l.get('validation_loss') is not None]
@@ -368,13 +372,14 @@ def evaluations(
 def reached(
     run: Path,     # a run's folder
     mark: float,   # nats
-) -> float:        # fraction of the run's time; inf when never
+) -> float:        # fraction of the run's budget, or of its time where it had none; inf when never
     "When a run's validation loss first came down to a mark"
     points = evaluations(run)
+    whole = _info(run).get('budget') or points[-1][0]  # one that was stopped early had more than its time
     for (before, high), (after, low) in pairwise(points):
         if low > mark: continue
         when = before + (after - before)*(high - mark)/(high - low) if high > mark else before
-        return when/points[-1][0]
+        return when/whole
     return float('inf')
 
 # %% ../../nbs/experiments/61_comparison.ipynb #57ce2264

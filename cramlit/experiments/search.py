@@ -25,7 +25,8 @@ from joblib import delayed
 from ..core.devices import choose_precision, pick_device
 from ..core.recipes import Checkpoint, Model, Optim, Recipe, Schedule, UsageError, Validation
 from ..core.recipes import digest, recipe_hash, unknown
-from ..core.results import note, provenance, read_rows, refuse_run, result_row, sha256, write_rows
+from ..core.results import (
+    locked, note, provenance, read_rows, refuse_run, result_row, sha256, write_rows)
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.batches import rank_slice
 from ..data.packing import as_prepared, open_data, prepare
@@ -81,7 +82,7 @@ def grid_trials(
     recipe, trials = get_recipe(base, scale, t.overrides), []
     seeds = range(recipe.seed, recipe.seed + t.grid_seeds)
     for seed, batch, lr, warmup, length in product(seeds, t.batch_sizes, t.lrs, t.warmups, t.lengths):
-        name = f'batch {batch}, LR {lr:g}, warm-up {warmup:.0%}'
+        name = f'batch {batch}, LR {lr:g}, warm-up {100*warmup:g}%'
         if len(t.lengths) > 1: name += f', schedule {length:g} budgets long'
         settings = (*batch_settings(recipe, batch), f'optim.lr={lr}', f'schedule.warmup={warmup}',
                     f'schedule.length={length}')
@@ -114,6 +115,7 @@ def choices(
 ) -> dict[str, tuple[str, ...]]:  # name → settings
     "What can be done otherwise, one change at a time"
     m, batch = recipe.model, recipe.batch.global_batch_size
+    after_each = 'model.norm=post', 'model.embedding_norm=true', 'model.first_norm=true'
     smaller = (f'model.num_layers={max(1, m.num_layers//2)}', f'model.num_heads={max(1, m.num_heads*3//4)}',
                f'model.hidden_size={m.hidden_size*3//4}',
                f'model.intermediate_size={m.intermediate_size*3//4}')
@@ -125,7 +127,7 @@ def choices(
         'half the batch': batch_settings(recipe, batch//2),
         'twice the batch': batch_settings(recipe, 2*batch),
         'no LayerNorm after the embeddings': ('model.embedding_norm=false',) if m.norm == 'pre' else (),
-        'LayerNorm after each block': ('model.norm=post', 'model.embedding_norm=true'),
+        'LayerNorm after each block': after_each,
         'base instead of large': smaller,
         'sequences cut at one end': ('packing.mode=document',) if recipe.packing.mode == 'paper' else ()}
 
@@ -178,11 +180,11 @@ def trial_ids(
                 span=f'{study.steps(trial)} steps' if study.steps(trial) else f'{t.budget:g} s')
 
 # %% ../../nbs/experiments/60_search.ipynb #5c1e0b02
-def _contestant(recipe: Recipe) -> str:
-    "A name for all of a recipe that decides how long a step takes"
+def _contestant(recipe: Recipe, nproc: int) -> str:
+    "A name for all that decides how long a step takes, of a recipe in so many processes"
     same = replace(recipe, seed=0, optim=Optim(method=recipe.optim.method), schedule=Schedule(),
                    validation=Validation(), checkpoint=Checkpoint())
-    return digest(asdict(same))
+    return digest(asdict(same)) + (f'-{nproc}' if nproc > 1 else '')
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
@@ -229,22 +231,23 @@ def calibrate(
     turns: int = 7,
 ) -> list[Trial]:     # each with its number of steps
     "Turn a budget of seconds into steps: time a step of every contestant, in turns"
-    known = read_rows(path) if path.exists() else []
-    names = {_contestant(t.recipe): t for t in reversed(trials)}  # the first of each kind
-    before = {r['contestant']: r['value'] for r in known}
-    anchor = next((key for key in reversed(names) if key in before), '')  # is timed again beside new ones
-    missing = {key: t for key, t in reversed(names.items()) if key == anchor or key not in before}
-    if len(missing) > (anchor != ''):
-        if known and not anchor: note(f'{path} has none of these networks: they are timed now, by themselves')
-        timed = _time_steps(missing, study, turns)
-        pace = next((before[anchor]/r['value'] for r in timed if r['contestant'] == anchor), 1.)
-        seconds = 'value', 'median', 'high', 'before'
-        for r in timed: r.update({name: r[name]*pace for name in seconds}, pace=pace)
-        known += [r for r in timed if r['contestant'] != anchor]
-        write_rows(path, known)
+    names = {_contestant(t.recipe, study.nproc): t for t in reversed(trials)}  # the first of each kind
+    with locked(path.parent, wait=True):  # two studies that time at once would slow each other down
+        known = read_rows(path) if path.exists() else []
+        before = {r['contestant']: r['value'] for r in known}
+        anchor = next((key for key in reversed(names) if key in before), '')  # is timed again beside new ones
+        missing = {key: t for key, t in reversed(names.items()) if key == anchor or key not in before}
+        if len(missing) > (anchor != ''):
+            if known and not anchor: note(f'{path} has none of these networks: they are timed alone')
+            timed = _time_steps(missing, study, turns)
+            pace = next((before[anchor]/r['value'] for r in timed if r['contestant'] == anchor), 1.)
+            seconds = 'value', 'median', 'high', 'before'
+            for r in timed: r.update({name: r[name]*pace for name in seconds}, pace=pace)
+            known += [r for r in timed if r['contestant'] != anchor]
+            write_rows(path, known)
     budget = study.trials.budget
     steps = {r['contestant']: max(1, round((budget - r.get('before', 0.))/r['value'])) for r in known}
-    return [replace(t, steps=steps[_contestant(t.recipe)]) for t in trials]
+    return [replace(t, steps=steps[_contestant(t.recipe, study.nproc)]) for t in trials]
 
 # %% ../../nbs/experiments/60_search.ipynb #a61f0c37
 def train_trial(
@@ -393,6 +396,8 @@ def over_seeds(
     whole, lines = table.select_dtypes('number').columns, table.groupby('trial', sort=False)
     found = lines.first()
     found[whole] = lines[list(whole)].mean()
+    losses = [name for name in ('tuning_loss', 'validation_loss') if name in whole]
+    found[losses] = lines[losses].agg(lambda of_seeds: of_seeds.mean(skipna=False))  # none if one has none
     if 'stopped' in table: found['stopped'] = lines.stopped.max()
     return found.reset_index()
 

@@ -203,7 +203,7 @@ def workspace(
 ) -> Workspace:
     "A workspace from what a notebook or a command line is given; raises `UsageError` for unknown names"
     names = recipes.split(',') if isinstance(recipes, str) else recipes
-    names = tuple(name.strip() for name in names)
+    names = tuple(dict.fromkeys(name.strip() for name in names))
     for name in names: get_recipe(name, scale)
     out = Path(out or f'runs/{scale}')
     figures = Path(figures or out/'paper_figures')
@@ -551,8 +551,9 @@ def reproduce(
     Console(stderr=True, highlight=False).print(timetable(ws, lacking))
     if lacking:
         each = ''.join(f'\n  {name}: {why}' for name, why in lacking.items())
-        raise CramlitError(f'{len(lacking)} stages came to nothing; the others are done, and the same '
-                           f'command runs only these again:{each}\nWhat there is is on {page}')
+        again = 'the same command without --force' if force else 'the same command'
+        raise CramlitError(f'{len(lacking)} stages came to nothing; the others are done, and {again} '
+                           f'runs only these again:{each}\nWhat there is is on {page}')
     return read_rows(ws.out)
 
 # %% ../../nbs/running/80_pipeline.ipynb #80e20002
