@@ -316,6 +316,16 @@ def small_scale(text, monkeypatch):
     with parallel_config('sequential'): yield 'tiny'
 
 
+def test_rows_of_a_shorter_budget_stay_when_a_longer_one_fails(small_scale, tmp_path, monkeypatch):
+    budgets = run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'out')
+    first = next(budgets)
+    def fails(rows, n, out): raise CramlitError('no pairs today')
+    monkeypatch.setattr(comparison, 'ask_pairs', fails)
+    with pytest.raises(CramlitError, match='no pairs today'): next(budgets)
+    kept = read_rows(tmp_path/'out')
+    assert all(r in kept for r in first) and len(kept) > len(first)
+
+
 def test_what_a_budget_buys_is_drawn_after_each_budget_and_again_to_the_last_digit(small_scale, tmp_path):
     pages, counts = [], []
     for name in 'ab':

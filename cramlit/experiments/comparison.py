@@ -342,7 +342,8 @@ def run_budgets(
     for part in sorted(s.comparison.budgets):
         t = replace(trial_settings(scale, part, tasks=True), finetune=s.finetune)
         trials = with_data(budget_trials(names, scale, part), data)
-        found = run_trials(trials, 'budgets', data, out, t, s.processes, glue_dir, data/CALIBRATION)
+        found = run_trials(trials, 'budgets', data, out, t, s.processes, glue_dir, data/CALIBRATION,
+                           before=rows + others)
         if s.comparison.pairs: found += ask_pairs(found, s.comparison.pairs, out)
         rows += [r | dict(budget=t.steps or t.budget) for r in found]
         if not others:

@@ -89,7 +89,8 @@ def run_scaling(
     for part in s.comparison.spans:
         trials = with_data(size_trials(base, scale, part), data)
         t = trial_settings(scale, part)
-        found = run_trials(trials, 'scaling', data, out, t, s.processes, timings=data/CALIBRATION)
+        found = run_trials(trials, 'scaling', data, out, t, s.processes, timings=data/CALIBRATION,
+                           before=rows)
         rows += found + compute_rows(found, trials)
     write_rows(out/'rows.jsonl', rows)
     return rows

@@ -9,7 +9,7 @@ __all__ = ['Trial', 'batch_settings', 'grid_trials', 'parse_grid', 'choices', 'c
 
 # %% ../../nbs/experiments/60_search.ipynb #3f3ecdc5
 import hashlib, json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -353,6 +353,7 @@ def run_trials(
     nproc: int = 0, # processes a trial; 0 = one for each GPU, one on a CPU
     glue_dir: str = '',  # a local copy of GLUE; empty: the hub
     timings: str|Path = '',  # the file of what a step takes, which studies may share; empty: in `out`
+    before: Iterable[dict] = (),  # rows of the study's earlier trials, which stand before these in rows.jsonl
 ) -> list[dict]:    # rows of all trials
     "Run what is missing; raises `UsageError` for impossible settings, `CramlitError` for what failed twice"
     study = Study(name, Path(data), t, nproc or max(1, torch.cuda.device_count()), glue_dir)
@@ -370,7 +371,7 @@ def run_trials(
     for trial, key in zip(trials, keys, strict=True):
         ids = trial_ids(trial, study)
         rows += [row | ids for row in find_result(place, key)[1]['rows']]
-    write_rows(Path(out)/'rows.jsonl', rows)
+    write_rows(Path(out)/'rows.jsonl', [*before, *rows])
     return rows
 
 # %% ../../nbs/experiments/60_search.ipynb #8cc5a760
