@@ -37,6 +37,7 @@ from cramlit.reporting.studies import (
     against,
     choices_table,
     comparison_table,
+    figure_budgets,
     figure_by_time,
     trial_runs,
     unigram_baselines,
@@ -302,6 +303,27 @@ def test_each_text_has_its_own_unigram_baseline(tmp_path):
     lines = figure_by_time(trial_runs(rows, tmp_path), unigram_baselines(t)).axes[0].lines
     found = {line.get_label(): line.get_ydata()[0] for line in lines if 'unigram' in line.get_label()}
     assert found == {'a, unigram baseline': 6., 'b, unigram baseline': 6.5}
+
+
+def test_more_trials_than_colours_are_all_drawn_and_none_as_another(tmp_path):
+    names, rows = 'abcdefgh', []
+    for i, name in enumerate(names):
+        made = make_run(tmp_path, name, 1, [7, 6, 5], '')
+        rows += [*made, made[0] | dict(metric='unigram_entropy', value=6 + i/10)]
+    lines = figure_by_time(trial_runs(rows, tmp_path), unigram_baselines(trial_table(rows))).axes[0].lines
+    curves = [line for line in lines if line.get_label() in names]
+    looks = {(line.get_color(), line.get_linestyle(), line._unscaled_dash_pattern) for line in curves}
+    assert len(curves) == len(looks) == sum('unigram' in line.get_label() for line in lines) == len(names)
+
+
+def test_more_recipes_than_colours_are_all_in_the_figure_of_budgets():
+    about = dict(stage='trial', study='budgets', seed=1, seconds=1., span='1 steps', budget=1., unit='%')
+    rows = [about | dict(metric='headline', task='x', value=50., recipe=name, trial=f'{name}, 1 steps')
+            for name in 'abcdefgh']
+    t = pd.DataFrame([dict(trial=r['trial'], recipe=r['recipe'], budget=1., span='1 steps', x=r['value'])
+                      for r in rows])
+    figure = figure_budgets(t, ['x'], {})
+    assert {text.get_text() for text in figure.legends[0].texts} >= set('abcdefgh')
 
 
 @pytest.fixture
