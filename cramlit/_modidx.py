@@ -1159,6 +1159,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'cramlit/reporting/tables.py'),
                                           'cramlit.reporting.tables._one_pooling': ( 'reporting/tables.html#_one_pooling',
                                                                                      'cramlit/reporting/tables.py'),
+                                          'cramlit.reporting.tables._one_suite': ( 'reporting/tables.html#_one_suite',
+                                                                                   'cramlit/reporting/tables.py'),
                                           'cramlit.reporting.tables._text': ('reporting/tables.html#_text', 'cramlit/reporting/tables.py'),
                                           'cramlit.reporting.tables.about_lengths': ( 'reporting/tables.html#about_lengths',
                                                                                       'cramlit/reporting/tables.py'),
