@@ -39,6 +39,7 @@ from cramlit.reporting.studies import (
     comparison_table,
     figure_budgets,
     figure_by_time,
+    figure_schedules,
     trial_runs,
     unigram_baselines,
     write_budgets,
@@ -317,13 +318,18 @@ def test_more_trials_than_colours_are_all_drawn_and_none_as_another(tmp_path):
 
 
 def test_more_recipes_than_colours_are_all_in_the_figure_of_budgets():
-    about = dict(stage='trial', study='budgets', seed=1, seconds=1., span='1 steps', budget=1., unit='%')
-    rows = [about | dict(metric='headline', task='x', value=50., recipe=name, trial=f'{name}, 1 steps')
-            for name in 'abcdefgh']
-    t = pd.DataFrame([dict(trial=r['trial'], recipe=r['recipe'], budget=1., span='1 steps', x=r['value'])
-                      for r in rows])
+    about = dict(budget=1., span='1 steps', x=50.)
+    t = pd.DataFrame([about | dict(trial=f'{name}, 1 steps', recipe=name) for name in 'abcdefgh'])
     figure = figure_budgets(t, ['x'], {})
     assert {text.get_text() for text in figure.legends[0].texts} >= set('abcdefgh')
+
+
+def test_more_choices_than_colours_are_all_in_the_figure_of_schedules():
+    t = pd.DataFrame([dict(trial=name, lr=1e-3*(i + 1), warmup=.1, schedule_length=1.)
+                      for i, name in enumerate('abcdefgh')])
+    lines = figure_schedules(t).axes[0].lines
+    assert [line.get_label() for line in lines] == list('abcdefgh')
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 8
 
 
 @pytest.fixture

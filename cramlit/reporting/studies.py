@@ -244,7 +244,8 @@ def figure_schedules(
     lines, part = t.drop_duplicates('trial').drop_duplicates(settings), [i/400 for i in range(401)]
     fig = Figure(figsize=(5.5, 2.6))
     ax = fig.subplots()
-    for r, colour, style in zip(lines.itertuples(), COLOURS, ('-', '--', '-.', ':'), strict=False):
+    styles = cycle(('-', '--', '-.', ':'))
+    for r, colour, style in zip(lines.itertuples(), cycle(COLOURS), styles, strict=False):
         rates = [r.lr*lr_factor(f/r.schedule_length, r.warmup) for f in part]
         ax.plot(part, rates, style, color=colour, label=r.trial)
     ax.set(xlabel='part of the budget', ylabel='learning rate', ylim=(0, None))
@@ -656,7 +657,8 @@ def figure_by_compute(
     fig = Figure(figsize=(5.5, 3.2), layout='constrained')
     ax = fig.subplots()
     sizes = t.groupby(['layers', 'hidden_size'])
-    for ((layers, hidden), mine), colour, mark in zip(sizes, COLOURS, 'os^Dv*', strict=False):
+    looks = zip(cycle(COLOURS), cycle('os^Dv*P'), strict=True)  # one mark more than colours: all differ
+    for ((layers, hidden), mine), (colour, mark) in zip(sizes, looks, strict=False):
         N, D = mine.weights.iloc[0], np.geomspace(mine.tokens.min(), mine.tokens.max(), 40)
         flops = D*mine.flops.iloc[0]/mine.tokens.iloc[0]
         ax.fill_between(flops, *fit.loss_interval(N, D), color=colour, alpha=.15, lw=0)
