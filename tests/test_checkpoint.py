@@ -1,4 +1,5 @@
 "Checkpoints: full disks, damage, and other people's folders"
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from cramlit.training.checkpoints import (
     find_damage,
     load_checkpoint,
     tensors_of,
+    verify_folder,
     write_checkpoint,
 )
 from cramlit.training.optimizers import make_optimizer
@@ -41,7 +43,7 @@ def test_full_disk_keeps_the_old_checkpoint(parts, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path, parts[0]) == {'step': 1}
 
 
-@pytest.mark.parametrize('harm', ['truncate', 'remove', 'state'])
+@pytest.mark.parametrize('harm', ['truncate', 'remove', 'state', 'list', 'files'])
 def test_damage_is_named_and_the_one_before_is_used(parts, tmp_path, capsys, harm):
     for n in (1, 2): write_checkpoint(tmp_path, tensors_of(*parts), {'step': n})
     newest = checkpoints(tmp_path)[-1]
@@ -50,8 +52,33 @@ def test_damage_is_named_and_the_one_before_is_used(parts, tmp_path, capsys, har
         (newest/'optimizer.safetensors').write_bytes(content[:-9])
     if harm == 'remove': (newest/'model.safetensors').unlink()
     if harm == 'state': (newest/'state.json').write_text('{')
+    if harm == 'list': (newest/'state.json').write_text('[1]')
+    if harm == 'files': (newest/'state.json').write_text('{"state": {}, "files": [1]}')
     assert load_checkpoint(tmp_path, *parts) == {'step': 1}
     assert str(newest) in capsys.readouterr().err
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_damage(parts, tmp_path, monkeypatch, capsys):
+    for n in (1, 2): write_checkpoint(tmp_path, tensors_of(*parts), {'step': n})
+    real = checkpoint.sha256
+
+    def failing(path):
+        if path.parent.name == 'step-00000002': raise OSError(errno.EIO, 'Input/output error')
+        return real(path)
+    monkeypatch.setattr(checkpoint, 'sha256', failing)
+    assert load_checkpoint(tmp_path, *parts) == {'step': 1}
+    assert 'model.safetensors cannot be read (Input/output error)' in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_rotated_away_while_it_is_checked_is_no_damage(parts, tmp_path, monkeypatch):
+    for n in (1, 2): write_checkpoint(tmp_path, tensors_of(*parts), {'step': n})
+    real = checkpoint.find_damage
+
+    def meanwhile(path):
+        if path.name == 'step-00000001': shutil.rmtree(path)
+        return real(path)
+    monkeypatch.setattr(checkpoint, 'find_damage', meanwhile)
+    assert [r['value'] for r in verify_folder(tmp_path)] == [0, 1]
 
 
 def test_a_half_written_checkpoint_is_not_seen(parts, tmp_path):

@@ -92,12 +92,21 @@ def test_torchrun_does_not_start_again_what_has_stopped(error, alone, in_torchru
     assert capsys.readouterr().err.count('cramlit: ') == 2
 
 
-@pytest.mark.parametrize('name, says', [('verify', 'starts anew'), ('search', 'goes on where it stopped')])
+@pytest.mark.parametrize('name, says', [
+    ('verify', 'starts anew'), ('search', 'goes on where it stopped'), ('race', 'goes on where it stopped')])
 def test_ctrl_c_is_one_line_that_says_what_the_same_command_does(name, says, monkeypatch, capsys):
     def fail(folder: str): raise KeyboardInterrupt
     monkeypatch.setitem(COMMANDS, name, fail)
     assert main([name, 'x']) == 1
     assert capsys.readouterr().err == f'cramlit: interrupted; the same command {says}\n'
+
+
+def test_what_was_forced_goes_on_without_force(monkeypatch, capsys):
+    def fail(force: str = ''): raise KeyboardInterrupt
+    monkeypatch.setitem(COMMANDS, 'reproduce', fail)
+    assert main(['reproduce', '--force', 'x']) == 1
+    says = 'cramlit: interrupted; the same command without --force goes on where it stopped\n'
+    assert capsys.readouterr().err == says
 
 
 def test_sigterm_counts_as_ctrl_c_so_that_workers_are_ended_too(monkeypatch, capsys):
@@ -224,6 +233,8 @@ def test_what_a_run_has_learned_in_words():
                          '2.00 nats below the unigram baseline')
     assert 'not yet more than how frequent tokens are' in said(6.55)
     assert said(None) == 'the run has no validation loss'
+    assert said(1000.) == ('validation loss 1000.000 nats a token: '
+                           'not yet more than how frequent tokens are, which gives 6.600')
 
 
 @pytest.mark.parametrize('args, code', [(['config', '--scale', 'tiny'], 0), (['config', '--scale', 'no'], 2)])

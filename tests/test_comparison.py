@@ -37,7 +37,9 @@ from cramlit.reporting.studies import (
     against,
     choices_table,
     comparison_table,
+    figure_budgets,
     figure_by_time,
+    figure_schedules,
     trial_runs,
     unigram_baselines,
     write_budgets,
@@ -305,6 +307,32 @@ def test_each_text_has_its_own_unigram_baseline(tmp_path):
     lines = figure_by_time(trial_runs(rows, tmp_path), unigram_baselines(t)).axes[0].lines
     found = {line.get_label(): line.get_ydata()[0] for line in lines if 'unigram' in line.get_label()}
     assert found == {'a, unigram baseline': 6., 'b, unigram baseline': 6.5}
+
+
+def test_more_trials_than_colours_are_all_drawn_and_none_as_another(tmp_path):
+    names, rows = 'abcdefgh', []
+    for i, name in enumerate(names):
+        made = make_run(tmp_path, name, 1, [7, 6, 5], '')
+        rows += [*made, made[0] | dict(metric='unigram_entropy', value=6 + i/10)]
+    lines = figure_by_time(trial_runs(rows, tmp_path), unigram_baselines(trial_table(rows))).axes[0].lines
+    curves = [line for line in lines if line.get_label() in names]
+    looks = {(line.get_color(), line.get_linestyle(), line._unscaled_dash_pattern) for line in curves}
+    assert len(curves) == len(looks) == sum('unigram' in line.get_label() for line in lines) == len(names)
+
+
+def test_more_recipes_than_colours_are_all_in_the_figure_of_budgets():
+    about = dict(budget=1., span='1 steps', x=50.)
+    t = pd.DataFrame([about | dict(trial=f'{name}, 1 steps', recipe=name) for name in 'abcdefgh'])
+    figure = figure_budgets(t, ['x'], {})
+    assert {text.get_text() for text in figure.legends[0].texts} >= set('abcdefgh')
+
+
+def test_more_choices_than_colours_are_all_in_the_figure_of_schedules():
+    t = pd.DataFrame([dict(trial=name, lr=1e-3*(i + 1), warmup=.1, schedule_length=1.)
+                      for i, name in enumerate('abcdefgh')])
+    lines = figure_schedules(t).axes[0].lines
+    assert [line.get_label() for line in lines] == list('abcdefgh')
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 8
 
 
 @pytest.fixture

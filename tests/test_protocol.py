@@ -648,11 +648,18 @@ def test_a_worker_that_is_ended_from_outside_is_said_without_a_traceback():
         run_parallel([delayed(end_this_process)() for _ in range(2)], 2, 'fine-tunings')
 
 
+def test_a_table_has_one_suite(tmp_path):
+    rows = [r | dict(suite=s) for s in ('surrogate', 'glue') for r in headline('x', 'pretrained', 5., 5., 5.)]
+    with pytest.raises(UsageError, match=r'suites \(glue, surrogate\).*give the rows of one'):
+        write_table4(rows, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_table_says_what_of_an_example_is_seen():
     seen, lengths = about_lengths(['24hbert', 'modern'], 'laptop')
     assert 'at most 64 tokens' in seen and 'sees all of it' in seen
-    assert lengths == ('24hbert, modern: pretrained on sequences of 32 tokens. In 24hbert the embeddings of '
-                       'later positions were not trained.')
+    assert lengths == ('24hbert, modern, as at scale laptop: pretrained on sequences of 32 tokens. In '
+                       '24hbert the embeddings of later positions were not trained.')
     assert len(about_lengths(['24hbert', 'my-recipe'], 'paper')) == 1
 
 
@@ -734,6 +741,17 @@ def test_better_and_worse_are_said_of_corrected_differences_only(tmp_path):
     assert 'better on x' in text and 'Standard error' in text and 'Holm' in gained and '+10.' in gained
 
 
+def test_what_was_not_tested_is_neither_at_chance_nor_not_told_apart():
+    columns = 'model', 'versus', 'task', 'change', 'p'
+    lines = [('ours', 'from-scratch', 'x', 9., .001), ('ours', 'from-scratch', 'y', 1., .5),
+             ('ours', 'from-scratch', 'z', 9., np.nan)]
+    lines += [('encoder', 'majority', task, change, p) for _, _, task, change, p in lines]
+    found = pd.DataFrame(lines, columns=columns)
+    assert at_chance(found) == {'y'}
+    assert gain_from_pretraining(found, 'ours', 'from-scratch') == (
+        'ours, pretrained against from-scratch: better on x; not told apart on y; not tested on z.')
+
+
 def test_the_average_over_nine_numbers_and_submitted_scores(tmp_path):
     ids = dict(stage='glue', suite='glue', scale='paper', recipe='24hbert', variant='pretrained',
                aggregate='median', seeds=1, versions={}, hardware='a machine', unit='%')
@@ -789,6 +807,20 @@ def test_report_of_nothing_and_of_broken_rows(tmp_path, capsys):
     assert 'rows.jsonl, line 1: not JSON' in capsys.readouterr().err and not (tmp_path/'figures').exists()
     from cramlit.reporting.report import report
     with pytest.raises(CramlitError, match='no result rows'): report(tmp_path/'nowhere', tmp_path/'figures')
+
+
+def test_runs_of_one_recipe_and_one_seed_have_the_names_of_their_folders(tmp_path):
+    from cramlit.reporting.report import finished_runs
+    def add(folder, seed):
+        (tmp_path/folder).mkdir(parents=True)
+        (tmp_path/folder/'run.json').write_text(json.dumps(dict(recipe=dict(name='24hbert', seed=seed))))
+        for name in ('metrics.jsonl', 'rows.jsonl'): (tmp_path/folder/name).write_text('')
+    add('a', 1)
+    assert list(finished_runs(tmp_path)) == ['24hbert']
+    add('b/run', 2)
+    assert list(finished_runs(tmp_path)) == ['24hbert (seed 1)', '24hbert (seed 2)']
+    add('c', 2)
+    assert list(finished_runs(tmp_path)) == ['a', 'b/run', 'c']
 
 
 def test_rows_are_json_that_any_reader_takes(tmp_path):

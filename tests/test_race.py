@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
 from cramlit.core.recipes import CramlitError, UsageError
-from cramlit.core.results import read_json_lines
+from cramlit.core.results import read_json_lines, write_rows
 from cramlit.experiments import speedrun
 from cramlit.experiments.speedrun import (
     SEEDS,
@@ -161,6 +161,53 @@ def test_the_stock_model_has_the_loss_that_was_trained(small, monkeypatch):
     monkeypatch.setattr(speedrun, 'stock_loss', lambda *_: 9.)
     with pytest.raises(CramlitError, match=r'that of its stock model 9\.0000'):
         speedrun.run_entry(small['entries'][0], small['out']/'tiny')
+
+
+def test_an_entry_of_another_track_is_refused_before_anything_is_copied(tmp_path):
+    mine, other = write(tmp_path/'mine.json'), write(tmp_path/'other.json', track='gpu')
+    with pytest.raises(UsageError, match=r'other\.json is of track gpu: give --track gpu'):
+        run_race([str(mine), str(other)], 'tiny', tmp_path/'page', tmp_path/'out')
+    assert not (tmp_path/'page').exists()
+
+
+@pytest.mark.parametrize('name, date, least', [('9_new', '2026-11-27', '2026-11-28'),
+                                               ('0_new', '2026-11-28', '2026-11-29')])
+def test_an_entry_does_not_come_before_the_first_one(name, date, least, tmp_path):
+    page = tmp_path/'page'
+    write(page/'entries'/'tiny'/'1_first.json')
+    with pytest.raises(UsageError, match=f'{name}.*1_first.*give it a date of at least {least}'):
+        run_race([str(write(tmp_path/f'{name}.json', steps=5, date=date))], 'tiny', page, tmp_path/'out')
+    assert [e.name for e in read_entries(page, 'tiny')] == ['1_first']
+
+
+def test_files_may_be_given_in_any_order(tmp_path, monkeypatch):
+    def none(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(speedrun, 'run_entry', none)
+    files = [write(tmp_path/'2_second.json', steps=5), write(tmp_path/'1_first.json')]
+    with pytest.raises(KeyboardInterrupt): run_race(map(str, files), 'tiny', tmp_path/'page', tmp_path/'out')
+    assert [e.name for e in read_entries(tmp_path/'page', 'tiny')] == ['1_first', '2_second']
+
+
+def test_rows_that_another_process_writes_meanwhile_are_kept(tmp_path, monkeypatch):
+    page, files = tmp_path/'page', [write(tmp_path/'1_first.json'), write(tmp_path/'2_second.json', steps=5)]
+    def rows_of(entry):
+        return [dict(metric='validation_loss', value=4., unit='nats', seed=s, id=entry.id, entry=entry.name)
+                for s in SEEDS]
+    def run(entry, out):  # the other process has run the second entry when this one is done with the first
+        if entry.name == '1_first': write_rows(page/'tiny.jsonl', rows_of(read_entry(files[1])))
+        return rows_of(entry)
+    def clock(entries, out):
+        if len(entries) == 2: write_rows(page/'tiny.jsonl', [*read_json_lines(page/'tiny.jsonl'), extra])
+        return [dict(metric='seconds_per_step', value=0., unit='s', id=e.id, entry=e.name, turns=[],
+                     kind='calibrated') for e in entries]
+    extra = dict(metric='validation_loss', value=3., unit='nats', seed=1, id='other', entry='other')
+    monkeypatch.setattr(speedrun, 'run_entry', run)
+    monkeypatch.setattr(speedrun, 'time_entries', clock)
+    _, rows = run_race(map(str, files), 'tiny', page, tmp_path/'out')
+    assert rows == read_json_lines(page/'tiny.jsonl') and extra in rows
+    assert [r['entry'] for r in rows if r.get('kind') == 'calibrated'] == ['1_first', '2_second']
+    found = [(r['entry'], r['seed']) for r in rows if r.get('seed') in SEEDS]
+    assert len(found) == len(set(found)) == 10
 
 
 def test_what_has_been_run_is_not_run_again(small, monkeypatch, capsys):

@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from cramlit.core.recipes import CramlitError
@@ -182,3 +183,12 @@ def test_a_poor_fit_says_so_in_table_and_figure(few, tmp_path):
     low, high = ax.get_xlim()
     least, most = runs.flops.min(), runs.flops.max()
     assert least/2 < low < least < most < high < 2*most
+
+
+def test_more_sizes_than_colours_are_all_in_the_figure(few):
+    runs = trial_table(invented(.005))
+    fit = fit_runs(runs)
+    more = pd.concat([runs[runs.layers == runs.layers[0]].assign(layers=n) for n in range(1, 9)])
+    ax, = figure_by_compute(more, fit).axes
+    sizes = [line for line in ax.lines if ' × ' in line.get_label()]
+    assert len(sizes) == len({(line.get_color(), line.get_marker()) for line in sizes}) >= 8

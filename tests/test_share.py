@@ -2,6 +2,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from cramlit.core.recipes import CramlitError
 from cramlit.core.results import read_rows, result_row, write_rows
 from cramlit.core.scales import get_recipe
 from cramlit.model.stock_models import weights_digest
-from cramlit.reporting.model_card import export_with_card, model_card, push
+from cramlit.reporting.model_card import export_with_card, find_scores, model_card, push
 from cramlit.running.command import main
 from cramlit.training.checkpoints import export_run, load_run
 from cramlit.training.training import pretrain
@@ -88,6 +89,19 @@ def test_the_card_says_what_the_hub_expects_and_what_was_done(run, exported, tmp
     write_rows(tmp_path/'other'/'rows.jsonl', [other])
     with pytest.raises(CramlitError, match='no scores of these weights'):
         export_with_card(run, tmp_path/'new', str(tmp_path/'other'))
+
+
+def test_rows_of_others_beside_a_run_are_no_hindrance_unless_they_are_given(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path/'run')
+    write_rows(tmp_path/'glue'/'rows.jsonl', read_rows(run.parent/'glue'/'rows.jsonl'))
+    (tmp_path/'broken').mkdir()
+    for text in ('{"metric": "x"\n', '{"of": "another program"}\n', ''):
+        (tmp_path/'broken'/'rows.jsonl').write_text(text)
+        scores = find_scores(tmp_path/'run', weights_digest(run/'model'))
+        assert [r['value'] for r in scores] == [2.]
+        assert 'passed over' in capsys.readouterr().err
+        with pytest.raises(CramlitError):
+            find_scores(tmp_path/'run', weights_digest(run/'model'), str(tmp_path/'broken'))
 
 
 def test_a_card_without_scores_and_of_a_run_that_stopped_early(run):

@@ -10,7 +10,7 @@ __all__ = ['TRACKS', 'SEEDS', 'FIXED', 'EQUAL', 'LEVEL', 'Track', 'Entry', 'read
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from ..core.devices import autocast, choose_precision, pick_device
 from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash, unknown
-from ..core.results import atomic, note, read_json_lines, result_row, write_rows
+from ..core.results import atomic, locked, note, read_json_lines, result_row, write_rows
 from ..core.scales import get_scale
 from ..data.batches import validation_batches
 from ..data.masking import IGNORE
@@ -245,28 +245,44 @@ def judge(
     return pd.DataFrame(lines).set_index('entry') if lines else pd.DataFrame()
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #64a00013
+def _place(e: Entry) -> tuple[str, str]: return e.date, e.name
+
 def read_entries(
     page: Path,  # the folder of the race
     track: str,  # laptop | gpu | tiny
 ) -> list[Entry]:
     "All entries of a track in their order"
     found = [read_entry(path) for path in sorted((page/'entries'/track).glob('*.json'))]
-    return sorted(found, key=lambda e: (e.date, e.name))
+    return sorted(found, key=_place)
 
 def _rows_of(page: Path, track: str) -> list[dict]:
     path = page/f'{track}.jsonl'
     return read_json_lines(path) if path.exists() else []
 
-def _enter(path: Path, page: Path) -> Entry:
-    "Read an entry and put it with the others; a name is taken once, and so is what it runs"
-    entry = read_entry(path)
-    for e in read_entries(page, entry.track):
+def _add(page: Path, track: str, new: list[dict]) -> list[dict]:
+    "Add rows to those of the page as they are now, a clock in place of the old one; returns them all"
+    again = {r['id'] for r in new if r.get('kind') == 'calibrated'}
+    with locked(page, wait=True):  # another process may have written since
+        rows = [r for r in _rows_of(page, track) if not (r.get('kind') == 'calibrated' and r['id'] in again)]
+        known = {(r['id'], r['metric'], r.get('seed')) for r in rows}
+        rows += [r for r in new if (r['id'], r['metric'], r.get('seed')) not in known]
+        write_rows(page/f'{track}.jsonl', rows)
+    return rows
+
+def _enter(entry: Entry, path: Path, page: Path):
+    "Put an entry with the others; a name is taken once, so is what it runs, and the first one stays"
+    others = read_entries(page, entry.track)
+    for e in others:
         if e.id == entry.id and e.name != entry.name: raise UsageError(f'{path} runs the same as {e.name}')
     to = page/'entries'/entry.track/path.name
-    if not to.exists():
-        with atomic(to) as f: f.write(path.read_text('utf-8'))
-    elif read_entry(to) != entry: raise UsageError(f'{to} is another entry: rename {path}')
-    return entry
+    if to.exists() and read_entry(to) != entry: raise UsageError(f'{to} is another entry: rename {path}')
+    if to.exists(): return
+    if others and _place(entry) < _place(others[0]):
+        first = others[0]
+        least = date.fromisoformat(first.date) + timedelta(days=entry.name < first.name)
+        raise UsageError(f'{path} would come before {first.name}, which sets the target: '
+                         f'give it a date of at least {least}')
+    with atomic(to) as f: f.write(path.read_text('utf-8'))
 
 def _compare_digits(entry: Entry, new: list[dict], old: list[dict]):
     "Say whether a repetition found the losses of the page"
@@ -284,7 +300,12 @@ def run_race(
 ) -> tuple[list[Entry], list[dict]]:  # of the track, and their rows
     "Run, time and keep what is missing; raises `UsageError` for entries that cannot be"
     page, out = Path(page), Path(out)/track
-    asked = [_enter(Path(path), page).id for path in files]
+    given = sorted([(read_entry(path), Path(path)) for path in files], key=lambda g: _place(g[0]))
+    for entry, path in given:
+        if entry.track == track: continue
+        raise UsageError(f'{path} is of track {entry.track}: give --track {entry.track}')
+    for entry, path in given: _enter(entry, path, page)
+    asked = [entry.id for entry, _ in given]
     entries, rows = read_entries(page, track), _rows_of(page, track)
     if not entries: raise UsageError(f'no entry in {page/"entries"/track}: give the file of one')
 
@@ -293,15 +314,12 @@ def run_race(
 
     for e in entries:
         old = known(e, 'validation_loss')
-        if e.id not in asked and (old or files and e is not entries[0]): continue
+        if e.id not in asked and (old or asked and e is not entries[0]): continue
         new = run_entry(e, out)
         if old: _compare_digits(e, new, old)
-        else: rows += new
-        write_rows(page/f'{track}.jsonl', rows)
+        else: rows = _add(page, track, new)
+    entries = read_entries(page, track)
     run = [e for e in entries if known(e, 'validation_loss')]
     if any(calibrate or not known(e, 'seconds_per_step') for e in run):  # all of them, in the same turns
-        timed = time_entries(run, out)
-        again = {r['id'] for r in timed}
-        rows = [r for r in rows if not (r.get('kind') == 'calibrated' and r['id'] in again)] + timed
-        write_rows(page/f'{track}.jsonl', rows)
+        rows = _add(page, track, time_entries(run, out))
     return entries, rows

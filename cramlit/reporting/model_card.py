@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from ..core.recipes import CramlitError, Recipe, UsageError, recipe_from_dict, settings_of
-from ..core.results import read_rows
+from ..core.results import note, read_rows
 from ..core.scales import SCALES
 from ..data.corpus import split_source
 from ..data.tokenizer import load_tokenizer
@@ -75,8 +75,13 @@ def find_scores(
 ) -> list[dict]:        # medians, a later file replacing an earlier one
     "Rows of `cramlit glue` for these weights; raises `CramlitError` when rows were given and none is theirs"
     places = [Path(given)] if given else sorted([*run.glob('*/rows.jsonl'), *run.parent.glob('*/rows.jsonl')])
-    found: dict[tuple, dict] = {}
-    for row in (r for place in places for r in read_rows(place)):
+    rows, found = list[dict](), dict[tuple, dict]()
+    for place in places:
+        try: rows += read_rows(place)
+        except (CramlitError, OSError) as e:
+            if given: raise
+            note(f'passed over, as it holds no scores that can be read: {e}')
+    for row in rows:
         if row.get('stage') != 'glue' or not row.get('aggregate') or row.get('weights') != weights: continue
         key = tuple(row.get(k) for k in ('suite', 'scale', 'task', 'variant', 'split', 'metric'))
         found[key] = row

@@ -20,7 +20,7 @@ from .tables import write_table4
 def finished_runs(
     folder: str|Path,  # is searched
 ) -> dict[str, Path]:  # name → run folder
-    "Finished runs below a folder, named by their recipes"
+    "Finished runs below a folder, named by their recipes, with their seeds or as folders where those repeat"
     folder, found = Path(folder), []
     for log in sorted(folder.rglob('metrics.jsonl')):
         left_out = {'trials', 'superseded'} & set(log.relative_to(folder).parts)
@@ -28,6 +28,7 @@ def finished_runs(
     recipes = [json.loads((run/'run.json').read_text(encoding='utf-8'))['recipe'] for run in found]
     names = [r['name'] for r in recipes]
     if len(set(names)) < len(names): names = [f"{r['name']} (seed {r['seed']})" for r in recipes]
+    if len(set(names)) < len(names): names = [run.relative_to(folder).as_posix() for run in found]
     return dict(zip(names, found, strict=True))
 
 # %% ../../nbs/reporting/76_report.ipynb #4b4f012c

@@ -14,7 +14,7 @@ __all__ = ['TIMED', 'NEAR', 'SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARK
 
 # %% ../../nbs/reporting/75_studies.ipynb #1996b438
 import re
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib
@@ -244,7 +244,8 @@ def figure_schedules(
     lines, part = t.drop_duplicates('trial').drop_duplicates(settings), [i/400 for i in range(401)]
     fig = Figure(figsize=(5.5, 2.6))
     ax = fig.subplots()
-    for r, colour, style in zip(lines.itertuples(), COLOURS, ('-', '--', '-.', ':'), strict=False):
+    styles = cycle(('-', '--', '-.', ':'))
+    for r, colour, style in zip(lines.itertuples(), cycle(COLOURS), styles, strict=False):
         rates = [r.lr*lr_factor(f/r.schedule_length, r.warmup) for f in part]
         ax.plot(part, rates, style, color=colour, label=r.trial)
     ax.set(xlabel='part of the budget', ylabel='learning rate', ylim=(0, None))
@@ -353,14 +354,14 @@ def figure_by_time(
     unit, size = time_unit(max(seconds for seconds, _ in points))
     fig = Figure(figsize=(5.5, 3))
     ax = fig.subplots()
-    styles = '-', '--', '-.', ':', (0, (5, 1)), (0, (1, 1))
-    for (name, mine), colour, style in zip(runs.items(), COLOURS, styles, strict=False):
+    styles = '-', '--', '-.', ':', (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))  # one more than colours
+    for (name, mine), colour, style in zip(runs.items(), cycle(COLOURS), cycle(styles), strict=False):
         for i, (run, curve) in enumerate(zip(mine, curves[name], strict=True)):
             seconds, losses = [s/size for s, _ in curve], [loss for _, loss in curve]
             ax.plot(seconds, losses, linestyle=style, lw=.8, color=colour, label='' if i else name)
             if name != first: ax.plot(reached(run, mark)*seconds[-1], mark, 'v', ms=5, color=colour)
     ax.axhline(mark, lw=.8, color='0.6')
-    draw_unigram(ax, entropies, dict(zip(runs, COLOURS, strict=False)))
+    draw_unigram(ax, entropies, dict(zip(runs, cycle(COLOURS), strict=False)))
     low, high = min(loss for _, loss in points) - .1, max(*entropies.values(), mark) + .3
     ax.set(xlabel=f'time, {unit}', ylabel='validation loss, nats', ylim=(low, high))  # above: first seconds
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
@@ -560,10 +561,11 @@ def figure_budgets(
     fig = Figure(figsize=(2.9*columns, 2.5*lines + .6), layout='constrained')
     axes = fig.subplots(lines, columns, squeeze=False)
     for ax, name in zip(axes.flat, names, strict=True):
-        for (recipe, mine), colour in zip(trained.groupby('recipe', sort=False), COLOURS, strict=False):
+        recipes = trained.groupby('recipe', sort=False)
+        for (recipe, mine), (mark, colour) in zip(recipes, cycle(product('os^', COLOURS)), strict=False):
             points = {budget: difference(group[name], 0.) for budget, group in mine.groupby('budget')}
             x = [budget/size for budget in points]
-            ax.plot(x, [d.change for d in points.values()], 'o-', ms=4, color=colour, label=recipe)
+            ax.plot(x, [d.change for d in points.values()], f'{mark}-', ms=4, color=colour, label=recipe)
             ax.vlines(x, [d.low for d in points.values()], [d.high for d in points.values()], color=colour)
             ax.plot(mine.budget/size, mine[name], '.', ms=2, color=colour, alpha=.6)
             scratch = t[t.trial == f'{recipe}, from scratch'][name]
@@ -655,7 +657,8 @@ def figure_by_compute(
     fig = Figure(figsize=(5.5, 3.2), layout='constrained')
     ax = fig.subplots()
     sizes = t.groupby(['layers', 'hidden_size'])
-    for ((layers, hidden), mine), colour, mark in zip(sizes, COLOURS, 'os^Dv*', strict=False):
+    looks = zip(cycle(COLOURS), cycle('os^Dv*P'), strict=True)  # one mark more than colours: all differ
+    for ((layers, hidden), mine), (colour, mark) in zip(sizes, looks, strict=False):
         N, D = mine.weights.iloc[0], np.geomspace(mine.tokens.min(), mine.tokens.max(), 40)
         flops = D*mine.flops.iloc[0]/mine.tokens.iloc[0]
         ax.fill_between(flops, *fit.loss_interval(N, D), color=colour, alpha=.15, lw=0)

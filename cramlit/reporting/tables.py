@@ -257,15 +257,16 @@ def gain_from_pretraining(
     mine = found[(found.model == model) & (found.versus == versus)]
     if mine.empty: return f'{model}: no task has scores of both the pretrained network and {versus}.'
     known = {'better': (mine.p < .05) & (mine.change > 0), 'worse': (mine.p < .05) & (mine.change < 0)}
-    known['not told apart'] = ~known['better'] & ~known['worse']
+    known['not told apart'] = mine.p.notna() & ~known['better'] & ~known['worse']
+    known['not tested'] = mine.p.isna()
     said = [f'{word} on {", ".join(mine.task[which])}' for word, which in known.items() if which.any()]
     return f'{model}, pretrained against {versus}: {"; ".join(said)}.'
 
 def at_chance(
     found: pd.DataFrame,  # as `gains` gives it
 ) -> set[str]:            # tasks; empty where there is no reference encoder
-    "The tasks on which not even the reference encoder is better than the majority class"
-    mine = found[(found.versus == 'majority') & (found.task != 'average')]
+    "The tasks that were tested and on which not even the reference encoder is better than the majority class"
+    mine = found[(found.versus == 'majority') & (found.task != 'average') & found.p.notna()]
     return set(mine.task[~((mine.p < .05) & (mine.change > 0))])
 
 def gains_table(
@@ -328,6 +329,14 @@ def _one_pooling(rows: list[dict]) -> list[str]:
     return [f'All networks have the same classifier, on {_POOLED[p]}: a layer with tanh, dropout, a layer.'
             for p in poolings]
 
+def _one_suite(rows: list[dict]) -> str:
+    "The suite of all rows; raises `UsageError` when there are several"
+    suites = sorted({r['suite'] for r in rows if r.get('suite')})
+    if len(suites) > 1:
+        raise UsageError(f'the rows have several suites ({", ".join(suites)}), and a table has one: '
+                         'give the rows of one')
+    return suites[0]
+
 def about_lengths(
     recipes: Collection[str],
     scale: str,
@@ -340,7 +349,7 @@ def about_lengths(
     short = {name: r for name, r in known.items() if r.packing.seq_len < longest}
     if not short: return notes
     lengths = ' or '.join(str(n) for n in sorted({r.packing.seq_len for r in short.values()}))
-    said = f'{", ".join(short)}: pretrained on sequences of {lengths} tokens.'
+    said = f'{", ".join(short)}, as at scale {scale}: pretrained on sequences of {lengths} tokens.'
     absolute = [name for name, r in short.items() if r.model.position == 'absolute']
     if absolute: said += f' In {", ".join(absolute)} the embeddings of later positions were not trained.'
     return [*notes, said]
@@ -354,7 +363,7 @@ def write_table4(
     folder: Path,      # where the files go
 ) -> list[Path]:       # the files written
     "Table 4 of measured rows, and the published numbers in a file of their own"
-    glue = next(r['suite'] for r in rows if r.get('suite')) == 'glue'
+    glue = _one_suite(rows) == 'glue'
     models = sorted(model_names([r for r in rows if r['metric'] == 'headline']).values())
     found = gains(rows)
     references = model_names([r for r in rows if r.get('reference')]).values()

@@ -56,7 +56,8 @@ def _verdict(rows: list[dict]) -> str:
     found = {r.get('metric'): r.get('value') for r in rows}
     loss, baseline = found.get('validation_loss'), found.get('unigram_entropy')
     if not loss or not baseline: return 'the run has no validation loss'
-    text = f'validation loss {loss:.3f} nats a token, perplexity {math.exp(loss):,.0f}'
+    text = f'validation loss {loss:.3f} nats a token'
+    if loss < 20: text += f', perplexity {math.exp(loss):,.0f}'
     if loss < baseline - .1: return f'{text}: {baseline - loss:.2f} nats below the unigram baseline'
     return f'{text}: not yet more than how frequent tokens are, which gives {baseline:.3f}'
 
@@ -511,7 +512,7 @@ class _MayBeLost:
         try: act(*args)
         except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
-_GO_ON = 'glue', 'pretrain', 'reproduce', 'search'  # commands that keep what they have finished
+_GO_ON = 'glue', 'pretrain', 'race', 'reproduce', 'search'  # commands that keep what they have finished
 
 def _main(argv: list[str]) -> int:
     if argv[:1] == ['--version']:
@@ -540,6 +541,7 @@ def _main(argv: list[str]) -> int:
     except OSError as e: why, code = f'{e.strerror or e}: {e.filename or ""}', 1
     except KeyboardInterrupt:
         on = 'goes on where it stopped' if argv[0] in _GO_ON else 'starts anew'
+        if '--force' in argv: on = f'without --force {on}'
         why, code = f'interrupted; the same command {on}', 1
     print(f'cramlit: {why}', file=sys.stderr)
     return code

@@ -197,12 +197,14 @@ def find_damage(
 ) -> str:            # what is wrong with it; '' when it is whole
     "Compare a checkpoint with its checksums"
     path = Path(path)
-    try: files = json.loads((path/'state.json').read_text(encoding='utf-8'))['files']
-    except (OSError, ValueError, KeyError) as e:
+    try: files = dict(json.loads((path/'state.json').read_text(encoding='utf-8'))['files'])
+    except (OSError, ValueError, KeyError, TypeError) as e:
         return f'{path}/state.json cannot be read ({type(e).__name__})'
     for name, digest in files.items():
         if not (path/name).exists(): return f'{path}/{name} is missing'
-        if sha256(path/name) != digest: return f'{path}/{name} does not match its checksum'
+        try: found = sha256(path/name)
+        except OSError as e: return f'{path}/{name} cannot be read ({e.strerror or e})'
+        if found != digest: return f'{path}/{name} does not match its checksum'
     return ''
 
 def newest_whole(
@@ -250,11 +252,13 @@ def verify_folder(
     for path in data:
         try: verify(open_data(path))
         except CramlitError as e: damage.append(str(e))
-    damage += [why for why in map(find_damage, saved) if why]
+    checked = [(path, find_damage(path)) for path in saved]
+    found = [why for path, why in checked if path.exists()]  # a run that goes on removes its older ones
+    damage += filter(None, found)
     if damage:
-        raise CramlitError(f'{len(damage)} of {len(data) + len(saved)} damaged:\n  ' + '\n  '.join(damage))
+        raise CramlitError(f'{len(damage)} of {len(data) + len(found)} damaged:\n  ' + '\n  '.join(damage))
     return [result_row('data_folders_whole', len(data), 'folders', stage='verify'),
-            result_row('checkpoints_whole', len(saved), 'checkpoints', stage='verify')]
+            result_row('checkpoints_whole', len(found), 'checkpoints', stage='verify')]
 
 # %% ../../nbs/training/33_checkpoints.ipynb #c3d8453d
 def load_run(
