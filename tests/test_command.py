@@ -104,9 +104,10 @@ def test_ctrl_c_is_one_line_that_says_what_the_same_command_does(name, says, mon
 def test_what_was_forced_goes_on_without_force(monkeypatch, capsys):
     def fail(force: str = ''): raise KeyboardInterrupt
     monkeypatch.setitem(COMMANDS, 'reproduce', fail)
-    assert main(['reproduce', '--force', 'x']) == 1
     says = 'cramlit: interrupted; the same command without --force goes on where it stopped\n'
-    assert capsys.readouterr().err == says
+    for forced in (['--force', 'x'], ['--force=x']):
+        assert main(['reproduce', *forced]) == 1
+        assert capsys.readouterr().err == says
 
 
 def test_sigterm_counts_as_ctrl_c_so_that_workers_are_ended_too(monkeypatch, capsys):

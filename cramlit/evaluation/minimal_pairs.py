@@ -111,7 +111,7 @@ def masked_lm(
     return model.to(device).eval(), tok
 
 def _choice(right: float, wrong: float) -> float:
-    "1 = the right one has the higher score, 0 = the wrong one, 0.5 = neither, or no number"
+    "1 = the right one has the higher score, 0 = the wrong one, 0.5 = neither, or NaN"
     return .5 if np.isnan(right - wrong) else (float(np.sign(right - wrong)) + 1)/2
 
 def choices(

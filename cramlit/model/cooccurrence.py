@@ -22,10 +22,9 @@ def count_pairs(
     rows: Rows,               # sequences on disk
     vocab_size: int,          # V
     special: dict[str, int],  # ids that are in no pair
-    most: int = COUNTED,      # tokens of the sample
 ) -> Tensor:                  # sparse float32 [V, V]: left, right
     "How often one token stands directly before another one"
-    ids = rows[::max(1, len(rows)*rows.seq_len//most)]
+    ids = rows[::max(1, len(rows)*rows.seq_len//COUNTED)]
     text = ~np.isin(ids, list(special.values()))
     pairs = (ids[:, :-1]*vocab_size + ids[:, 1:])[text[:, :-1] & text[:, 1:]]
     pair, n = np.unique(pairs, return_counts=True)

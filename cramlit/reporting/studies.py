@@ -128,7 +128,7 @@ def best_table(
     several = t.schedule_length.nunique() > 1
     for r in pd.concat([best(mine, task) for _, mine in t.groupby('schedule_length')]).to_dict('records'):
         stopped = ' (stopped early)' if r['stopped'] else ''
-        line = {'peak LR': f'{r["lr"]:g}', 'warm-up': f'{r["warmup"]:.0%}',
+        line = {'peak LR': f'{r["lr"]:g}', 'warm-up': f'{100*r["warmup"]:g}%',
                 'schedule, budgets': f'{r["schedule_length"]:g}', 'steps': f'{r["steps"]:,.0f}',
                 'MLM loss, nats': f'{r["validation_loss"]:.3f}{stopped}'}
         if task in r: line[f'{task}, %'] = '' if pd.isna(r[task]) else f'{r[task]:.1f}'
@@ -325,7 +325,7 @@ def comparison_table(
                  for what, mark in marks.items()}
         if name == first: times[f'time to the loss of {first}'] = ''
         line = {'peak LR': f'{group.lr.iloc[0]:g}', 'batch': f'{group.global_batch_size.iloc[0]:g}',
-                'warm-up': f'{group.warmup.iloc[0]:.0%}',
+                'warm-up': f'{100*group.warmup.iloc[0]:g}%',
                 'MLM loss, nats': mean_and_deviation(group.validation_loss, 3),
                 **difference_cells(by_loss, name),
                 **times,

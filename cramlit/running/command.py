@@ -541,7 +541,7 @@ def _main(argv: list[str]) -> int:
     except OSError as e: why, code = f'{e.strerror or e}: {e.filename or ""}', 1
     except KeyboardInterrupt:
         on = 'goes on where it stopped' if argv[0] in _GO_ON else 'starts anew'
-        if '--force' in argv: on = f'without --force {on}'
+        if any(word.partition('=')[0] == '--force' for word in argv): on = f'without --force {on}'
         why, code = f'interrupted; the same command {on}', 1
     print(f'cramlit: {why}', file=sys.stderr)
     return code
