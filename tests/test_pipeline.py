@@ -16,7 +16,7 @@ import torch
 from conftest import PATIENCE
 
 from cramlit.core.recipes import CramlitError
-from cramlit.core.results import provenance, read_json_lines, result_row, write_rows
+from cramlit.core.results import locked, provenance, read_json_lines, result_row, write_rows
 from cramlit.running import pipeline
 from cramlit.running.command import main
 from cramlit.running.pipeline import STAGES as ALL_STAGES
@@ -370,6 +370,17 @@ def test_an_interrupted_stage_goes_on_and_nobody_elses_folder_is_touched(tmp_pat
     args = ['reproduce', '--scale', 'tiny', '--recipe', '24hbert', '--out', str(ws.out)]
     assert main([*args, '--only', 'scaling']) == 2
     assert (ws.folder('scaling')/'letter.txt').exists()
+
+
+def test_a_folder_in_which_another_process_works_is_left_to_it(tmp_path, pretend, capsys):
+    run, out = pretend(), tmp_path/'out'
+    with locked(out):
+        assert main(['reproduce', '--scale', 'tiny', '--out', str(out)]) == 2
+        assert not run.ran and 'another process works in' in capsys.readouterr().err
+        main(['reproduce', '--scale', 'tiny', '--out', str(out), '--dry-run'])
+        assert 'another process' not in capsys.readouterr().err  # it writes nothing
+    main(['reproduce', '--scale', 'tiny', '--out', str(out)])
+    assert run.ran and not (out/'.lock').exists()
 
 
 def test_a_stage_depends_on_the_code_it_imports(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash, unknown
-from ..core.results import atomic, provenance, read_rows, result_row, sha256, write_rows
+from ..core.results import atomic, locked, provenance, read_rows, result_row, sha256, write_rows
 from ..core.scales import get_recipe, get_scale
 
 # %% ../../nbs/running/80_pipeline.ipynb #cf1dc3fd
@@ -539,15 +539,16 @@ def reproduce(
     for name in filter(None, (only, force)):
         if name not in STAGES: raise unknown('stage', name, STAGES)
     _check_figures(ws)
-    for stage, recipe in _tasks(ws):
-        if force and stage in _with_dependents(force): _move_aside(ws, stage, recipe)
     lacking, wanted = dict[str, str](), _wanted(ws, only, headline)
-    to_do = [task for task in wanted if not _is_done(ws, *task)]
-    for n, (stage, recipe) in enumerate(wanted, 1):
-        left = _time_left(ws, [task for task in wanted[n - 1:] if task in to_do])
-        why = _attempt(ws, stage, recipe, lacking, f'{n} of {len(wanted)}', left)
-        if why: lacking[_label(stage, recipe)] = why
-    page = write_index(ws, lacking)
+    if True:
+        for stage, recipe in _tasks(ws):
+            if force and stage in _with_dependents(force): _move_aside(ws, stage, recipe)
+        to_do = [task for task in wanted if not _is_done(ws, *task)]
+        for n, (stage, recipe) in enumerate(wanted, 1):
+            left = _time_left(ws, [task for task in wanted[n - 1:] if task in to_do])
+            why = _attempt(ws, stage, recipe, lacking, f'{n} of {len(wanted)}', left)
+            if why: lacking[_label(stage, recipe)] = why
+        page = write_index(ws, lacking)
     Console(stderr=True, highlight=False).print(timetable(ws, lacking))
     if lacking:
         each = ''.join(f'\n  {name}: {why}' for name, why in lacking.items())
