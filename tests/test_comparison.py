@@ -298,6 +298,28 @@ def test_a_run_that_was_stopped_early_is_in_no_mean_and_its_trial_in_no_comparis
     assert choices.loc['b', 'stopped early'] == '1 of 3' and choices.loc['a', 'stopped early'] == ''
 
 
+def test_a_budget_of_which_a_seed_was_stopped_is_in_no_table_but_named(small_scale, tmp_path):
+    *_, rows = run_budgets(['24hbert', 'modern'], small_scale, tmp_path/'data', tmp_path/'out')
+    for r in rows:
+        if r['trial'] == 'modern, 10 steps' and r['seed'] == 43: r['stopped'] = 'too slow'
+    files = write_budgets(rows, tmp_path/'figures', [])
+    text, gains = (files[n].read_text() for n in (0, 3))
+    assert files[3].name == 'budgets_gains.md' and 'modern, 10 steps against' not in gains
+    assert '24hbert, 10 steps against' in gains and '| modern, 4 steps' in text
+    assert '| modern, 10 steps' not in text and 'Stopped early: modern, 10 steps, seed 43: too slow.' in text
+    lost = [r | dict(stopped='too slow') if 'budget' in r else r for r in rows]
+    with pytest.raises(CramlitError, match='Stopped early: 24hbert, 4 steps, seed 42: too slow'):
+        write_budgets(lost, tmp_path/'none', [])
+
+
+def test_others_are_compared_with_the_first_recipe_whichever_of_its_tries_diverged():
+    tries = [('a', 'as it is', None), ('b', 'as it is', 5.), ('a', 'slower', 6.)]
+    rows = [dict(metric='tuning_loss', recipe=name, trial=trial, value=x, settings=[trial])
+            for name, trial, x in tries]
+    assert list(tuned_settings(rows).items()) == [('a', ('slower',)), ('b', ('as it is',))]
+    with pytest.raises(CramlitError, match='no try gave a a finite loss'): tuned_settings(rows[:2])
+
+
 def test_each_text_has_its_own_unigram_baseline(tmp_path):
     rows = []
     for name, entropy in (('a', 6.), ('b', 6.5)):

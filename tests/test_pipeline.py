@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import PATIENCE
 
-from cramlit.core.recipes import CramlitError
+from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.results import locked, provenance, read_json_lines, result_row, write_rows
 from cramlit.running import pipeline
 from cramlit.running.command import main
@@ -181,7 +182,10 @@ def test_done_stages_are_skipped_and_one_can_be_forced(finished, capsys):
 
 
 def test_report_draws_from_the_rows(finished, tmp_path):
-    assert main(['report', '--runs', str(finished), '--out', str(tmp_path/'figures')]) == 0
+    rows = read_json_lines(finished/'24hbert'/'finetune'/'rows.jsonl')
+    write_rows(finished/'poolings'/'24hbert, cls'/'rows.jsonl', [r | dict(pooling='cls') for r in rows])
+    try: assert main(['report', '--runs', str(finished), '--out', str(tmp_path/'figures')]) == 0
+    finally: shutil.rmtree(finished/'poolings')
     for name in ('table1_time', 'table2_savings', 'table3_search', 'table4_glue', 'table5_choices'):
         again, first = tmp_path/'figures'/f'{name}.csv', finished/'paper_figures'/f'{name}.csv'
         assert again.read_text() == first.read_text()
@@ -349,10 +353,18 @@ def test_what_was_paid_for_is_kept_when_code_changes_and_else_moved_aside(tmp_pa
     assert {'pretrain_24hbert_1', 'finetune_24hbert_1'} <= aside and 'prepare_24hbert_1' not in aside
     assert (ws.out/'superseded'/'pretrain_24hbert_1'/'model').exists()
 
+    # what is moved aside and not run again is named, and so is what would be neither
+    capsys.readouterr()
+    reproduce(ws, force='prepare', headline=True)
+    assert 'not run by this command: table1_time, table2_savings, table3_search' in capsys.readouterr().err
+    for how in (dict(), dict(headline=True)):
+        with pytest.raises(UsageError, match='give --only budgets with it'):
+            pipeline.reproduce(ws, force='budgets', **how)
+
     # another recipe, another budget
     reproduce(Workspace('laptop', ws.out, ws.figures, ws.recipes), only='pretrain')
     now = {p.name for p in (ws.out/'superseded').iterdir()}
-    assert now - aside == {'pretrain_24hbert_2', 'prepare_24hbert_1'}
+    assert {'pretrain_24hbert_2', 'pretrain_24hbert_3', 'prepare_24hbert_2'} <= now - aside
 
 
 def test_an_interrupted_stage_goes_on_and_nobody_elses_folder_is_touched(tmp_path, pretend, monkeypatch):

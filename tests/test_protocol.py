@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import asdict, replace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -331,6 +332,29 @@ def test_work_that_takes_the_whole_machine_goes_one_by_one():
     assert done == [0, 1, 2]
 
 
+def work_within(n):
+    done = []
+    with mock.patch.object(protocol, 'on_free_gpu', side_effect=AssertionError('it has one already')):
+        protocol.run_parallel([delayed(done.append)(i) for i in range(3)], 3, 'fine-tunings')
+    return '' if done == [0, 1, 2] else str(done)
+
+
+def test_what_a_worker_has_to_do_it_does_on_the_gpu_that_it_has():
+    with parallel_config('loky', n_jobs=2):
+        protocol.run_parallel([delayed(work_within)(n) for n in range(2)], 2, 'trials')
+
+
+@pytest.mark.parametrize('source, holdout, seen', [
+    ('enwik8', .02, False), ('enwik8', .005, True), ('hub:wikimedia/wikipedia:20231101.en', .02, True),
+    ('mine.txt', 0., False)])
+def test_it_is_said_where_a_task_may_have_been_pretrained_on(source, holdout, seen, tmp_path, capsys):
+    protocol.note_seen_text(tmp_path, 'surrogate')
+    recipe = dict(corpus=dict(source=source, holdout=holdout))
+    (tmp_path/'cramlit.json').write_text(json.dumps(dict(recipe=recipe)))
+    for suite in ('glue', 'surrogate'): protocol.note_seen_text(tmp_path, suite)
+    assert capsys.readouterr().err.count('may be among its text') == seen
+
+
 def test_both_ways_of_padding_see_every_example_and_are_timed_in_turns(model):
     examples = toy().train
     features = [dict(input_ids=[0]*n) for n in (3, 9, 4, 1, 7, 7, 2)]
@@ -610,6 +634,10 @@ def test_the_reference_is_a_column_and_marks_what_tells_nothing(tmp_path, monkey
     tasks = [toy('told'), Task('noise', 2, ('accuracy',), noise, {'validation': noise.sample(32)})]
     monkeypatch.setattr(protocol, 'load_tasks', lambda *args: tasks)
     scale = replace(get_scale('tiny'), finetune=replace(GRID, epochs=(12,)))
+    monkeypatch.setattr(protocol, 'run_suite', lambda model, tasks, grid, *args, **how: grid)
+    grid = evaluate_reference(tmp_path/'out', get_scale('paper'), 'surrogate')
+    assert {grid.grid(task).lrs for task in ('mnli', 'cola')} == {protocol.REFERENCE_LRS}
+    monkeypatch.setattr(protocol, 'run_suite', run_suite)
     with parallel_config('threading', n_jobs=1): rows = evaluate_reference(tmp_path/'out', scale, 'surrogate')
     assert {r['variant'] for r in rows} == {'pretrained', 'majority', 'bag-of-words'}
     assert all(r['reference'] and r['recipe'] == 'all-MiniLM-L6-v2' for r in rows)

@@ -39,6 +39,8 @@ def write(path, **changes):
     (dict(steps=0), 'steps must be a whole number above 0'), (dict(steps=True), 'steps must be'),
     (dict(steps='10'), 'steps must be'), (dict(settings='seed=1'), 'settings must be a list of texts'),
     (dict(settings=[1]), 'settings must be'), (dict(date='28.11.2026'), 'date must be'),
+    (dict(date='20261128'), 'date must be'), (dict(date='2026-W48-6'), 'date must be'),
+    (dict(settings=['batch.micro_batch_size=0']), 'name a number'),
     (dict(author=None), 'author must be a text'), (dict(change='a | b'), 'change must be'),
     (dict(change='<script>'), 'change must be'), (dict(extra=1), 'and no others'),
     (dict(track='tinny'), "Did you mean 'tiny'?"), (dict(recipe='moder'), "Did you mean 'modern'?"),
@@ -161,6 +163,19 @@ def test_the_stock_model_has_the_loss_that_was_trained(small, monkeypatch):
     monkeypatch.setattr(speedrun, 'stock_loss', lambda *_: 9.)
     with pytest.raises(CramlitError, match=r'that of its stock model 9\.0000'):
         speedrun.run_entry(small['entries'][0], small['out']/'tiny')
+
+
+def test_a_seed_that_diverged_is_judged_and_does_not_end_the_race(small, monkeypatch):
+    real = speedrun.run_trials
+    def some_diverge(*args):
+        return [r | dict(value=None) if 'loss' in r['metric'] and r.get('seed') in lost else r
+                for r in real(*args)]
+    monkeypatch.setattr(speedrun, 'run_trials', some_diverge)
+    for lost in (SEEDS[:1], SEEDS):
+        rows = speedrun.run_entry(small['entries'][1], small['out']/'tiny')
+        assert losses(rows, '2_second').count(None) == len(lost)
+        assert {r['stock_loss'] is None for r in rows} == {len(lost) == len(SEEDS)}
+    with pytest.raises(CramlitError, match='a seed of the first entry diverged'): speedrun.target(rows)
 
 
 def test_an_entry_of_another_track_is_refused_before_anything_is_copied(tmp_path):

@@ -166,9 +166,11 @@ def test_table_and_notes_say_what_was_measured_and_nothing_else(few, tmp_path):
     head, runs = lines[0], lines[2:]
     measured, law = (head.index(n) for n in ('loss measured, nats', 'loss by the law, nats'))
     assert len(runs) == 15 and all(r[measured] and '–' in r[law] for r in runs)
-    assert '1 more ended without a loss' in text and 'fits poorly' not in text and 'predicted' not in text
+    assert '1 more ended early or without a loss' in text and 'fits poorly' not in text and 'predicted' not in text
     assert 'not meant for sizes or spans outside of them' in text
     assert 'read their text more than 4 times: 1.' in text
+    stopped = [r | dict(stopped='too slow') if n < 6 else r for n, r in enumerate(invented(.005))]
+    assert '1 more ended early or' in write_scaling(stopped, tmp_path)[0].read_text()
     files = {f'scaling.{s}' for s in ('md', 'csv', 'tex')} | {f'loss_by_compute.{s}' for s in ('svg', 'pdf')}
     assert {p.name for p in tmp_path.iterdir()} == files
     again = write_scaling(invented(.005, text=10**12), tmp_path)[0].read_text()

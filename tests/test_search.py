@@ -15,6 +15,7 @@ from cramlit.core.recipes import RECIPES, CramlitError, UsageError
 from cramlit.core.results import read_rows, result_row, write_rows
 from cramlit.core.scales import SCALES, get_recipe, get_scale
 from cramlit.data.packing import prepare
+from cramlit.efficiency import benchmark
 from cramlit.experiments import search as s
 from cramlit.experiments.comparison import evaluations
 from cramlit.experiments.search import (
@@ -29,7 +30,7 @@ from cramlit.experiments.search import (
 from cramlit.reporting.studies import write_choices, write_search
 from cramlit.running.command import main
 
-TRIALS = replace(get_scale('tiny').trials, steps=2, lengths=(1.,), tasks=())
+TRIALS = replace(get_scale('tiny').trials, steps=2, lengths=(1.,), grid_seeds=1, tasks=())
 STOPS = ('validation.stop_loss=0.1', 'validation.stop_after=0.1', 'validation.every=0.2')
 
 
@@ -46,8 +47,8 @@ def values(rows, metric): return [r['value'] for r in rows if r['metric'] == met
 
 def test_a_search_from_text_to_table_and_map(tmp_path, capsys):
     out = tmp_path/'out'
-    grid = 'batch=16,32 lr=1e-3 warmup=0.06 length=1'
-    args = ['search', '--scale', 'tiny', '--grid', grid, '--budget', '10s', '--out', str(out), '--json']
+    grid = 'batch=16,32 lr=1e-3 warmup=0.06 length=1'  # with two seeds
+    args = ['search', '--scale', 'tiny', '--grid', grid, '--budget', '5s', '--out', str(out), '--json']
     assert main(args) == 0
     printed, err = capsys.readouterr()
     rows = [json.loads(line) for line in printed.splitlines()]
@@ -56,7 +57,7 @@ def test_a_search_from_text_to_table_and_map(tmp_path, capsys):
     assert all((out/f'table3_search.{x}').exists() for x in ('md', 'csv', 'tex'))
     assert (out/'search_grid.svg').exists()
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob('model/model.safetensors')}
-    assert len(stamps) == 2 and main(args) == 0
+    assert len(stamps) == 4 and main(args) == 0
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [r['value'] for r in again] == [r['value'] for r in rows]
     assert stamps == {p: p.stat().st_mtime_ns for p in out.rglob('model/model.safetensors')}
@@ -67,6 +68,7 @@ def test_a_search_from_text_to_table_and_map(tmp_path, capsys):
     (['--grid', 'lr=fast'], 'expected numbers'),
     (['--budget', 'soon'], 'expected a duration'),
     (['--grid', 'warmup=2'], 'schedule.warmup=2.0'),
+    (['--nproc', '-1'], '--nproc -1: expected a number above zero'),
     (['--recipe', '24hbrt'], "Did you mean '24hbert'?"),
 ])
 def test_mistakes_are_found_before_the_first_run(tmp_path, capsys, args, says):
@@ -118,6 +120,7 @@ def test_tables_and_figures_of_a_search_in_which_all_were_stopped_early(text, da
     for name in ('table3_search', 'table5_choices'):
         note = (figures/f'{name}.md').read_text()
         assert note.count('Stopped early: ') == 2 and note.count('is above 0.1 after') == 2
+        assert note.count("of the recipe's own masks") == 1
 
 
 def test_a_run_stopped_early_in_several_processes_is_not_started_again(text, data, tmp_path, capfd):
@@ -161,7 +164,7 @@ STAMP = dict(commit='measured', dirty=False, versions={}, hardware='another mach
 
 
 def test_a_trial_says_where_it_was_measured_and_not_where_it_is_read(text, data, tmp_path, monkeypatch):
-    found = result_row('validation_loss', 3., 'nats', stopped='') | STAMP
+    found = result_row('validation_loss', 3., 'nats', stopped='', recipe_hash='x') | STAMP
     score = result_row('headline', 60., '%', task='continuation', resampled=1.) | STAMP
     monkeypatch.setattr(s, 'train_trial', lambda trial, study, run: (run/'checkpoints').mkdir(parents=True)
                         or [found])
@@ -200,7 +203,8 @@ def test_a_trial_is_run_again_when_anything_that_decides_its_result_is_another(
         assert [loss(), loss()] == [1., 1.]
         for n, change in enumerate(changed, 2): assert [loss(**change), loss(**change)] == [n, n]
         assert loss() == 1. and len(ran) == 7 and len(set(ran)) == 4  # tasks have no run of their own
-        another = dict(TRAINING_VERSION='next', provenance=lambda: dict(versions=dict(torch='0', numpy='0')),
+        others = dict.fromkeys(('torch', 'numpy', 'transformers', 'tokenizers'), '0')
+        another = dict(TRAINING_VERSION='next', provenance=lambda: dict(versions=others),
                        choose_precision=lambda device: Precision(torch.float16, 'of another machine'))
         for n, (name, value) in enumerate(another.items(), len(changed) + 2):
             monkeypatch.setattr(s, name, value)
@@ -295,6 +299,58 @@ def test_seconds_become_steps_once_and_two_studies_of_the_same_steps_agree_to_th
     assert len(runs) == 4 and {evaluations(run)[-1][0] for run in runs} == {.5}
 
 
+def test_a_step_is_timed_again_for_text_of_another_length_and_in_another_precision(
+        text, data, tmp_path, monkeypatch):
+    trial, = trials_of(text, (1e-3,))
+    long = tmp_path/'long'
+    shutil.copytree(data, long)
+    manifest = json.loads((long/'manifest.json').read_text())
+    manifest['packing']['seq_len'] = 64
+    (long/'manifest.json').write_text(json.dumps(manifest))
+    names = [s._contestant(trial, s.Study('grid', d, TRIALS, 1)) for d in (data, long)]
+    monkeypatch.setattr(s, 'choose_precision', lambda device: Precision(torch.float16, 'of another machine'))
+    names.append(s._contestant(trial, s.Study('grid', data, TRIALS, 1)))
+    assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize('nproc, gpus, shared', [(1, 8, 1), (2, 8, 2), (8, 8, 8), (2, 1, 1)])
+def test_a_step_has_as_many_gpus_as_its_trial(nproc, gpus, shared, text, data, monkeypatch):
+    timing = benchmark.Timing(get_recipe('24hbert', 'tiny', ['batch.global_batch_size=64',
+                                                             'batch.micro_batch_size=8']), 1., .5, 8)
+    assert timing.step(shared=shared) == 8/shared + .5
+    for module in (s, benchmark): monkeypatch.setattr(module, 'devices', lambda: gpus)
+    monkeypatch.setattr(s, 'take_turns', lambda contenders, *_: ({n: [timing] for n in contenders}, {}))
+    trial, = trials_of(text, (1e-3,))
+    row, = s._time_steps({'name': trial}, s.Study('grid', data, TRIALS, nproc), 1)
+    assert row['value'] == 8/shared + .5
+
+
+def test_a_trial_in_several_processes_knows_what_its_steps_stand_for(text, data, tmp_path):
+    trial, = [replace(t, steps=2, settings=(*t.settings, 'batch.micro_batch_size=8'))
+              for t in trials_of(text, (1e-3,))]
+    study = s.Study('grid', data, replace(TRIALS, budget=30., steps=0), 2)
+    rows = s.train_trial(trial, study, tmp_path/'run')
+    assert values(rows, 'steps') == [2] and evaluations(tmp_path/'run')[-1][0] == 30.
+
+
+def test_seeds_of_pretraining_are_fine_tuned_with_seeds_of_their_own(text, data, tmp_path):
+    trial, = trials_of(text, (1e-3,))
+    t = replace(TRIALS, tasks=('acceptability',), finetune=replace(TRIALS.finetune, seeds=2))
+    with parallel_config('threading', n_jobs=1):
+        run_trials([trial, replace(trial, seed=43)], 'grid', data, tmp_path, t)
+    jobs = [json.loads(p.read_text())['key']['job'] for p in (tmp_path/'trials').glob('*/jobs/*.json')]
+    assert sorted(job['seed'] for job in jobs) == [0, 1, 2, 3]
+
+
+def test_rows_of_two_searches_are_not_one_table(tmp_path):
+    ids = dict(trial='a', seed=1, stage='trial', study='grid', stopped='', scale='tiny', unit='nats')
+    rows = [ids | dict(metric='validation_loss', value=5., recipe=name) for name in ('24hbert', 'modern')]
+    with pytest.raises(UsageError, match='two runs are named a, seed 1'): trial_table(rows)
+    rows[1]['trial'] = 'b'
+    with pytest.raises(UsageError, match='Table 3 is of one recipe'): write_search(rows, 'x', tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_of_trials_do_not_mix_with_those_of_a_run(tmp_path):
     write_rows(tmp_path/'a'/'rows.jsonl', [result_row('x', 1, '')])
     write_rows(tmp_path/'a'/'trials'/'b'/'rows.jsonl', [result_row('x', 2, '')])
@@ -351,14 +407,18 @@ def test_a_grid_of_several_seeds_is_judged_by_their_means():
     assert list(best(means, 'no task').trial) == [trials[1].name]
     rows[3]['value'] = None  # a seed that diverged is no reason to be the best
     assert list(best(over_seeds(trial_table(rows)), 'no task').trial) == [trials[0].name]
+    scored = [rows[0] | dict(metric='headline', task='x', value=60.)]  # its other seed was stopped
+    scored += [rows[n] | dict(metric='headline', task='x', value=58.) for n in (1, 3)]
+    named = list(best(over_seeds(trial_table(rows + scored)), 'x').query("best_by == 'x'").trial)
+    assert named == [trials[1].name]
 
 
-def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(tmp_path, monkeypatch, capsys):
+def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(data, tmp_path, monkeypatch, capsys):
     "A machine half as fast in the second hour gives as many steps; what precedes the first is taken off"
     t, pace = replace(TRIALS, budget=10., steps=0), [1.]
     first, second = trials_of(tmp_path, (1e-3,)), [replace(x, settings=(*x.settings, 'model.num_layers=1'))
                                                    for x in trials_of(tmp_path, (1e-3,))]
-    study = s.Study('grid', tmp_path, t, 1)
+    study = s.Study('grid', data, t, 1)
 
     def time_steps(trials, study, turns):
         seconds = {2: .1, 1: .05}
@@ -383,9 +443,9 @@ def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(tmp_path,
     assert [x.steps for x in s.calibrate(second, study, tmp_path/'times.jsonl')] == [160]
 
 
-def test_two_studies_do_not_time_at_once(tmp_path, monkeypatch):
+def test_two_studies_do_not_time_at_once(data, tmp_path, monkeypatch):
     t = replace(TRIALS, budget=10., steps=0)
-    study, trials = s.Study('grid', tmp_path, t, 1), trials_of(tmp_path, (1e-3,))
+    study, trials = s.Study('grid', data, t, 1), trials_of(tmp_path, (1e-3,))
     path, at_once, most = tmp_path/'times.jsonl', [], []
 
     def time_steps(trials, study, turns):

@@ -245,6 +245,15 @@ def test_gradients_that_are_not_finite_end_the_run_with_a_diagnosis(
     assert value(rows, 'skipped_steps') == 20 and value(rows, 'steps') < 30
 
 
+def test_a_loss_that_is_no_number_at_the_end_alone_is_said_as_well(recipe, data, tmp_path):
+    def ruin(model):
+        with torch.no_grad(): next(model.parameters()).fill_(math.nan)
+    rows = pretrain(recipe, data, tmp_path/'run', steps=5, hook=Hook(before_final_evaluation=ruin))
+    assert value(rows, 'steps') == 5 and value(rows, 'validation_loss') is None
+    assert {r['stopped'] for r in rows} == {'the validation loss at the end is nan'}
+    assert saved(tmp_path/'run')['stopped'] == rows[0]['stopped']
+
+
 def test_a_loss_scale_at_its_floor_ends_the_run(recipe, data, tmp_path, monkeypatch):
     real, half = train.accumulate, Precision(torch.float16, 'the test is about its loss scale')
 

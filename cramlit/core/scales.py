@@ -109,7 +109,7 @@ _TINY = (
     'validation.every=0.5', 'validation.max_sequences=128')
 _TINY_FINETUNE = Finetune((1,), (32,), (1e-3,), 2, max_length=64, max_train=128, max_eval=128)
 _TINY_TRIALS = Trials(
-    steps=10, batch_sizes=(32, 64), lrs=(2e-3,), warmups=(.06,), lengths=(1., 2.), seeds=2,
+    steps=10, batch_sizes=(32, 64), lrs=(2e-3,), warmups=(.06,), lengths=(1., 2.), seeds=2, grid_seeds=2,
     tasks=('continuation',), finetune=replace(_TINY_FINETUNE, seeds=1))
 _TINY_COMPARISON = Comparison(
     steps=10, seeds=2, lrs=(1e-3, 2e-3), tries=2, tuning=.5, ablation=.3, ablation_seeds=2, every=.25,
@@ -160,7 +160,7 @@ _EVENING_SCALE = replace(_LAPTOP_SCALE, name='evening', budget=960., finetune=_E
 
 # %% ../../nbs/core/01_scales.ipynb #94ffa0f2
 _GPU_SCALE = Scale(
-    'gpu', ('model.num_layers=12', 'model.hidden_size=768', 'model.num_heads=12',
+    'gpu', ('corpus.holdout=0.02', 'model.num_layers=12', 'model.hidden_size=768', 'model.num_heads=12',
             'model.intermediate_size=3072', 'batch.micro_batch_size=256', 'validation.stop_loss=0'),
     per_recipe={'modern': ('model.intermediate_size=2048',),
                 'cramming': ('model.num_layers=16', 'model.intermediate_size=1536')},

@@ -206,9 +206,10 @@ class Timing:
         return dict(global_batch_size=self.sequences(0), micro_batch_size=self.recipe.batch.micro_batch_size,
                     seq_len=self.recipe.packing.seq_len, devices=devices())
 
-    def step(self, batch: int = 0) -> float:  # seconds
-        "A step on all devices: each has its share of the sequences, and all of the update"
-        return self.sequences(batch)/devices()/self.recipe.batch.micro_batch_size*self.micro + self.update
+    def step(self, batch: int = 0, shared: int = 0) -> float:  # seconds
+        "A step on so many devices, 0 = all: each has its share of the sequences, and all of the update"
+        share = self.sequences(batch)/(shared or devices())
+        return share/self.recipe.batch.micro_batch_size*self.micro + self.update
 
     def rate(self, batch: int = 0) -> float:  # tokens/s, padding included
         "Tokens a second of all devices"
@@ -225,6 +226,9 @@ def time_step(
 ) -> Timing:
     "Time both pieces of a contender's step"
     ahead, steps, n = Prefetcher(contender.batches, device), count(), len(contender.batches(0))
+    if device.type == 'cuda':  # what is compiled is compiled for two batches, which may differ in shape
+        for _ in range(2): contender.passes(ahead(next(steps)))
+        contender.update()
     micro = seconds(lambda: contender.passes(ahead(next(steps))), least)/n
     update = seconds(contender.update, least)
     return Timing(contender.recipe, micro, update, n*contender.recipe.batch.micro_batch_size)

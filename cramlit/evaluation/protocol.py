@@ -8,7 +8,7 @@ __all__ = ['DRAWS', 'MNLI_FIRST', 'PROTOCOLS', 'SUITES', 'REFERENCE', 'REFERENCE
            'check_writable', 'job_keys', 'job_results', 'median_headline', 'best_runs', 'resampled', 'median_run',
            'mnli_model', 'check_protocol', 'grid_work', 'suite_work', 'common_provenance', 'summary', 'task_rows',
            'average', 'baseline', 'run_grid', 'replace_rows', 'run_suite', 'task_names', 'load_tasks', 'model_ids',
-           'evaluate', 'reference_encoder', 'evaluate_reference', 'submit']
+           'note_seen_text', 'evaluate', 'reference_encoder', 'evaluate_reference', 'submit']
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #a11c9b18
 import hashlib, io, json, os, sys, tempfile, warnings, zipfile
@@ -30,14 +30,14 @@ from tqdm import tqdm
 from ..core.devices import choose_precision, pick_device, take_gpu
 from ..core.recipes import CramlitError, Interrupted, UsageError, digest, unknown
 from ..core.results import (
-    atomic, cannot_write, provenance, read_json_lines, refuse_run, result_row, sha256, write_rows)
+    atomic, cannot_write, note, provenance, read_json_lines, refuse_run, result_row, sha256, write_rows)
 from ..core.scales import Finetune, Scale
 from ..data.corpus import fetch_member
 from .finetuning import FINETUNING_VERSION, POOL, Job, check_length, classifier, run_job
 from .glue import (
     GLUE, NOT_AVERAGED, SUBMISSION_FILES, TEST_EXAMPLES, TRAINING_EXAMPLES, Task, always_the_same,
     check_submission, headline, linear_model, load_glue, load_submission_tasks, score, submission_zip)
-from .surrogate_tasks import SURROGATE_TASKS, load_surrogate
+from .surrogate_tasks import HOLDOUT, SURROGATE_TASKS, load_surrogate
 from ..model.stock_models import load_parts, weights_digest
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #b417f94f
@@ -46,12 +46,14 @@ def jobs(
     grid: Finetune,
     seeds: int,   # a configuration
     variants: tuple[str, ...] = ('from-scratch', 'pretrained'),
+    first: int = 0,  # seed
 ) -> list[Job]:
     "Every combination of a task's grid, with every seed"
     values = grid.grid(task.name)
     shared = 'weight_decay', 'warmup', 'max_length', 'max_train', 'max_eval', 'pooling'
     fixed = {k: getattr(grid, k) for k in shared}
-    combinations = product(variants, values.epochs, values.batch_sizes, values.lrs, range(seeds))
+    combinations = product(variants, values.epochs, values.batch_sizes, values.lrs,
+                           range(first, first + seeds))
     return [Job(task.name, *one, **fixed) for one in combinations]
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #2a434fd5
@@ -97,9 +99,10 @@ def run_parallel(
     one_by_one: bool = False,  # each takes the whole machine
 ):
     "Do independent work on all cores or GPUs; raises `CramlitError` naming what failed when all else is done"
+    inside = bool(get_active_backend()[0].nesting_level)  # of a worker, which has a GPU already
     with nullcontext() if one_by_one else local_workers(), tempfile.TemporaryDirectory() as locks:
         dealt = (delayed(on_free_gpu)(locks, *call) for call in calls)
-        if one_by_one: outcomes = (f(*args, **more) for f, args, more in calls)
+        if one_by_one or inside: outcomes = (f(*args, **more) for f, args, more in calls)
         else: outcomes = Parallel(return_as='generator_unordered')(dealt)
         bar = tqdm(outcomes, what, total, initial=total - len(calls), file=sys.stderr, mininterval=2)
         try: failed = [why for why in bar if why]
@@ -504,6 +507,19 @@ def model_ids(
                 recipe_hash=info.get('recipe_hash', ''), pretraining_seed=info.get('seed'),
                 weights=weights_digest(model), pooling=scale.finetune.pooling)
 
+def note_seen_text(
+    model: str|Path,  # a stock transformers folder
+    suite: str,       # surrogate | glue
+):
+    "Say so where the held-out articles of two surrogate tasks may have been pretrained on"
+    made = Path(model)/'cramlit.json'
+    if suite != 'surrogate' or not made.exists(): return
+    corpus = json.loads(made.read_text('utf-8')).get('recipe', {}).get('corpus', {})
+    source, kept = corpus.get('source', ''), corpus.get('holdout', 0.)
+    if source == 'enwik8' and kept < HOLDOUT or 'wikipedia' in source:
+        note(f'{model} was pretrained on {source} with {kept:.1%} held out: articles of the tasks '
+             'continuation and acceptability may be among its text, and it may gain less on other text')
+
 def _seeds(seeds: int, scale: Scale) -> int:
     "How many seeds a configuration gets"
     if seeds < 0: raise UsageError(f'--seeds {seeds}: expected a number above zero')
@@ -526,6 +542,7 @@ def evaluate(
     protocol = protocol or (scale.finetune.protocol if suite == 'glue' else 'plain')
     check_protocol(protocol, names)
     ids = model_ids(model, scale, suite)
+    note_seen_text(model, suite)
     loaded = load_tasks(suite, names, glue_dir)
     return run_suite(model, loaded, scale.finetune, seeds, out, ids, protocol)
 
@@ -565,7 +582,8 @@ def evaluate_reference(
     tasks = load_tasks(suite, [], glue_dir)
     model = reference_encoder(Path(out)/'all-MiniLM-L6-v2')
     ids = model_ids(model, scale, suite) | dict(reference=True)
-    grid = replace(scale.finetune, lrs=REFERENCE_LRS)
+    large = scale.finetune.large and replace(scale.finetune.large, lrs=REFERENCE_LRS)
+    grid = replace(scale.finetune, lrs=REFERENCE_LRS, large=large)
     return run_suite(model, tasks, grid, grid.seeds, out, ids, variants=('pretrained',))
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #57f4d2ef

@@ -111,13 +111,14 @@ def tuned_settings(
 ) -> dict[str, tuple[str, ...]]:  # recipe → settings
     "The settings of each recipe's lowest loss; raises `CramlitError` for one of which no run has a loss"
     found: dict[str, tuple[float, list[str]]] = {}
+    names = list(dict.fromkeys(r['recipe'] for r in rows))  # others are compared with the first one
     for r in rows:
         if r['metric'] != 'tuning_loss' or r['value'] is None: continue
         best_loss, _ = found.get(r['recipe'], (float('inf'), []))
         if r['value'] < best_loss: found[r['recipe']] = r['value'], r['settings']
-    lost = sorted({r['recipe'] for r in rows} - set(found))
+    lost = [name for name in names if name not in found]
     if lost: raise CramlitError(f'no try gave {", ".join(lost)} a finite loss: search among lower rates')
-    return {name: tuple(settings) for name, (_, settings) in found.items()}
+    return {name: tuple(found[name][1]) for name in names}
 
 # %% ../../nbs/experiments/61_comparison.ipynb #c1b29deb
 STEPS = {  # name → the settings of a recipe that belong to it
@@ -307,7 +308,8 @@ def without_pretraining(
         for task, i in product(tasks, range(c.budget_seeds)):
             seeds = range(i*each, (i + 1)*each)  # a rate is chosen by as many as for a pretrained network
             runs = [r for r in results if r['job']['task'] == task.name and r['job']['seed'] in seeds]
-            about = dict(trial=f'{name}, from scratch', recipe=name, seed=i, rates=list(s.finetune.lrs))
+            rates = list(s.finetune.grid(task.name).lrs)
+            about = dict(trial=f'{name}, from scratch', recipe=name, seed=i, rates=rates)
             add(task, 'from-scratch', best_runs(runs), **about)
     if not c.pairs: return rows
     untrained = list(product(models.items(), range(c.budget_seeds)))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Trial', 'batch_settings', 'grid_trials', 'parse_grid', 'choices', 'choice_trials', 'Study', 'has_stock', 'trial_ids',
-           'threads', 'seconds_before', 'calibrate', 'train_trial', 'calibrated_rows', 'trial_rows', 'trial_key',
-           'run_trial', 'run_trials', 'trial_table', 'over_seeds', 'best', 'search']
+           'threads', 'seconds_before', 'calibrate', 'train_trial', 'calibrated_rows', 'first_seed', 'trial_rows',
+           'trial_key', 'run_trial', 'run_trials', 'trial_table', 'over_seeds', 'best', 'search']
 
 # %% ../../nbs/experiments/60_search.ipynb #3f3ecdc5
-import hashlib, json
+import gc, hashlib, json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
@@ -24,13 +24,13 @@ from joblib import delayed
 
 from ..core.devices import choose_precision, pick_device
 from ..core.recipes import Checkpoint, Model, Optim, Recipe, Schedule, UsageError, Validation
-from ..core.recipes import digest, recipe_hash, unknown
+from ..core.recipes import digest, unknown
 from ..core.results import (
     locked, note, provenance, read_rows, refuse_run, result_row, sha256, write_rows)
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.batches import rank_slice
 from ..data.packing import as_prepared, open_data, prepare
-from ..efficiency.benchmark import Contender, make_setup, our_step, take_turns
+from ..efficiency.benchmark import Contender, devices, make_setup, our_step, take_turns
 from ..evaluation.finetuning import FINETUNING_VERSION, check_length
 from ..evaluation.glue import Task
 from ..evaluation.protocol import (
@@ -173,18 +173,21 @@ def trial_ids(
     "What identifies a trial in its rows"
     r, t = trial.recipe, study.trials
     return dict(stage='trial', study=study.name, trial=trial.name, versus=trial.versus, recipe=trial.base,
-                recipe_hash=recipe_hash(r), scale=trial.scale, seed=trial.seed, lr=r.optim.lr,
+                scale=trial.scale, seed=trial.seed, lr=r.optim.lr,
                 global_batch_size=r.batch.global_batch_size, warmup=r.schedule.warmup,
                 settings=list(trial.settings), schedule_length=r.schedule.length,
                 layers=r.model.num_layers, hidden_size=r.model.hidden_size,
                 span=f'{study.steps(trial)} steps' if study.steps(trial) else f'{t.budget:g} s')
 
 # %% ../../nbs/experiments/60_search.ipynb #5c1e0b02
-def _contestant(recipe: Recipe, nproc: int) -> str:
-    "A name for all that decides how long a step takes, of a recipe in so many processes"
+def _contestant(trial: Trial, study: Study) -> str:
+    "A name for all that decides how long a step of a trial takes on this machine"
+    recipe, device, data = trial.recipe, pick_device(), open_data(trial.data or study.data)
     same = replace(recipe, seed=0, optim=Optim(method=recipe.optim.method), schedule=Schedule(),
                    validation=Validation(), checkpoint=Checkpoint())
-    return digest(asdict(same)) + (f'-{nproc}' if nproc > 1 else '')
+    decides = (asdict(same), data.manifest['packing'], data.manifest['tokenizer'], data.padded_vocab_size,
+               device.type, str(choose_precision(device).dtype))
+    return digest(decides) + (f'-{study.nproc}' if study.nproc > 1 else '')
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
@@ -213,15 +216,17 @@ def _time_steps(trials: dict[str, Trial], study: Study, turns: int) -> list[dict
         return our_step(make_setup(trial.recipe, data.padded_vocab_size, device), data, most=8)
     contenders: dict[str, Callable[[], Contender]]
     contenders = {f'{t.name} ({key})': partial(contender, t) for key, t in trials.items()}
-    rows = []
+    rows, shared = [], min(study.nproc, devices())  # GPUs that train one of them together
     with threads(1 if study.nproc == 1 else 0):  # as a trial has it
         taken, _ = take_turns(contenders, device, turns)
         for (key, trial), timings in zip(trials.items(), taken.values(), strict=True):
-            values = [timing.step() for timing in timings]
+            values = [timing.step(shared=shared) for timing in timings]
             before = min(seconds_before(trial, trial.data or study.data) for _ in range(turns))
             rows.append(result_row('seconds_per_step', min(values), 's', stage='calibrate', contestant=key,
                                    recipe=trial.base, trial=trial.name, scale=trial.scale,
                                    median=median(values), high=max(values), before=before))
+    gc.collect()
+    if device.type == 'cuda': torch.cuda.empty_cache()  # the trials are other processes
     return rows
 
 def calibrate(
@@ -231,7 +236,8 @@ def calibrate(
     turns: int = 7,
 ) -> list[Trial]:     # each with its number of steps
     "Turn a budget of seconds into steps: time a step of every contestant, in turns"
-    names = {_contestant(t.recipe, study.nproc): t for t in reversed(trials)}  # the first of each kind
+    contestants = [_contestant(t, study) for t in trials]
+    names = dict(zip(reversed(contestants), reversed(trials), strict=True))  # the first of each kind
     with locked(path.parent, wait=True):  # two studies that time at once would slow each other down
         known = read_rows(path) if path.exists() else []
         before = {r['contestant']: r['value'] for r in known}
@@ -247,7 +253,7 @@ def calibrate(
             write_rows(path, known)
     budget = study.trials.budget
     steps = {r['contestant']: max(1, round((budget - r.get('before', 0.))/r['value'])) for r in known}
-    return [replace(t, steps=steps[_contestant(t.recipe, study.nproc)]) for t in trials]
+    return [replace(t, steps=steps[key]) for t, key in zip(trials, contestants, strict=True)]
 
 # %% ../../nbs/experiments/60_search.ipynb #a61f0c37
 def train_trial(
@@ -263,7 +269,7 @@ def train_trial(
     how: dict[str, Any] = dict(budget=budget, steps=steps, scale=trial.scale)
     if study.nproc == 1: return pretrain(recipe, data, run, **how)
     options = ['--recipe', trial.base, '--scale', trial.scale, '--data', str(data), '--out', str(run)]
-    options += ['--steps', str(steps)] if steps else ['--budget', f'{t.budget}s']
+    options += ['--steps', str(steps)]*bool(steps) + ['--budget', f'{budget}s']*bool(budget)
     for setting in trial.all_settings: options += ['-o', setting]
     if not has_stock(recipe.model): options.append('--bare')
     return pretrain_in(study.nproc, options, recipe, data, run, **how)
@@ -282,6 +288,14 @@ def calibrated_rows(
     def calibrated(row: dict) -> dict: return row | dict(value=times[row['metric']], kind='calibrated')
     return [calibrated(row) if row['metric'] in times else row for row in rows]
 
+def first_seed(
+    trial: Trial,
+    study: Study,
+) -> int:
+    "The first of its seeds of fine-tuning: those of another seed of pretraining are others"
+    ours = get_recipe(trial.base, trial.scale).seed
+    return (trial.seed - ours)*study.trials.finetune.seeds
+
 def trial_rows(
     trial: Trial,
     study: Study,
@@ -293,6 +307,7 @@ def trial_rows(
     if trial.steps: found = calibrated_rows(found, trial, t.budget)
     stopped = found[0]['stopped']
     ids = trial_ids(trial, study) | dict(stopped=stopped, folder=folder.name)
+    ids['recipe_hash'] = found[0]['recipe_hash']  # of what was trained, packed as the text was
     rows = [row | ids for row in found]
     if not has_stock(trial.recipe.model): return rows
     model = folder/'run'/'model'  # where it has been pretrained for other tasks, no checkpoint is left
@@ -301,10 +316,12 @@ def trial_rows(
     if stopped or not t.tasks: return rows
     check_length(model, t.finetune.max_length)
     tasks = load_tasks(get_scale(trial.scale).suite, list(t.tasks), study.glue_dir)
-    work = [job for task in tasks for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',))]
+    work = [job for task in tasks
+            for job in jobs(task, t.finetune, t.finetune.seeds, ('pretrained',), first_seed(trial, study))]
     for score in run_grid(model, tasks, work, folder, {}):
         if score['metric'] != 'headline': continue
-        about = ids | dict(task=score['task'], resampled=score['resampled'], rates=list(t.finetune.lrs))
+        rates = list(t.finetune.grid(score['task']).lrs)
+        about = ids | dict(task=score['task'], resampled=score['resampled'], rates=rates)
         row = result_row('headline', score['value'], '%', **about)
         rows.append(row | common_provenance([score]))  # it may have been measured long ago
     return rows
@@ -323,8 +340,9 @@ def trial_key(
                precision=precision, finetune={})
     if tasks:
         text = json.dumps([asdict(task) for task in tasks], sort_keys=True)
+        versions = {p: provenance()['versions'][p] for p in ('transformers', 'tokenizers')}
         key['finetune'] = dict(tasks=hashlib.sha256(text.encode()).hexdigest(), rules=FINETUNING_VERSION,
-                               **asdict(t.finetune))
+                               first_seed=first_seed(trial, study), versions=versions, **asdict(t.finetune))
     return json.loads(json.dumps(key))  # lists for tuples
 
 def run_trial(
@@ -381,11 +399,14 @@ _SETTINGS = ('trial', 'versus', 'recipe', 'seed', 'global_batch_size', 'lr', 'wa
 def trial_table(
     rows: list[dict],   # of trials
 ) -> pd.DataFrame:      # a line for each trial: what was set, loss, steps, scores and draws of the tasks
-    "Rows as a table, a trial a line"
+    "Rows as a table, a trial a line; raises `UsageError` for rows of several studies with the same trials"
     lines: dict[tuple, dict] = {}
     for r in rows:
         line = lines.setdefault((r['trial'], r['seed']), {k: r[k] for k in _SETTINGS if k in r})
         name = r['task'] if r['metric'] == 'headline' else r['metric']
+        if name in line:
+            raise UsageError(f'two runs are named {r["trial"]}, seed {r["seed"]}: these rows are of several '
+                             'studies, and a table is of one')
         line[name] = float('nan') if r['value'] is None else float(r['value'])
         if 'resampled' in r: line[f'{name}, draws'] = r['resampled']
     return pd.DataFrame(list(lines.values()))
@@ -396,9 +417,7 @@ def over_seeds(
     "Trials without their seeds; of one that was stopped early it says so"
     whole, lines = table.select_dtypes('number').columns, table.groupby('trial', sort=False)
     found = lines.first()
-    found[whole] = lines[list(whole)].mean()
-    losses = [name for name in ('tuning_loss', 'validation_loss') if name in whole]
-    found[losses] = lines[losses].agg(lambda of_seeds: of_seeds.mean(skipna=False))  # none if one has none
+    found[whole] = lines[list(whole)].agg(lambda of_seeds: of_seeds.mean(skipna=False))  # none if one has
     if 'stopped' in table: found['stopped'] = lines.stopped.max()
     return found.reset_index()
 
@@ -428,6 +447,7 @@ def search(
 ) -> list[dict]:         # rows of all trials, then of the best
     "The grid, from text to the best of each batch size"
     refuse_run(out)
+    if nproc < 0: raise UsageError(f'--nproc {nproc}: expected a number above zero')
     t = parse_grid(grid, get_scale(scale).trials)
     if budget: t = replace(t, budget=budget, steps=0)
     trials = grid_trials(base, scale, t)

@@ -23,6 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from ..core.recipes import CramlitError, UsageError
 from ..core.results import atomic
 from ..core.scales import get_scale
 from ..evaluation.statistics import difference, median_text
@@ -109,9 +110,14 @@ NOT_RECOVERED = 'The values of the published table were not recovered.'
 
 def stopped_early(
     t: pd.DataFrame,  # as `trial_table` gives it
-) -> list[str]:       # a note for each trial
+) -> list[str]:       # a note for each trial, and one on their loss
     "Which trials were stopped early, and why: their loss is that of the moment, and they have no scores"
-    return [f'Stopped early: {r.trial}, seed {r.seed}: {r.stopped}.' for r in t[t.stopped != ''].itertuples()]
+    early = t[t.stopped != ''].itertuples()
+    notes = [f'Stopped early: {r.trial}, seed {r.seed:g}: {r.stopped}.' for r in early]
+    if any('above' in note for note in notes):
+        notes.append("The loss by which a run is stopped is of the recipe's own masks, as in the published "
+                     'code, and not that of the table.')
+    return notes
 
 def whole_runs(
     t: pd.DataFrame,  # as `trial_table` gives it
@@ -175,8 +181,12 @@ def write_search(
     "Table 3 and the map of the grid"
     mine = needed(rows, 'the search', stage='trial', study='grid')
     each, first = trial_table(mine), mine[0]
+    recipes = sorted(each.recipe.unique())
+    if len(recipes) > 1:
+        raise UsageError(f'Table 3 is of one recipe, and these rows are of {", ".join(recipes)}: give the '
+                         'folder of one search')
     early, t, seeds = stopped_early(each), over_seeds(each), each.seed.nunique()
-    about = (f'{len(t)} combinations, {seeds_and_seconds(each)}; {len(early)} stopped early. ')
+    about = f'{len(t)} combinations, {seeds_and_seconds(each)}; {(each.stopped != "").sum()} stopped early. '
     about += 'Means over the seeds.' if seeds > 1 else 'One seed each, so small differences mean little.'
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
     ends = t.set_index('trial').validation_loss
@@ -598,8 +608,10 @@ def write_budgets(
 ) -> list[Path]:
     "What a budget buys: the table of all budgets, the one of what is claimed, and the figure"
     mine = needed(rows, 'the budgets', stage='trial', study='budgets')
-    t, tasks, scale = trial_table(mine), tasks_of_rows(mine), mine[0]['scale']
+    each, tasks, scale = trial_table(mine), tasks_of_rows(mine), mine[0]['scale']
+    early, t = stopped_early(each), whole_runs(each)
     trained, planned = _pretrained(t), get_scale(scale).comparison.budgets
+    if trained.empty: raise CramlitError(f'no budget has been run to its end with every seed. {early[0]}')
     done, longest = trained.budget.nunique(), trained[trained.budget == trained.budget.max()]
     said = f'**{done} of {len(planned)} budgets have been run**, the shortest first.'
     partial = [said] if done < len(planned) else []
@@ -609,7 +621,8 @@ def write_budgets(
              'too. The recipes are as they are at this scale, and were not tuned for each budget. '
              f'{VALIDATION}', *about_rates(mine), *about_lengths(list(dict.fromkeys(trained.recipe)), scale),
              *by_hand(list(dict.fromkeys(trained.recipe)), scale),
-             'The intervals are those of each line alone, of seeds and validation examples.']
+             'The intervals are those of each line alone, of seeds and validation examples; in the figure '
+             'they are of seeds alone.', *early]
     claims = [*partial, 'Claimed is no more than this table, which has the longest budget alone: '
               f'{", ".join(longest.trial.unique())}. {SIGNIFICANCE}']
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
@@ -679,7 +692,7 @@ def write_scaling(
     "The table of the runs and the figure, with what to beware of"
     mine = needed(rows, 'the scaling', stage='trial', study='scaling')
     whole, first = trial_table(mine), mine[0]
-    t = whole.dropna(subset='validation_loss')
+    t = whole_runs(whole).dropna(subset='validation_loss')
     fit = fit_runs(t)
     law, ends = fit.law, zip(*fit.interval(lambda law: np.array([law.E, law.a, law.b])), strict=True)
     E, a, b = (f'{low:.2f}–{high:.2f}' for low, high in ends)
@@ -693,7 +706,7 @@ def write_scaling(
              f'b = {law.b:.2f} ({b}), A = {law.A:.3g}, B = {law.B:.3g}. The losses scatter by '
              f'{fit.scatter:.1%} about it. '
              'It describes these runs, and is not meant for sizes or spans outside of them.']
-    if len(t) < len(whole): notes.append(f'{len(whole) - len(t)} more ended without a loss.')
+    if len(t) < len(whole): notes.append(f'{len(whole) - len(t)} more ended early or without a loss.')
     if fit.scatter > POOR: notes.append(f'**The law fits poorly**: {fit.scatter:.1%} is above {POOR:.0%}.')
     often = (t.epochs > FEW).sum()
     if often: notes.append(f'Runs that read their text more than {FEW} times: {often}. From there on '

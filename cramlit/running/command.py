@@ -94,7 +94,7 @@ def pretrain(
     from cramlit.model.stock_models import family, init_from
     from cramlit.training.checkpoints import check_export_folder
     from cramlit.training.distributed import processes
-    from cramlit.training.schedule import run_length
+    from cramlit.training.schedule import parse_budget, run_length
     from cramlit.training.tracking import check_tracker
     from cramlit.training.training import pretrain as train, pretrain_in
     check_tracker(track)
@@ -105,7 +105,8 @@ def pretrain(
     if not bare:
         family(r.model)  # raises when there is no stock model to save it as
         check_export_folder(Path(out)/'model')
-    seconds, n_steps = run_length(budget, steps, get_scale(scale))
+    both = rank is not None and budget and steps  # a trial's: its steps, and the time that they stand for
+    seconds, n_steps = (parse_budget(budget), steps) if both else run_length(budget, steps, get_scale(scale))
     r = as_prepared(r, open_data(data), settings)
     if rank is None:  # the processes are still to be started, with the same arguments
         given = dict(recipe=recipe, scale=scale, data=data, init=init, out=out, budget=budget, steps=n_steps,

@@ -538,11 +538,15 @@ def reproduce(
     from rich.console import Console
     for name in filter(None, (only, force)):
         if name not in STAGES: raise unknown('stage', name, STAGES)
+    if force and force not in [stage for stage, _ in _wanted(ws, only, headline)]:
+        raise UsageError(f'--force {force}: this command does not run {force}; give --only {force} with it')
     _check_figures(ws)
     lacking, wanted = dict[str, str](), _wanted(ws, only, headline)
-    if True:
-        for stage, recipe in _tasks(ws):
-            if force and stage in _with_dependents(force): _move_aside(ws, stage, recipe)
+    with locked(ws.out):
+        forced = [task for task in _tasks(ws) if force and task[0] in _with_dependents(force)]
+        later = [_label(*task) for task in forced if task not in wanted and ws.folder(*task).exists()]
+        for stage, recipe in forced: _move_aside(ws, stage, recipe)
+        if later: print(f'not run by this command: {", ".join(later)}', file=sys.stderr)
         to_do = [task for task in wanted if not _is_done(ws, *task)]
         for n, (stage, recipe) in enumerate(wanted, 1):
             left = _time_left(ws, [task for task in wanted[n - 1:] if task in to_do])

@@ -515,6 +515,8 @@ def train(
         ended, run.done = run.done == 1, 1.
         if not ended: changes.before_final_evaluation(model)
         losses = {ruler: evaluate(ruler) for ruler in RULERS}
+        if not math.isfinite(losses['tune']) and not run.stopped:
+            run.stopped = f"the validation loss at the end is {losses['tune']}"
         if not ended:
             run.log(validation_loss=losses['tune'], **(dict(stopped=run.stopped) if run.stopped else {}))
         save()
