@@ -105,7 +105,8 @@ def pretrain(
     if not bare:
         family(r.model)  # raises when there is no stock model to save it as
         check_export_folder(Path(out)/'model')
-    both = rank is not None and budget and steps  # a trial's: its steps, and the time that they stand for
+    # one process of a trial's several is told its steps, and the time that they stand for
+    both = rank is not None and size > 1 and budget and steps
     seconds, n_steps = (parse_budget(budget), steps) if both else run_length(budget, steps, get_scale(scale))
     r = as_prepared(r, open_data(data), settings)
     if rank is None:  # the processes are still to be started, with the same arguments
