@@ -514,6 +514,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'cramlit/evaluation/protocol.py'),
                                              'cramlit.evaluation.protocol._sha256_of': ( 'evaluation/protocol.html#_sha256_of',
                                                                                          'cramlit/evaluation/protocol.py'),
+                                             'cramlit.evaluation.protocol._train_and_keep': ( 'evaluation/protocol.html#_train_and_keep',
+                                                                                              'cramlit/evaluation/protocol.py'),
                                              'cramlit.evaluation.protocol.average': ( 'evaluation/protocol.html#average',
                                                                                       'cramlit/evaluation/protocol.py'),
                                              'cramlit.evaluation.protocol.baseline': ( 'evaluation/protocol.html#baseline',

@@ -522,8 +522,9 @@ def same_weights(out: Path, size: int) -> str:
 def rank_train(here: Here, args):
     "A run in this rank, and a checksum of the weights with which it ends"
     recipe, data = here.data(args.recipe)
-    size = 'batch.micro_batch_size=4', 'batch.global_batch_size=64', 'checkpoint.every=0.1'
     rank, train = int(os.environ['RANK']), training.train
+    whole = f"batch.global_batch_size={8*int(os.environ['WORLD_SIZE'])}"  # whatever the number of cards
+    size = 'batch.micro_batch_size=4', whole, 'checkpoint.every=0.1'
     def keep(*given, **more):
         loss = train(*given, **more)
         model = next(x for x in given if isinstance(x, MaskedLM))

@@ -101,6 +101,21 @@ def test_timing_leaves_the_weights_where_they_are(setup, data):
     assert all(torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
 
 
+def test_an_optimiser_that_is_not_fused_is_timed_with_a_loss_scale_too(setup, data):
+    half = replace(setup, precision=Precision(torch.float16, 'as on cards of 2018'))
+    contender = bench.our_steps(half, data)[bench.WITHOUT + 'fused_optimiser']()
+    contender.passes(contender.batches(0))
+    contender.update()
+
+
+def test_another_contender_that_does_not_fit_is_left_out_and_ours_is_an_error(setup, data):
+    def too_large(): raise torch.OutOfMemoryError('CUDA out of memory')
+    ours = partial(our_step, setup, data)
+    taken, why = bench.take_turns(dict(stock_eager=too_large, ours=ours), CPU, 2, 0.)
+    assert len(taken['ours']) == 2 and why == dict(stock_eager='OutOfMemoryError: CUDA out of memory')
+    with pytest.raises(torch.OutOfMemoryError): bench.take_turns(dict(ours=too_large), CPU, 2, 0.)
+
+
 def test_an_update_can_be_repeated(setup, data):
     contender = our_step(setup, data)
     gradient(setup, contender)

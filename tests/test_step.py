@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cramlit.core.devices as devices
+import cramlit.core.results as results
 import cramlit.evaluation.protocol as protocol
 import cramlit.training.memory as memory
 import cramlit.training.training as train
@@ -33,7 +34,7 @@ from cramlit.data.batches import Batch, train_batches, validation_batches
 from cramlit.data.packing import open_data, prepare
 from cramlit.model.encoder import MaskedLM
 from cramlit.training.checkpoints import read_checkpoint, tensors_of, write_checkpoint
-from cramlit.training.distributed import Gradients, World
+from cramlit.training.distributed import Gradients, World, processes
 from cramlit.training.optimizers import make_optimizer
 from cramlit.training.schedule import Clock
 from cramlit.training.training import (
@@ -301,6 +302,27 @@ def test_each_job_has_a_gpu_of_its_own_and_gives_it_back(monkeypatch):
             protocol.run_parallel([joblib.delayed(cards.work)(True)], 1, 'jobs')
         protocol.run_parallel([joblib.delayed(cards.work)() for _ in range(4)], 4, 'jobs')
     assert cards.most == {0: 1, 1: 1}
+
+
+def test_a_worker_has_its_last_gpu_again_where_that_is_free(tmp_path, monkeypatch):
+    cards = Cards(monkeypatch, 3)
+    def takes():
+        with devices.take_gpu(tmp_path): return cards.now.gpu
+    with devices.take_gpu(tmp_path), devices.take_gpu(tmp_path): assert takes() == 2
+    assert [takes(), takes()] == [2, 2]
+    with devices.take_gpu(tmp_path): assert takes() == 0
+
+
+def test_gpus_that_torch_cannot_use_are_one_line(monkeypatch, tmp_path, capsys):
+    "An old driver counts them, and cannot run what this torch was built for"
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda i: pytest.fail('it starts CUDA'))
+    results.provenance.cache_clear()
+    assert 'hardware' in results.provenance()
+    results.provenance.cache_clear()
+    for ask in (devices.pick_device, lambda: processes(0), lambda: processes(4)):
+        with pytest.raises(CramlitError, match='there are 4 GPUs.*make env TORCH=cu126'): ask()
 
 
 def test_a_worker_that_is_killed_gives_its_gpu_back(tmp_path, monkeypatch):

@@ -267,6 +267,24 @@ def test_a_loss_scale_at_its_floor_ends_the_run(recipe, data, tmp_path, monkeypa
     assert value(rows, 'skipped_steps') == 17  # 2^16 halved 17 times is below 1
 
 
+def test_a_run_that_began_without_a_loss_scale_goes_on_with_one(recipe, data, tmp_path, monkeypatch):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'stop').touch()  # it is read after the first step
+    with pytest.raises(Interrupted): pretrain(recipe, data, tmp_path/'run', steps=4)
+    half = Precision(torch.float16, 'of another card')
+    monkeypatch.setattr(train, 'choose_precision', lambda device: half)
+    rows = pretrain(recipe, data, tmp_path/'run', steps=4)
+    assert value(rows, 'steps') == 4 and rows[0]['precision'] == 'float16'
+
+
+def test_a_micro_batch_that_does_not_fit_is_one_line(recipe, data, tmp_path, monkeypatch):
+    def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(train, 'form_of', lambda device: 'compiled')
+    monkeypatch.setattr(train, 'warm_up', full)
+    with pytest.raises(CramlitError, match='do not fit into the memory.*micro_batch_size=0 finds how many'):
+        pretrain(recipe, data, tmp_path/'run', steps=4)
+
+
 def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_whole(recipe, data, tmp_path, monkeypatch):
     recipe = override(recipe, ['checkpoint.every=0.2'])
     whole, calls = checkpoint.save_file, []

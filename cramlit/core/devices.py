@@ -68,8 +68,13 @@ def choose_precision(
 
 # %% ../../nbs/core/04_devices.ipynb #15db38df
 def pick_device() -> torch.device:  # this process's current GPU, the first if none was taken; else the CPU
-    "Where to train when nothing else is said"
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    "Where to train when nothing else is said; raises `CramlitError` for GPUs that this torch cannot use"
+    if torch.cuda.is_available(): return torch.device('cuda')
+    if not torch.cuda.device_count(): return torch.device('cpu')  # the driver counts them for itself
+    raise CramlitError(f'there are {torch.cuda.device_count()} GPUs, and torch {torch.__version__} cannot '
+                       'use them, most likely because their driver is older than it needs: update the '
+                       'driver, take the build for CUDA 12.6 with make env TORCH=cu126, or set '
+                       'CUDA_VISIBLE_DEVICES= to do without GPUs')
 
 def autocast(
     device: torch.device,
@@ -92,15 +97,19 @@ def why_eager(
     return ''
 
 # %% ../../nbs/core/04_devices.ipynb #04de0005
+_LAST: list[int] = []  # the GPU that this process has had, if any
+
 def take_gpu(
     locks: Path,  # a folder that all workers of this machine see; it gets a file for each GPU
 ) -> AcquireReturnProxy:  # a context; the GPU is free again after it
-    "Make a GPU the current one that no other worker has; waits until one is free"
+    "Make a GPU the current one that no other worker has, again the last one if it can be; waits for one"
     while True:
-        for i in range(torch.cuda.device_count()):
+        # a process keeps some memory on every GPU that it has used
+        for i in sorted(range(torch.cuda.device_count()), key=lambda i: i not in _LAST):
             try: taken = FileLock(locks/f'gpu-{i}').acquire(blocking=False)
             except Timeout: continue
             torch.cuda.set_device(i)
+            _LAST[:] = [i]
             return taken
         time.sleep(.1)
 

@@ -190,7 +190,8 @@ def _version(package: str) -> str:
 def provenance() -> dict:  # commit, dirty, versions, hardware
     "Where a number comes from; `dirty` says that the checkout was changed since, its figures aside"
     import torch
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0  # an old driver has some and none
+    gpus = [torch.cuda.get_device_name(i) for i in range(found)]
     packages = ('cramlit', 'torch', 'transformers', 'tokenizers', 'datasets', 'numpy', 'scipy')
     changed = _git('status', '--porcelain', '--', ':/', ':(exclude,top)paper_figures')
     return dict(

@@ -161,7 +161,7 @@ _EVENING_SCALE = replace(_LAPTOP_SCALE, name='evening', budget=960., finetune=_E
 # %% ../../nbs/core/01_scales.ipynb #94ffa0f2
 _GPU_SCALE = Scale(
     'gpu', ('corpus.holdout=0.02', 'model.num_layers=12', 'model.hidden_size=768', 'model.num_heads=12',
-            'model.intermediate_size=3072', 'batch.micro_batch_size=256', 'validation.stop_loss=0'),
+            'model.intermediate_size=3072', 'batch.micro_batch_size=128', 'validation.stop_loss=0'),
     per_recipe={'modern': ('model.intermediate_size=2048',),
                 'cramming': ('model.num_layers=16', 'model.intermediate_size=1536')},
     budget=3600., processes=1, finetune=Finetune((3, 5), (32,), (5e-5, 8e-5), 3),

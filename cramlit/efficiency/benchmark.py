@@ -42,7 +42,7 @@ from ..training.distributed import Gradients, World
 from ..model.stock_models import stock_config
 from ..training.memory import free_memory, peak_memory, replace_modules
 from ..training.optimizers import make_optimizer, set_lr
-from ..training.training import accumulate, form_of, make_scaler, micro_step, update, validate
+from ..training.training import accumulate, form_of, make_scaler, micro_step, update, validate, warm_up
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #5f56a31c
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def our_step(
     timed = _shortened(recipe, most)
     scaler = make_scaler(recipe, setup.precision, setup.device)
     micro = micro_step(setup.model, recipe, setup.precision, scaler, grads, form)
+    if setup.device.type == 'cuda' and batches is train_batches: warm_up(micro, recipe, grads)
     set_lr(optimizer, 0.)
     def finish():
         grads.totals.fill_(1.)  # one prediction: the gradient is divided by it at every repetition
@@ -248,7 +249,9 @@ def take_turns(
             if name in why: continue
             try: timing = time_step(build(), device, least)
             except RuntimeError as e:
-                if 'compil' not in name: raise
+                others = name.startswith(('stock', WITHOUT, WITH)) and isinstance(e, torch.OutOfMemoryError)
+                if 'compil' not in name and not others: raise
+                if device.type == 'cuda': torch.cuda.empty_cache()
                 why[name] = f'{type(e).__name__}: {e}'.splitlines()[0]
                 continue
             taken[name].append(timing)
@@ -421,6 +424,7 @@ def our_steps(
     joined, long = lengthen(data, r, min(4, r.model.max_positions//r.packing.seq_len))
     unfused, eager = make_optimizer(model, r.optim), form_of(setup.device) == 'eager'
     for group in unfused.param_groups: group.update(fused=False, foreach=False)
+    unfused._step_supports_amp_scaling = False  # dividing by a loss scale is in the fused kernel alone
     steps = {'ours': step(),
              WITHOUT + 'sparse_prediction': step(model=OtherLoss(model, dense_head)),
              WITHOUT + 'last_layer_cut': step(model=OtherLoss(model, whole_last_layer)),

@@ -11,7 +11,7 @@ __all__ = ['DRAWS', 'MNLI_FIRST', 'PROTOCOLS', 'SUITES', 'REFERENCE', 'REFERENCE
            'note_seen_text', 'evaluate', 'reference_encoder', 'evaluate_reference', 'submit']
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #a11c9b18
-import hashlib, io, json, os, sys, tempfile, warnings, zipfile
+import gc, hashlib, io, json, os, sys, tempfile, warnings, zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
@@ -90,7 +90,12 @@ def on_free_gpu(
     more: dict,      # and what else, by name
 ):
     "Do something on a GPU that no other worker has meanwhile, or on the CPU"
-    with take_gpu(Path(locks)) if torch.cuda.is_available() else nullcontext(): return work(*args, **more)
+    if not torch.cuda.is_available(): return work(*args, **more)
+    with take_gpu(Path(locks)):
+        try: return work(*args, **more)
+        finally:  # the next one on this GPU may be another process
+            gc.collect()
+            torch.cuda.empty_cache()
 
 def run_parallel(
     calls: list[tuple],  # of joblib's `delayed`; each returns '' or why it failed
@@ -262,6 +267,9 @@ def median_run(
     task = best[0]['job']['task']
     raise CramlitError(f'the fine-tunings on {task} diverged: there is nothing to go on with')
 
+def _train_and_keep(job: Job, folder: Path, task: Task, place: Path) -> str:
+    return with_retry('the network of MNLI', lambda: run_job(job, folder, task, keep=place))
+
 def mnli_model(
     folder: Path,    # a stock transformers model with its tokenizer
     mnli: Task,
@@ -275,8 +283,7 @@ def mnli_model(
     key, = job_keys(folder, [mnli], [job])
     place = out/'mnli'/digest(key)
     if not (place/'job.json').exists():
-        failed = with_retry('the network of MNLI', lambda: run_job(job, folder, mnli, keep=place))
-        if failed: raise CramlitError(failed)
+        run_parallel([delayed(_train_and_keep)(job, folder, mnli, place)], 1, 'networks of MNLI')
         with atomic(place/'job.json') as f: json.dump(key, f)
     return place
 

@@ -61,6 +61,7 @@ def processes(
     started = _number('WORLD_SIZE', 0)
     if started == 1: return 0, 1  # some schedulers and notebooks say so, and nothing else
     if started: return _number('RANK', at_most=started - 1), started
+    pick_device()  # where GPUs cannot be used it says so once, and not in each process
     size = wanted or max(1, torch.cuda.device_count())
     return (0, 1) if size == 1 else (None, size)
 
@@ -308,11 +309,13 @@ def launch(
     "Train in several processes; raises `Interrupted` when the run was stopped, `CramlitError` when it failed"
     torchrun = ['torch.distributed.run', '--standalone', f'--nproc-per-node={nproc}', '--max-restarts=3']
     threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, usable_cpus()//nproc))
+    compiling = os.environ.get('TORCHINDUCTOR_COMPILE_THREADS') or threads
+    limits = dict(OMP_NUM_THREADS=threads, TORCHINDUCTOR_COMPILE_THREADS=compiling)
     (out/'stop').unlink(missing_ok=True)
     command = [sys.executable, '-m', *torchrun, '-m', 'cramlit', 'pretrain', *arguments]
     # what it prints is printed again from its rows
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS=threads))
+                               start_new_session=True, env=os.environ | limits)
     signals = list[int]()
     def request_stop(number, frame):
         if signals: os.killpg(process.pid, signal.SIGKILL)

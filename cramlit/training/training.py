@@ -350,7 +350,7 @@ def resume(
         run.clock.spent, run.clock.reserve = state['spent'], state['reserve']
         state.setdefault('done', min(run.clock.fraction(state['step']), .9999))  # at 1 a run has ended
         for k in STATE: setattr(run, k, state[k])
-        scaler.load_state_dict(state['scaler'])
+        if state['scaler']: scaler.load_state_dict(state['scaler'])  # a card before may have needed none
     if not run.world.main: return
     for path in (run.out/name for name in LOGS if (run.out/name).exists()):
         lines = read_json_lines(path, True, ['step']) if state else []  # a kill may have cut the last one
@@ -465,7 +465,11 @@ def train(
     resume(run, model, optimizer, scaler)
     keep_share(grads, optimizer)
     torch.cuda.empty_cache()  # the memory of others' shares, which were read too
-    if world.device.type == 'cuda' or form == 'compiled': warm_up(micro, recipe, grads)
+    if world.device.type == 'cuda' or form == 'compiled':
+        try: warm_up(micro, recipe, grads)
+        except torch.OutOfMemoryError:
+            raise CramlitError(f'micro-batches of {recipe.batch.micro_batch_size} sequences do not fit into '
+                               'the memory of this GPU: -o batch.micro_batch_size=0 finds how many') from None
     fraction = _first_evaluation(run, model, evaluate, save)
     with progress_bar(run, log_every) as report, catch_stop_signals(run.out/'stop') as stop_requested:
         while fraction < 1 and not run.stopped:
