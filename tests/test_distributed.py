@@ -158,8 +158,10 @@ def test_processes_wait_longer_for_one_another_than_a_compiler_takes(monkeypatch
     env = dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1', LOCAL_WORLD_SIZE='2')
     for k, v in env.items(): monkeypatch.setenv(k, v)
     asked, joined = [], {}
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
     monkeypatch.setattr(torch.cuda, 'set_device', asked.append)
+    monkeypatch.setattr(distributed, 'check_build', lambda device: None)
     monkeypatch.setattr(distributed, '_rendezvous_store', lambda: None)
     def join(name, **kw): joined.update(kw, name=name)
     monkeypatch.setattr(distributed.dist, 'init_process_group', join)

@@ -71,10 +71,10 @@ def pick_device() -> torch.device:  # this process's current GPU, the first if n
     "Where to train when nothing else is said; raises `CramlitError` for GPUs that this torch cannot use"
     if torch.cuda.is_available(): return torch.device('cuda')
     if not torch.cuda.device_count(): return torch.device('cpu')  # the driver counts them for itself
-    raise CramlitError(f'there are {torch.cuda.device_count()} GPUs, and torch {torch.__version__} cannot '
-                       'use them, most likely because their driver is older than it needs: update the '
-                       'driver, take the build for CUDA 12.6 with make env TORCH=cu126, or set '
-                       'CUDA_VISIBLE_DEVICES= to do without GPUs')
+    raise CramlitError(f'torch {torch.__version__} cannot use the GPUs that this machine has '
+                       f'({torch.cuda.device_count()}), most likely because their driver is older than it '
+                       'needs: update the driver, take the build for CUDA 12.6 with make env TORCH=cu126, '
+                       'or set CUDA_VISIBLE_DEVICES= to do without GPUs')
 
 def autocast(
     device: torch.device,
