@@ -237,7 +237,7 @@ def read_json_lines(
             rows.append(row)
     return rows
 
-LEFT_OUT = frozenset(('trials', 'superseded', 'poolings'))  # parts, the past, and what a table has once
+LEFT_OUT = frozenset(('trials', 'superseded', 'poolings'))  # the last has rows of other stages again
 
 def read_rows(
     path: str|Path,  # a .jsonl file, or a folder to search for files named rows.jsonl
