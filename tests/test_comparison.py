@@ -1,5 +1,4 @@
 "Recipes compared: validation, the ablation, networks without a stock class, and statistics over seeds"
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from joblib import parallel_config
 
 from cramlit.core.recipes import RECIPES, CramlitError, UsageError, override
-from cramlit.core.results import read_rows, result_row
+from cramlit.core.results import read_rows, result_row, write_rows
 from cramlit.core.scales import SCALES, get_recipe, get_scale
 from cramlit.data.batches import RULERS, VALIDATION_RATE, mask_for_validation, validation_batches
 from cramlit.data.masking import IGNORE
@@ -20,7 +19,7 @@ from cramlit.experiments.comparison import (
     axes,
     compare,
     compare_recipes,
-    evaluations,
+    curves_by_trial,
     reached,
     recipe_trials,
     recipes_to_compare,
@@ -31,7 +30,7 @@ from cramlit.experiments.comparison import (
     tuning_trials,
     with_data,
 )
-from cramlit.experiments.search import Trial, has_stock, run_trials, trial_table
+from cramlit.experiments.search import Curve, Trial, has_stock, run_trials, trial_table
 from cramlit.reporting.studies import (
     ablation_table,
     against,
@@ -40,7 +39,6 @@ from cramlit.reporting.studies import (
     figure_budgets,
     figure_by_time,
     figure_schedules,
-    trial_runs,
     unigram_baselines,
     write_budgets,
     write_comparison,
@@ -203,7 +201,7 @@ def test_a_network_without_a_stock_class_is_compared_by_its_loss(text, tmp_path)
     rows = run_trials(trials, 'ablation', tmp_path/'data', tmp_path/'out', t)
     table = trial_table(rows)
     assert set(table.trial) == {'a gate', 'plain'} and table.validation_loss.notna().all()
-    runs = {name: folders[0] for name, folders in trial_runs(rows, tmp_path/'out'/'trials').items()}
+    runs = {r['trial']: tmp_path/'out'/'trials'/r['folder']/'run' for r in rows}
     assert not (runs['a gate']/'model').exists() and (runs['plain']/'model'/'model.safetensors').exists()
 
 
@@ -234,50 +232,43 @@ def test_trials_are_compared_by_pairs_of_seeds_and_with_the_error_of_their_test_
     assert compare(pd.DataFrame(lines), 'task').change['b'] == pytest.approx(.1, abs=.1)
 
 
-def make_run(folder, name, seed, losses, versus):
-    "The log and the rows of a run with these losses, one in ten seconds"
-    run = folder/f'{name}{seed}'/'run'
-    run.mkdir(parents=True)
-    lines = [dict(step=i, seconds=10*i, validation_loss=x) for i, x in enumerate(losses)]
-    lines.append(dict(step=2, seconds=20, loss=1.))  # a line of training
-    (run/'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+def make_run(name, seed, losses, versus):
+    "The rows of a run with these losses, one in ten seconds"
     ids = dict(stage='trial', study='recipes', trial=name, versus=versus, recipe=name, seed=seed, lr=1.,
-               global_batch_size=64, warmup=.06,
-               stopped='', folder=f'{name}{seed}')
+               global_batch_size=64, warmup=.06, stopped='')
     values = dict(validation_loss=losses[-1], steps=2, seconds=20., tokens_per_second=1.)
-    return [result_row(m, v, '', **ids) for m, v in values.items()]
+    rows = [result_row(m, v, '', **ids) for m, v in values.items()]
+    rows[0]['curve'] = Curve(20., [(10.*i, loss) for i, loss in enumerate(losses)])
+    return rows
 
 
-def test_a_mark_that_is_never_reached_is_said_so_and_is_later_than_all_others(tmp_path):
-    rows = make_run(tmp_path, 'a', 1, [7, 6, 5], '')
-    rows += make_run(tmp_path, 'b', 1, [7, 5, 4], 'a') + make_run(tmp_path, 'b', 2, [7, 7, 6], 'a')
-    assert evaluations(tmp_path/'b1'/'run') == [(0, 7), (10, 5), (20, 4)]
-    assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25)
-    assert reached(tmp_path/'b2'/'run', 5.) == float('inf')
-    (tmp_path/'b1'/'run'/'run.json').write_text(json.dumps(dict(budget=40., steps=4)))  # was stopped half-way
-    assert reached(tmp_path/'b1'/'run', 6.) == pytest.approx(.25/2)
-    (tmp_path/'b1'/'run'/'run.json').unlink()
+def test_a_mark_that_is_never_reached_is_said_so_and_is_later_than_all_others():
+    rows = make_run('a', 1, [7, 6, 5], '')
+    rows += make_run('b', 1, [7, 5, 4], 'a') + make_run('b', 2, [7, 7, 6], 'a')
+    fast, slow = curves_by_trial(rows)['b']
+    assert reached(fast, 6.) == pytest.approx(.25) and reached(slow, 5.) == float('inf')
+    assert reached(fast._replace(budget=40.), 6.) == pytest.approx(.25/2)  # was stopped half-way
     t, column = trial_table(rows), 'time to the loss of a'
-    table = comparison_table(t, [], trial_runs(rows, tmp_path))
+    table = comparison_table(t, [], curves_by_trial(rows))
     assert table.loc['b', column] == '> 100 % (50 %–> 100 %)' and table.loc['a', column] == ''
     assert table.loc['a', ['time to 5.5 nats', 'time to 5.0 nats']].tolist() == ['75 %', '100 %']
     assert ablation_table(t).loc['b', 'change'] == '+0.000' and ablation_table(t).loc['a', 'change'] == ''
-    rows += make_run(tmp_path, 'b', 3, [7, 7, 5], 'a')
-    table = comparison_table(trial_table(rows), [], trial_runs(rows, tmp_path))
+    rows += make_run('b', 3, [7, 7, 5], 'a')
+    table = comparison_table(trial_table(rows), [], curves_by_trial(rows))
     assert table.loc['b', column] == '100 % (50 %–> 100 %)'
 
 
-def test_loss_and_average_are_corrected_together_and_an_average_has_the_error_of_its_examples(tmp_path):
+def test_loss_and_average_are_corrected_together_and_an_average_has_the_error_of_its_examples():
     rng, rows = np.random.default_rng(0), []
     for name, gain in (('a', 0.), ('b', .5)):
         for s in (1, 2, 3, 4):
             losses = [7, 6, 5 - gain + .01*rng.normal()]
-            rows += make_run(tmp_path, name, s, losses, 'a' if name == 'b' else '')
+            rows += make_run(name, s, losses, 'a' if name == 'b' else '')
             for task in ('x', 'y'):
                 score, draws = 50 + 5*gain + .01*rng.normal(), rng.normal(size=100)
                 about = rows[-1] | dict(metric='headline', unit='%', task=task)
                 rows.append(about | dict(value=score, resampled=list(score + 3*draws)))
-    t, runs = trial_table(rows), trial_runs(rows, tmp_path)
+    t, runs = trial_table(rows), curves_by_trial(rows)
     found = comparison_table(t, ['x', 'y'], runs).loc['b']
     assert found['p'] == '< 0.001' and found['change, average'] == '+2.5'
     low, high = map(float, found['95 % interval, average'].split(' to '))
@@ -286,12 +277,12 @@ def test_loss_and_average_are_corrected_together_and_an_average_has_the_error_of
     assert without['p, average'] == '< 0.001'
 
 
-def test_a_run_that_was_stopped_early_is_in_no_mean_and_its_trial_in_no_comparison(tmp_path):
-    rows = [r for s in (1, 2) for r in make_run(tmp_path, 'a', s, [7, 6, 5 + s/10], '')]
-    rows += [r for s in (1, 2, 3) for r in make_run(tmp_path, 'b', s, [7, 5, 4 + s/10], 'a')]
+def test_a_run_that_was_stopped_early_is_in_no_mean_and_its_trial_in_no_comparison():
+    rows = [r for s in (1, 2) for r in make_run('a', s, [7, 6, 5 + s/10], '')]
+    rows += [r for s in (1, 2, 3) for r in make_run('b', s, [7, 5, 4 + s/10], 'a')]
     for r in rows[-4:]: r['stopped'] = 'too slow'
     t = trial_table(rows)
-    for table in (comparison_table(t, [], trial_runs(rows, tmp_path)), ablation_table(t)):
+    for table in (comparison_table(t, [], curves_by_trial(rows)), ablation_table(t)):
         assert table.loc['b', 'MLM loss, nats'] == '4.150 ± 0.071' and table.loc['b', 'change'] == ''
     choices = choices_table(t, [])
     assert choices.loc['b', 'MLM loss, nats'] == '4.15 (4.10–4.20)'
@@ -320,23 +311,23 @@ def test_others_are_compared_with_the_first_recipe_whichever_of_its_tries_diverg
     with pytest.raises(CramlitError, match='no try gave a a finite loss'): tuned_settings(rows[:2])
 
 
-def test_each_text_has_its_own_unigram_baseline(tmp_path):
+def test_each_text_has_its_own_unigram_baseline():
     rows = []
     for name, entropy in (('a', 6.), ('b', 6.5)):
-        made = make_run(tmp_path, name, 1, [7, 6, 5], '')
+        made = make_run(name, 1, [7, 6, 5], '')
         rows += [*made, made[0] | dict(metric='unigram_entropy', value=entropy)]
     t = trial_table(rows)
-    lines = figure_by_time(trial_runs(rows, tmp_path), unigram_baselines(t)).axes[0].lines
+    lines = figure_by_time(curves_by_trial(rows), unigram_baselines(t)).axes[0].lines
     found = {line.get_label(): line.get_ydata()[0] for line in lines if 'unigram' in line.get_label()}
     assert found == {'a, unigram baseline': 6., 'b, unigram baseline': 6.5}
 
 
-def test_more_trials_than_colours_are_all_drawn_and_none_as_another(tmp_path):
+def test_more_trials_than_colours_are_all_drawn_and_none_as_another():
     names, rows = 'abcdefgh', []
     for i, name in enumerate(names):
-        made = make_run(tmp_path, name, 1, [7, 6, 5], '')
+        made = make_run(name, 1, [7, 6, 5], '')
         rows += [*made, made[0] | dict(metric='unigram_entropy', value=6 + i/10)]
-    lines = figure_by_time(trial_runs(rows, tmp_path), unigram_baselines(trial_table(rows))).axes[0].lines
+    lines = figure_by_time(curves_by_trial(rows), unigram_baselines(trial_table(rows))).axes[0].lines
     curves = [line for line in lines if line.get_label() in names]
     looks = {(line.get_color(), line.get_linestyle(), line._unscaled_dash_pattern) for line in curves}
     assert len(curves) == len(looks) == sum('unigram' in line.get_label() for line in lines) == len(names)
@@ -369,11 +360,26 @@ def small_scale(text, monkeypatch):
 def test_rows_of_a_shorter_budget_stay_when_a_longer_one_fails(small_scale, tmp_path, monkeypatch):
     budgets = run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'out')
     first = next(budgets)
-    def fails(rows, n, out): raise CramlitError('no pairs today')
-    monkeypatch.setattr(comparison, 'ask_pairs', fails)
+    def fails(models, n, out): raise ValueError('no pairs today')
+    monkeypatch.setattr(search, 'pair_results', fails)
     with pytest.raises(CramlitError, match='no pairs today'): next(budgets)
-    kept = read_rows(tmp_path/'out')
-    assert all(r in kept for r in first) and len(kept) > len(first)
+    assert read_rows(tmp_path/'out') == first
+
+
+def test_a_study_goes_on_from_the_rows_of_another_machine(small_scale, tmp_path, monkeypatch):
+    *_, rows = run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'there')
+    one = [r['trial'] == 'modern, 10 steps' and r['seed'] == 43 for r in rows]
+    write_rows(tmp_path/'here'/'rows.jsonl', [r for r, last in zip(rows, one, strict=True) if not last])
+    trained, real = [], search.pretrain
+    def pretrain(recipe, *rest, **more):
+        trained.append((recipe.seed, more['steps']))
+        return real(recipe, *rest, **more)
+    monkeypatch.setattr(search, 'pretrain', pretrain)
+    *_, again = run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'here')
+    assert trained == [(43, 10)] and not (tmp_path/'here'/'jobs').exists()  # nor anything from scratch
+    def of_the_clock(r): return r['metric'].endswith(('seconds', 'per_second')) or 'memory' in r['metric']
+    def told(rows): return [{k: v for k, v in r.items() if k != 'curve'} for r in rows if not of_the_clock(r)]
+    assert told(again) == told(rows) and len(again) == len(rows)
 
 
 def test_what_a_budget_buys_is_drawn_after_each_budget_and_again_to_the_last_digit(small_scale, tmp_path):
@@ -385,8 +391,8 @@ def test_what_a_budget_buys_is_drawn_after_each_budget_and_again_to_the_last_dig
         pages.append({f.name: f.read_bytes() for f in files})
     assert counts == [1, 0]*2 and pages[0] == pages[1]
     table = pd.read_csv(tmp_path/'figures a'/'budgets.csv', index_col=0)
-    assert list(table.index) == ['majority', 'bag-of-words', 'modern, from scratch', 'bigrams',
-                                 'trigrams', 'modern, 4 steps', 'modern, 10 steps']
+    assert list(table.index) == ['majority', 'bag-of-words', 'bigrams', 'trigrams',
+                                 'modern, from scratch', 'modern, 4 steps', 'modern, 10 steps']
     gains = pd.read_csv(tmp_path/'figures a'/'budgets_gains.csv', index_col=0)
     scratch = 'modern, 10 steps against modern, from scratch'
     assert list(gains.index) == [f'average of the tasks: {scratch}',
@@ -442,7 +448,7 @@ def test_a_search_and_the_comparison_that_follows_from_it_are_the_same_a_second_
         found = run_tuning(['24hbert', 'modern'], small_scale, tmp_path/'data', tmp_path/name/'tuning')
         rows = compare_recipes(tuned_settings(found), small_scale, tmp_path/'data', tmp_path/name/'out')
         files = write_tuning(found, tmp_path/f'figures {name}')
-        files += write_comparison(rows, tmp_path/name/'out'/'trials', tmp_path/f'figures {name}')
+        files += write_comparison(rows, tmp_path/f'figures {name}')
         pages.append({f.name: f.read_bytes() for f in files})
     assert pages[0] == pages[1] and len(pages[0]) == 8
     assert len(timed) == len(set(timed))  # once, for both studies and for both times

@@ -17,7 +17,6 @@ from cramlit.core.scales import SCALES, get_recipe, get_scale
 from cramlit.data.packing import prepare
 from cramlit.efficiency import benchmark
 from cramlit.experiments import search as s
-from cramlit.experiments.comparison import evaluations
 from cramlit.experiments.search import (
     best,
     choice_trials,
@@ -113,7 +112,7 @@ def test_tables_and_figures_of_a_search_in_which_all_were_stopped_early(text, da
     grid = run_trials(trials, 'grid', data, tmp_path/'grid', longer)
     choices = run_trials(trials, 'choices', data, tmp_path/'choices', longer)
     write_search(grid, 'continuation', figures)
-    write_choices(choices, tmp_path/'choices'/'trials', figures)
+    write_choices(choices, figures)
     names = {p.name for p in figures.iterdir()}
     assert {'table3_search.md', 'search_grid.svg', 'table5_choices.md', 'choices_by_time.svg'} <= names
     assert 'no trial was fine-tuned' in (figures/'loss_against_task.svg').read_text()
@@ -168,6 +167,7 @@ def test_a_trial_says_where_it_was_measured_and_not_where_it_is_read(text, data,
     score = result_row('headline', 60., '%', task='continuation', resampled=1.) | STAMP
     monkeypatch.setattr(s, 'train_trial', lambda trial, study, run: (run/'checkpoints').mkdir(parents=True)
                         or [found])
+    monkeypatch.setattr(s, 'learning_curve', lambda run: s.Curve(1., [(1., 3.)]))
     monkeypatch.setattr(s, 'export_all', lambda run, tokenizer: run/'model')
     monkeypatch.setattr(s, 'check_length', lambda model, length: None)
     monkeypatch.setattr(s, 'run_grid', lambda *args: [score])
@@ -295,8 +295,9 @@ def test_seconds_become_steps_once_and_two_studies_of_the_same_steps_agree_to_th
     assert steps == {n: max(1, round(.5/times.get(n, times[first.name]))) for n in (x.name for x in trials)}
     assert {r['value'] for r in found['a'] if r['metric'] == 'seconds'} == {.5}
     assert {r['kind'] for r in found['a'] if r['metric'] == 'tokens_per_second'} == {'calibrated'}
-    runs = [p.parent for p in (tmp_path/'a'/'trials').rglob('metrics.jsonl')]
-    assert len(runs) == 4 and {evaluations(run)[-1][0] for run in runs} == {.5}
+    curves = [s.Curve(*r['curve']) for r in rows if 'curve' in r]
+    assert len(curves) == 4 and {curve.budget for curve in curves} == {.5}
+    assert {curve.points[-1][0] for curve in curves} == {.5}
 
 
 def test_a_step_is_timed_again_for_text_of_another_length_and_in_another_precision(
@@ -330,7 +331,7 @@ def test_a_trial_in_several_processes_knows_what_its_steps_stand_for(text, data,
               for t in trials_of(text, (1e-3,))]
     study = s.Study('grid', data, replace(TRIALS, budget=30., steps=0), 2)
     rows = s.train_trial(trial, study, tmp_path/'run')
-    assert values(rows, 'steps') == [2] and evaluations(tmp_path/'run')[-1][0] == 30.
+    assert values(rows, 'steps') == [2] and s.learning_curve(tmp_path/'run').points[-1][0] == 30.
 
 
 def test_seeds_of_pretraining_are_fine_tuned_with_seeds_of_their_own(text, data, tmp_path):

@@ -59,6 +59,7 @@ class Trials:
     seeds: int = 3            # of each single choice
     tasks: tuple[str, ...] = ('mnli', 'qnli', 'sst2')  # fine-tuned after each run; the first ranks the grid
     finetune: Finetune = Finetune((3,), (32,), (5e-5,), 1)
+    pairs: int = 0            # minimal pairs of each kind that are asked then, an even number; 0 = none
 
 # %% ../../nbs/core/01_scales.ipynb #8822b429
 @dataclass(frozen=True)

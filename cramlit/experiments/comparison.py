@@ -6,26 +6,29 @@
 __all__ = ['SELDOM', 'AXES', 'ASIDE', 'STEPS', 'CALIBRATION', 'SAVED', 'shared_validation', 'axes', 'drawn_settings',
            'tuning_trials', 'recipe_trials', 'tuned_settings', 'differences', 'steps_between', 'ablation_trials',
            'with_data', 'trial_settings', 'recipes_to_compare', 'run_tuning', 'compare_recipes', 'run_ablation',
-           'budget_trials', 'without_pretraining', 'ask_pairs', 'run_budgets', 'evaluations', 'reached', 'compare']
+           'budget_trials', 'from_scratch', 'without_network', 'beside_pretraining', 'run_budgets', 'reached',
+           'curves_by_trial', 'compare']
 
 # %% ../../nbs/experiments/61_comparison.ipynb #c265cd16
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
 import pandas as pd
 
 from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash
-from ..core.results import result_row, write_rows
+from ..core.results import result_row, sha256, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.packing import open_data, prepare
+from ..evaluation.glue import Task
 from ..evaluation.minimal_pairs import NGRAMS, ngram_result, pair_results, pair_rows
 from ..evaluation.protocol import (
-    baseline, best_runs, common_provenance, job_results, jobs, load_tasks, summary)
+    baseline, best_runs, common_provenance, find_result, job_results, jobs, load_tasks, save_result, summary)
 from ..evaluation.statistics import Difference, difference, holm, sampling_error
-from .search import Trial, batch_settings, run_trials
+from .search import Curve, Trial, batch_settings, run_trials, signed
 
 # %% ../../nbs/experiments/61_comparison.ipynb #1fd86c6a
 def shared_validation(
@@ -284,53 +287,72 @@ def budget_trials(
             trials.append(Trial(f'{name}, {span}', name, scale, settings, get_recipe(name, scale).seed + i))
     return trials
 
-def without_pretraining(
-    models: dict[str, Path],  # recipe → a stock folder of its network; its weights are not used
-    scale: str,               # name of a scale
-    data: Path,               # prepared text, for counts
-    out: Path,                # for results
-    glue_dir: str = '',       # a local copy of GLUE; empty: the hub
-) -> list[dict]:              # rows of headlines and pairs
-    "The same networks from scratch, and what needs no network"
-    s, rows = get_scale(scale), list[dict]()
+def from_scratch(
+    name: str,     # a recipe
+    model: Path,   # a stock folder of its network; its weights are not used
+    scale: str,    # name of a scale
+    tasks: list[Task],
+    out: Path,     # for results
+    ids: dict,     # what identifies the rows
+) -> list[dict]:   # rows of headlines and pairs
+    "A recipe's network without pretraining, with as many seeds as each budget has"
+    s, rows, ids = get_scale(scale), list[dict](), ids | dict(trial=f'{name}, from scratch', recipe=name)
     c, each = s.comparison, s.finetune.seeds
-    ids = dict(stage='trial', study='budgets', scale=scale, versus='', stopped='')
-    def add(task, variant, runs, **about):
-        rows.extend(r for r in summary(task, variant, runs, ids | about) if r['metric'] == 'headline')
-    tasks = load_tasks(s.suite, list(c.tasks), glue_dir)
-    for task in tasks:
-        for name in ('majority', 'bag-of-words'):
-            add(task, name, [baseline(name, task, s.finetune, out)], trial=name, seed=None)
-    for name, model in models.items():
-        work = [job for task in tasks
-                for job in jobs(task, s.finetune, each*c.budget_seeds, ('from-scratch',))]
-        results = job_results(model, tasks, work, out)
-        for task, i in product(tasks, range(c.budget_seeds)):
-            seeds = range(i*each, (i + 1)*each)  # a rate is chosen by as many as for a pretrained network
-            runs = [r for r in results if r['job']['task'] == task.name and r['job']['seed'] in seeds]
-            rates = list(s.finetune.grid(task.name).lrs)
-            about = dict(trial=f'{name}, from scratch', recipe=name, seed=i, rates=rates)
-            add(task, 'from-scratch', best_runs(runs), **about)
+    work = [job for task in tasks for job in jobs(task, s.finetune, each*c.budget_seeds, ('from-scratch',))]
+    results = job_results(model, tasks, work, out)
+    for task, i in product(tasks, range(c.budget_seeds)):
+        seeds = range(i*each, (i + 1)*each)  # a rate is chosen by as many as for a pretrained network
+        runs = [r for r in results if r['job']['task'] == task.name and r['job']['seed'] in seeds]
+        about = ids | dict(seed=i, rates=list(s.finetune.grid(task.name).lrs))
+        found = summary(task, 'from-scratch', best_runs(runs), about)
+        rows += [r for r in found if r['metric'] == 'headline']
     if not c.pairs: return rows
-    untrained = list(product(models.items(), range(c.budget_seeds)))
-    found = pair_results([(model, i) for (_, model), i in untrained], c.pairs, out)
-    for ((name, _), i), result in zip(untrained, found, strict=True):
-        about = dict(trial=f'{name}, from scratch', recipe=name, seed=i, precision='float32')
-        rows += pair_rows(result, ids | about)
-    for name, k in NGRAMS.items():
-        rows += pair_rows(ngram_result(open_data(data), c.pairs, k, out), ids | dict(trial=name, seed=None))
+    asked = pair_results([(model, i) for i in range(c.budget_seeds)], c.pairs, out)
+    for i, result in enumerate(asked): rows += pair_rows(result, ids | dict(seed=i, precision='float32'))
     return rows
 
-def ask_pairs(
-    rows: list[dict],  # of trials that have been run
-    n: int,            # pairs of each kind
-    out: Path,         # holds the trials; for results
-) -> list[dict]:       # rows of the pairs
-    "What the pretrained networks know of minimal pairs"
-    trials = [r for r in rows if r['metric'] == 'validation_loss' and not r['stopped']]
-    models: list[tuple[Path, int|None]] = [(out/'trials'/r['folder']/'run'/'model', None) for r in trials]
-    return [row for r, result in zip(trials, pair_results(models, n, out), strict=True)
-            for row in pair_rows(result, r | dict(precision='float32'))]
+def without_network(
+    scale: str,    # name of a scale
+    data: Path,    # prepared text, for counts
+    tasks: list[Task],
+    out: Path,     # for results
+    ids: dict,     # what identifies the rows
+) -> list[dict]:   # rows of headlines and pairs
+    "What needs no network: baselines of the tasks, and tables of neighbours"
+    s, rows, ids = get_scale(scale), list[dict](), ids | dict(seed=None)
+    for task, name in product(tasks, ('majority', 'bag-of-words')):
+        found = summary(task, name, [baseline(name, task, s.finetune, out)], ids | dict(trial=name))
+        rows += [r for r in found if r['metric'] == 'headline']
+    if not s.comparison.pairs: return rows
+    for name, k in NGRAMS.items():
+        result = ngram_result(open_data(data), s.comparison.pairs, k, out)
+        rows += pair_rows(result, ids | dict(trial=name))
+    return rows
+
+def beside_pretraining(
+    trials: list[Trial],  # of a budget, with their texts
+    rows: list[dict],     # that they gave
+    scale: str,           # name of a scale
+    out: Path,            # holds the trials; for results
+    glue_dir: str,        # a local copy of GLUE; empty: the hub
+) -> list[dict]:          # rows of headlines and pairs
+    "What pretrained networks are held against; measured once, and kept as trials are"
+    s, place, found = get_scale(scale), out/'trials', list[dict]()
+    tasks = load_tasks(s.suite, list(s.comparison.tasks), glue_dir)
+    ids = dict(stage='trial', study='budgets', scale=scale, versus='', stopped='')
+    def keep(key, measure):
+        key = json.loads(json.dumps(key | dict(seeds=s.comparison.budget_seeds)))
+        kept = find_result(place, key)[1] or save_result(place, key, lambda: dict(rows=measure()))
+        found.extend(signed(kept['rows'], key))
+    largest = max((t.data for t in trials if t.data), key=lambda data: len(open_data(data).train))
+    keep(dict(data=sha256(largest/'manifest.json'), finetune=rows[0]['key']['finetune'], from_scratch=None),
+         partial(without_network, scale, largest, tasks, out, ids))
+    for row in {r['recipe']: r for r in reversed(rows) if 'key' in r}.values():  # the first of each
+        model, key = place/row['folder']/'run'/'model', row['key']
+        same = {what: key[what] for what in ('data', 'finetune', 'precision')}
+        keep(same | dict(from_scratch=key['recipe']['model']),
+             partial(from_scratch, row['recipe'], model, scale, tasks, out, ids))
+    return found
 
 def run_budgets(
     names: list[str],    # recipes
@@ -342,48 +364,35 @@ def run_budgets(
     "Pretrain and fine-tune for one budget after the other, the shortest first; what has been run is kept"
     s, rows, others = get_scale(scale), list[dict](), list[dict]()
     for part in sorted(s.comparison.budgets):
-        t = replace(trial_settings(scale, part, tasks=True), finetune=s.finetune)
+        t = replace(trial_settings(scale, part, tasks=True), finetune=s.finetune, pairs=s.comparison.pairs)
         trials = with_data(budget_trials(names, scale, part), data)
         found = run_trials(trials, 'budgets', data, out, t, s.processes, glue_dir, data/CALIBRATION,
                            before=rows + others)
-        if s.comparison.pairs: found += ask_pairs(found, s.comparison.pairs, out)
         rows += [r | dict(budget=t.steps or t.budget) for r in found]
-        if not others:
-            first = {r['recipe']: r['folder'] for r in reversed(found)}
-            models = {name: out/'trials'/first[name]/'run'/'model' for name in names}
-            most = max((t.data or data for t in trials), key=lambda d: len(open_data(d).train))
-            others = without_pretraining(models, scale, most, out, glue_dir)
+        others = others or beside_pretraining(trials, found, scale, out, glue_dir)
         write_rows(out/'rows.jsonl', rows + others)
         yield rows + others
 
 # %% ../../nbs/experiments/61_comparison.ipynb #60fdfb88
-def _info(run: Path) -> dict:
-    "What is known of a run as a whole"
-    about = run/'run.json'
-    return json.loads(about.read_text(encoding='utf-8')) if about.exists() else {}
-
-def evaluations(
-    run: Path,  # a run's folder
-) -> list[tuple[float, float]]:  # seconds, validation loss
-    "When a run was validated, and its losses; the times of calibrated steps where it counted them"
-    lines = [json.loads(line) for line in (run/'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
-    info = _info(run)
-    calibrated = info.get('budget') and info.get('steps')
-    def when(line): return line['step']*info['budget']/info['steps'] if calibrated else line['seconds']
-    return [(when(l), l['validation_loss']) for l in lines if l.get('validation_loss') is not None]
-
 def reached(
-    run: Path,     # a run's folder
+    curve: Curve,
     mark: float,   # nats
 ) -> float:        # fraction of the run's budget, or of its time where it had none; inf when never
     "When a run's validation loss first came down to a mark"
-    points = evaluations(run)
-    whole = _info(run).get('budget') or points[-1][0]  # one that was stopped early had more than its time
-    for (before, high), (after, low) in pairwise(points):
+    for (before, high), (after, low) in pairwise(curve.points):
         if low > mark: continue
         when = before + (after - before)*(high - mark)/(high - low) if high > mark else before
-        return when/whole
+        return when/curve.budget  # one that was stopped early had more than its time
     return float('inf')
+
+def curves_by_trial(
+    rows: list[dict],        # of trials
+) -> dict[str, list[Curve]]:  # trial's name → one a seed
+    "How the losses of trials came down"
+    found: dict[str, list[Curve]] = {}
+    for r in rows:
+        if r['metric'] == 'validation_loss': found.setdefault(r['trial'], []).append(Curve(*r['curve']))
+    return found
 
 # %% ../../nbs/experiments/61_comparison.ipynb #57ce2264
 def _of_trial(table: pd.DataFrame, name: str, value: str) -> tuple[pd.Series, list]:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Trial', 'batch_settings', 'grid_trials', 'parse_grid', 'choices', 'choice_trials', 'Study', 'has_stock', 'trial_ids',
-           'threads', 'seconds_before', 'calibrate', 'train_trial', 'calibrated_rows', 'first_seed', 'trial_rows',
-           'trial_key', 'run_trial', 'run_trials', 'trial_table', 'over_seeds', 'best', 'search']
+           'threads', 'seconds_before', 'calibrate', 'train_trial', 'calibrated_rows', 'Curve', 'learning_curve',
+           'first_seed', 'trial_rows', 'trial_key', 'run_trial', 'signed', 'restore', 'run_trials', 'trial_table',
+           'over_seeds', 'best', 'search']
 
 # %% ../../nbs/experiments/60_search.ipynb #3f3ecdc5
 import gc, hashlib, json
@@ -16,7 +17,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -26,13 +27,14 @@ from ..core.devices import choose_precision, pick_device
 from ..core.recipes import Checkpoint, Model, Optim, Recipe, Schedule, UsageError, Validation
 from ..core.recipes import digest, unknown
 from ..core.results import (
-    locked, note, provenance, read_rows, refuse_run, result_row, sha256, write_rows)
+    atomic, locked, note, provenance, read_json_lines, read_rows, refuse_run, result_row, sha256, write_rows)
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.batches import rank_slice
 from ..data.packing import as_prepared, open_data, prepare
 from ..efficiency.benchmark import Contender, devices, make_setup, our_step, take_turns
 from ..evaluation.finetuning import FINETUNING_VERSION, check_length
 from ..evaluation.glue import Task
+from ..evaluation.minimal_pairs import PAIRS_VERSION, pair_results, pair_rows
 from ..evaluation.protocol import (
     common_provenance, find_result, jobs, load_tasks, run_grid, run_parallel, save_result, with_retry)
 from ..model.encoder import MaskedLM
@@ -288,6 +290,23 @@ def calibrated_rows(
     def calibrated(row: dict) -> dict: return row | dict(value=times[row['metric']], kind='calibrated')
     return [calibrated(row) if row['metric'] in times else row for row in rows]
 
+class Curve(NamedTuple):
+    "How the validation loss of a run came down"
+    budget: float                      # seconds; of a run that had none, those it took
+    points: list[tuple[float, float]]  # seconds, nats
+
+def learning_curve(
+    run: Path,  # a run's folder
+) -> Curve:
+    "The losses in a run's log, at the times of calibrated steps where it counted these"
+    about, log = run/'run.json', read_json_lines(run/'metrics.jsonl')
+    info = json.loads(about.read_text(encoding='utf-8')) if about.exists() else {}
+    budget, steps = info.get('budget'), info.get('steps')
+    def when(line): return line['step']*budget/steps if budget and steps else line['seconds']
+    known = [line for line in log if line.get('validation_loss') is not None]
+    points = [(when(line), line['validation_loss']) for line in known]
+    return Curve(budget or points[-1][0], points)
+
 def first_seed(
     trial: Trial,
     study: Study,
@@ -309,6 +328,8 @@ def trial_rows(
     ids = trial_ids(trial, study) | dict(stopped=stopped, folder=folder.name)
     ids['recipe_hash'] = found[0]['recipe_hash']  # of what was trained, packed as the text was
     rows = [row | ids for row in found]
+    for row in rows:
+        if row['metric'] == 'validation_loss': row['curve'] = learning_curve(folder/'run')
     if not has_stock(trial.recipe.model): return rows
     model = folder/'run'/'model'  # where it has been pretrained for other tasks, no checkpoint is left
     if checkpoints(folder/'run'/'checkpoints'):
@@ -324,7 +345,9 @@ def trial_rows(
         about = ids | dict(task=score['task'], resampled=score['resampled'], rates=rates)
         row = result_row('headline', score['value'], '%', **about)
         rows.append(row | common_provenance([score]))  # it may have been measured long ago
-    return rows
+    if not t.pairs: return rows
+    asked, = pair_results([(model, None)], t.pairs, folder)
+    return rows + pair_rows(asked, found[0] | ids | dict(precision='float32'))
 
 def trial_key(
     trial: Trial,
@@ -335,7 +358,7 @@ def trial_key(
     t, data = study.trials, open_data(trial.data or study.data).folder
     versions = {p: provenance()['versions'][p] for p in ('torch', 'numpy')}
     precision = str(choose_precision(pick_device()).dtype)
-    key = dict(recipe=asdict(trial.recipe), data=sha256(data/'manifest.json'), budget=t.budget,
+    key: dict = dict(recipe=asdict(trial.recipe), data=sha256(data/'manifest.json'), budget=t.budget,
                steps=study.steps(trial), processes=study.nproc, rules=TRAINING_VERSION, versions=versions,
                precision=precision, finetune={})
     if tasks:
@@ -343,6 +366,7 @@ def trial_key(
         versions = {p: provenance()['versions'][p] for p in ('transformers', 'tokenizers')}
         key['finetune'] = dict(tasks=hashlib.sha256(text.encode()).hexdigest(), rules=FINETUNING_VERSION,
                                first_seed=first_seed(trial, study), versions=versions, **asdict(t.finetune))
+        if t.pairs: key['finetune']['pairs'] = [t.pairs, PAIRS_VERSION]
     return json.loads(json.dumps(key))  # lists for tuples
 
 def run_trial(
@@ -362,6 +386,29 @@ def run_trial(
         return with_retry(f'{trial.name}, seed {trial.seed}', work)
 
 # %% ../../nbs/experiments/60_search.ipynb #82855ace
+def signed(
+    rows: list[dict],  # of one result
+    key: dict,         # all that decides it
+) -> list[dict]:       # with `result`, the key's digest; the first one with the key itself
+    "Rows that say which result they are of, so that it can be had back from them"
+    name = digest(key)
+    return [row | (dict(result=name) if i else dict(result=name, key=key)) for i, row in enumerate(rows)]
+
+def restore(
+    path: Path,   # a file of rows; there may be none
+    place: Path,  # a folder of results
+):
+    "Results whose rows are in a file count as measured, wherever they were; what is there stays"
+    if not path.exists(): return
+    results: dict[str, list[dict]] = {}
+    for row in read_rows(path):
+        if 'result' in row: results.setdefault(row['result'], []).append(row)
+    for rows in results.values():
+        file, found = find_result(place, rows[0]['key'])
+        if found: continue
+        about = dict(key=rows[0]['key'], provenance=common_provenance(rows), rows=rows)
+        with atomic(file) as f: json.dump(about, f)
+
 def run_trials(
     trials: list[Trial],
     name: str,      # of the study: grid | choices | tuning | recipes | ablation | scaling | budgets
@@ -379,6 +426,7 @@ def run_trials(
     for trial in trials: rank_slice(trial.recipe, 0, 0, study.nproc)  # refuses a batch that cannot be divided
     if not t.steps: trials = calibrate(trials, study, Path(timings or Path(out)/'calibration.jsonl'))
     tasks = load_tasks(get_scale(trials[0].scale).suite, list(t.tasks), glue_dir) if t.tasks else []
+    restore(Path(out)/'rows.jsonl', place)
     keys, missing = [trial_key(trial, study, tasks) for trial in trials], []
     for trial, key in zip(trials, keys, strict=True):
         pretrained, _ = find_result(place, key | dict(finetune={}))  # other tasks or rules need no other run
@@ -388,7 +436,7 @@ def run_trials(
     rows = []
     for trial, key in zip(trials, keys, strict=True):
         ids = trial_ids(trial, study)
-        rows += [row | ids for row in find_result(place, key)[1]['rows']]
+        rows += signed([row | ids for row in find_result(place, key)[1]['rows']], key)
     write_rows(Path(out)/'rows.jsonl', [*before, *rows])
     return rows
 

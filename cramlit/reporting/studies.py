@@ -6,7 +6,7 @@
 __all__ = ['TIMED', 'NEAR', 'SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARKS', 'PAIRS_NOTE', 'POOR', 'FEW',
            'mean_and_deviation', 'median_and_range', 'seeds_and_seconds', 'by_hand', 'about_rates', 'on_plateau',
            'stopped_early', 'whole_runs', 'best_table', 'figure_grid', 'write_search', 'tasks_of_rows', 'choices_table',
-           'trial_runs', 'figure_choices', 'figure_schedules', 'figure_loss_task', 'write_choices', 'with_average',
+           'figure_choices', 'figure_schedules', 'figure_loss_task', 'write_choices', 'with_average',
            'comparison_table', 'unigram_baselines', 'figure_by_time', 'write_comparison', 'tuning_table',
            'write_tuning', 'ablation_table', 'write_ablation', 'against', 'budgets_table', 'budget_gains',
            'reference_scores', 'figure_budgets', 'write_budgets', 'scaling_table', 'figure_by_compute', 'write_scaling',
@@ -27,9 +27,9 @@ from ..core.recipes import CramlitError, UsageError
 from ..core.results import atomic
 from ..core.scales import get_scale
 from ..evaluation.statistics import difference, median_text
-from ..experiments.comparison import compare, evaluations, reached
+from ..experiments.comparison import compare, curves_by_trial, reached
 from ..experiments.scaling import RESAMPLES, Fit, fit_runs
-from ..experiments.search import best, over_seeds, trial_table
+from ..experiments.search import Curve, best, over_seeds, trial_table
 from ..experiments.speedrun import LEVEL, SEEDS, TRACKS, Entry, judge, target
 from .figures import COLOURS, STYLE, draw_unigram, time_unit, write_figure
 from .tables import about_lengths, difference_cells, needed, p_text, write_table
@@ -215,29 +215,19 @@ def choices_table(
     return pd.DataFrame(lines).T
 
 # %% ../../nbs/reporting/75_studies.ipynb #c54fa75a
-def trial_runs(
-    rows: list[dict],        # of trials
-    trials: Path,            # the folder that holds them
-) -> dict[str, list[Path]]:  # name → run folders, one a seed
-    "Where the logs of trials are"
-    runs: dict[str, list[Path]] = {}
-    for r in rows:
-        if r['metric'] == 'validation_loss': runs.setdefault(r['trial'], []).append(trials/r['folder']/'run')
-    return runs
-
 @matplotlib.rc_context(STYLE)
 def figure_choices(
-    runs: dict[str, list[Path]],  # choice → run folders, one a seed; the first is the recipe as it is
+    curves: dict[str, list[Curve]],  # choice → one a seed; the first is the recipe as it is
 ) -> Figure:
     "Validation loss by time, a panel a choice"
-    (_, reference), *others = runs.items()
-    unit, size = time_unit(max(evaluations(run)[-1][0] for run in reference))
+    (_, reference), *others = curves.items()
+    unit, size = time_unit(max(curve.points[-1][0] for curve in reference))
     lines = -(-len(others)//3)
     fig = Figure(figsize=(7, .4 + 1.7*lines), layout='constrained')
     axes = fig.subplots(lines, 3, sharex=True, sharey=True, squeeze=False).ravel()
     for ax, (name, mine) in zip(axes, others, strict=False):
-        for run, colour in [(r, '0.7') for r in reference] + [(r, COLOURS[0]) for r in mine]:
-            _, *later = evaluations(run)  # the first is before training
+        for curve, colour in [(c, '0.7') for c in reference] + [(c, COLOURS[0]) for c in mine]:
+            _, *later = curve.points  # the first is before training
             ax.plot([s/size for s, _ in later], [loss for _, loss in later], color=colour, lw=1)
         ax.set_title(name, fontsize=8, loc='left')
     for ax in axes[len(others):]: ax.set_axis_off()
@@ -284,7 +274,6 @@ def figure_loss_task(
 
 def write_choices(
     rows: list[dict],  # of the choices
-    trials: Path,      # the folder that holds the trials
     folder: Path,      # where the files go
 ) -> list[Path]:
     "Table 5, the schedules, the panels of the choices, and loss against task"
@@ -300,7 +289,7 @@ def write_choices(
     caption = f"Table 5. Which choices matter, {first['recipe']} at scale {first['scale']}."
     return [*write_table(choices_table(t, tasks), folder/'table5_choices', caption, notes, mine),
             *write_figure(figure_schedules(t), folder/'schedules', mine),
-            *write_figure(figure_choices(trial_runs(mine, trials)), folder/'choices_by_time', mine),
+            *write_figure(figure_choices(curves_by_trial(mine)), folder/'choices_by_time', mine),
             *write_figure(figure_loss_task(t, tasks), folder/'loss_against_task', mine)]
 
 # %% ../../nbs/reporting/75_studies.ipynb #492ba156
@@ -321,17 +310,17 @@ def with_average(
 def comparison_table(
     t: pd.DataFrame,   # of the recipes, as `trial_table` gives it
     tasks: list[str],  # columns of it
-    runs: dict[str, list[Path]],  # recipe → run folders, as `trial_runs` gives them
+    curves: dict[str, list[Curve]],  # recipe → one a seed
 ) -> pd.DataFrame:     # texts: recipe × loss, difference, times to three losses, tasks
     "What each recipe came to in the same time"
     t, lines, first = with_average(t, tasks), {}, t.trial[0]
     whole, ended = whole_runs(t), t[t.stopped == '']
     marks = {f'{m:.1f} nats': m for m in MARKS}
-    marks[f'the loss of {first}'] = sum(evaluations(run)[-1][1] for run in runs[first])/len(runs[first])
+    marks[f'the loss of {first}'] = sum(curve.points[-1][1] for curve in curves[first])/len(curves[first])
     found = compare(whole, 'validation_loss', 'average')
     by_loss, by_average = (found[found.value == v] for v in ('validation_loss', 'average'))
     for name, group in ended.groupby('trial', sort=False):
-        times = {f'time to {what}': median_text(pd.Series([reached(run, mark) for run in runs[name]]))
+        times = {f'time to {what}': median_text(pd.Series([reached(curve, mark) for curve in curves[name]]))
                  for what, mark in marks.items()}
         if name == first: times[f'time to the loss of {first}'] = ''
         line = {'peak LR': f'{group.lr.iloc[0]:g}', 'batch': f'{group.global_batch_size.iloc[0]:g}',
@@ -353,25 +342,24 @@ def unigram_baselines(
 
 @matplotlib.rc_context(STYLE)
 def figure_by_time(
-    runs: dict[str, list[Path]],  # recipe → run folders, one a seed; the first sets the mark
+    curves: dict[str, list[Curve]],  # recipe → one a seed; the first sets the mark
     entropies: dict[str, float],  # recipe → its unigram baseline, nats
 ) -> Figure:
     "Validation loss by time, a thin line a seed; where the others come down to the first one's final loss"
-    first, *_ = runs
-    curves = {name: [evaluations(run) for run in mine] for name, mine in runs.items()}
-    points = [point for mine in curves.values() for curve in mine for point in curve]
-    mark = sum(curve[-1][1] for curve in curves[first])/len(curves[first])
+    first, *_ = curves
+    points = [point for mine in curves.values() for curve in mine for point in curve.points]
+    mark = sum(curve.points[-1][1] for curve in curves[first])/len(curves[first])
     unit, size = time_unit(max(seconds for seconds, _ in points))
     fig = Figure(figsize=(5.5, 3))
     ax = fig.subplots()
     styles = '-', '--', '-.', ':', (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))  # one more than colours
-    for (name, mine), colour, style in zip(runs.items(), cycle(COLOURS), cycle(styles), strict=False):
-        for i, (run, curve) in enumerate(zip(mine, curves[name], strict=True)):
-            seconds, losses = [s/size for s, _ in curve], [loss for _, loss in curve]
+    for (name, mine), colour, style in zip(curves.items(), cycle(COLOURS), cycle(styles), strict=False):
+        for i, curve in enumerate(mine):
+            seconds, losses = [s/size for s, _ in curve.points], [loss for _, loss in curve.points]
             ax.plot(seconds, losses, linestyle=style, lw=.8, color=colour, label='' if i else name)
-            if name != first: ax.plot(reached(run, mark)*seconds[-1], mark, 'v', ms=5, color=colour)
+            if name != first: ax.plot(reached(curve, mark)*seconds[-1], mark, 'v', ms=5, color=colour)
     ax.axhline(mark, lw=.8, color='0.6')
-    draw_unigram(ax, entropies, dict(zip(runs, cycle(COLOURS), strict=False)))
+    draw_unigram(ax, entropies, dict(zip(curves, cycle(COLOURS), strict=False)))
     low, high = min(loss for _, loss in points) - .1, max(*entropies.values(), mark) + .3
     ax.set(xlabel=f'time, {unit}', ylabel='validation loss, nats', ylim=(low, high))  # above: first seconds
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
@@ -379,13 +367,12 @@ def figure_by_time(
 
 def write_comparison(
     rows: list[dict],  # of the comparison
-    trials: Path,      # the folder that holds the recipes' trials
     folder: Path,      # where the files go
 ) -> list[Path]:
     "The table of recipes and the figure by time, with what to beware of"
     mine = needed(rows, 'the recipes', stage='trial', study='recipes')
-    t, runs = trial_table(mine), trial_runs(mine, trials)
-    scale, table = mine[0]['scale'], comparison_table(t, tasks_of_rows(mine), runs)
+    t, curves = trial_table(mine), curves_by_trial(mine)
+    scale, table = mine[0]['scale'], comparison_table(t, tasks_of_rows(mine), curves)
     tried = (f'Every recipe has the best settings of {get_scale(scale).comparison.tries} tries of its own, '
              'the recipe as it is among them (the table of the search has them). *Not tuned* is the recipe '
              'as it is at this scale.')
@@ -399,7 +386,7 @@ def write_comparison(
              *stopped_early(t)]
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
     return [*write_table(table, folder/'comparison', f'Recipes at equal time, scale {scale}.', notes, mine),
-            *write_figure(figure_by_time(runs, unigram_baselines(t)), folder/'comparison_by_time', mine)]
+            *write_figure(figure_by_time(curves, unigram_baselines(t)), folder/'comparison_by_time', mine)]
 
 # %% ../../nbs/reporting/75_studies.ipynb #75e20002
 def tuning_table(

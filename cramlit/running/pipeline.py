@@ -350,7 +350,8 @@ def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage
             f'budgets. Put into `runs/{ws.scale}/texts` before the first study, it gives the same commit the '
             'same numbers of steps on another machine, and these give the same results on the same kind of '
             'CPU with the same versions. Stages that go by the clock, the main runs among them, have others '
-            'each time.')
+            "each time. A study's rows with keys in them, put into its folder as `rows.jsonl`, are not measured "
+            'again: the stage runs only what they lack.')
 
 def page_origin(
     rows_of: dict[str, list[dict]],  # stage → its rows
