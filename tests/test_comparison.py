@@ -238,7 +238,7 @@ def make_run(name, seed, losses, versus):
                global_batch_size=64, warmup=.06, stopped='')
     values = dict(validation_loss=losses[-1], steps=2, seconds=20., tokens_per_second=1.)
     rows = [result_row(m, v, '', **ids) for m, v in values.items()]
-    rows[0]['curve'] = Curve(20., [(10.*i, loss) for i, loss in enumerate(losses)])
+    rows[0]['curve'] = Curve(20., [[10.*i, loss] for i, loss in enumerate(losses)])
     return rows
 
 
@@ -366,10 +366,12 @@ def test_rows_of_a_shorter_budget_stay_when_a_longer_one_fails(small_scale, tmp_
     assert read_rows(tmp_path/'out') == first
 
 
-def test_a_study_goes_on_from_the_rows_of_another_machine(small_scale, tmp_path, monkeypatch):
+def test_a_study_goes_on_from_the_rows_of_another_machine(small_scale, tmp_path, monkeypatch, capsys):
     *_, rows = run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'there')
     one = [r['trial'] == 'modern, 10 steps' and r['seed'] == 43 for r in rows]
-    write_rows(tmp_path/'here'/'rows.jsonl', [r for r, last in zip(rows, one, strict=True) if not last])
+    there = [r for r, last in zip(rows, one, strict=True) if not last]
+    half = [r for r, last in zip(rows, one, strict=True) if last][:2]  # of a result that was cut off
+    write_rows(tmp_path/'known'/'here.jsonl', [*there, *there, *half])
     trained, real = [], search.pretrain
     def pretrain(recipe, *rest, **more):
         trained.append((recipe.seed, more['steps']))
@@ -377,6 +379,7 @@ def test_a_study_goes_on_from_the_rows_of_another_machine(small_scale, tmp_path,
     monkeypatch.setattr(search, 'pretrain', pretrain)
     *_, again = run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'here')
     assert trained == [(43, 10)] and not (tmp_path/'here'/'jobs').exists()  # nor anything from scratch
+    assert 'of 2 trials 1 are known' in capsys.readouterr().err
     def of_the_clock(r): return r['metric'].endswith(('seconds', 'per_second')) or 'memory' in r['metric']
     def told(rows): return [{k: v for k, v in r.items() if k != 'curve'} for r in rows if not of_the_clock(r)]
     assert told(again) == told(rows) and len(again) == len(rows)

@@ -6,28 +6,34 @@
 __all__ = ['SELDOM', 'AXES', 'ASIDE', 'STEPS', 'CALIBRATION', 'SAVED', 'shared_validation', 'axes', 'drawn_settings',
            'tuning_trials', 'recipe_trials', 'tuned_settings', 'differences', 'steps_between', 'ablation_trials',
            'with_data', 'trial_settings', 'recipes_to_compare', 'run_tuning', 'compare_recipes', 'run_ablation',
-           'budget_trials', 'from_scratch', 'without_network', 'beside_pretraining', 'run_budgets', 'reached',
-           'curves_by_trial', 'compare']
+           'budget_trials', 'untrained', 'from_scratch', 'without_network', 'beside_pretraining', 'run_budgets',
+           'reached', 'curves_by_trial', 'compare']
 
 # %% ../../nbs/experiments/61_comparison.ipynb #c265cd16
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from itertools import pairwise, product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
+import torch
 
 from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash
 from ..core.results import result_row, sha256, write_rows
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.packing import open_data, prepare
+from ..data.tokenizer import load_tokenizer
 from ..evaluation.glue import Task
 from ..evaluation.minimal_pairs import NGRAMS, ngram_result, pair_results, pair_rows
 from ..evaluation.protocol import (
     baseline, best_runs, common_provenance, find_result, job_results, jobs, load_tasks, save_result, summary)
 from ..evaluation.statistics import Difference, difference, holm, sampling_error
+from ..model.encoder import MaskedLM
+from ..training.checkpoints import save_stock
 from .search import Curve, Trial, batch_settings, run_trials, signed
 
 # %% ../../nbs/experiments/61_comparison.ipynb #1fd86c6a
@@ -287,27 +293,39 @@ def budget_trials(
             trials.append(Trial(f'{name}, {span}', name, scale, settings, get_recipe(name, scale).seed + i))
     return trials
 
+def untrained(
+    trial: Trial,  # with its text
+    folder: Path,  # where the network goes
+) -> Path:         # the folder
+    "The network of a trial with random weights, as a stock folder"
+    assert trial.data, 'as `with_data` gives it'
+    cfg, data = trial.recipe.model, open_data(trial.data)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # nothing is measured of these weights, but results are named after the files
+        model = MaskedLM(cfg, data.padded_vocab_size)
+    save_stock(model, cfg, load_tokenizer(data.folder/'tokenizer'), folder)
+    return folder
+
 def from_scratch(
-    name: str,     # a recipe
-    model: Path,   # a stock folder of its network; its weights are not used
-    scale: str,    # name of a scale
+    trial: Trial,  # of the recipe, with its text
     tasks: list[Task],
     out: Path,     # for results
     ids: dict,     # what identifies the rows
 ) -> list[dict]:   # rows of headlines and pairs
     "A recipe's network without pretraining, with as many seeds as each budget has"
-    s, rows, ids = get_scale(scale), list[dict](), ids | dict(trial=f'{name}, from scratch', recipe=name)
-    c, each = s.comparison, s.finetune.seeds
+    s, rows, name = get_scale(trial.scale), list[dict](), trial.base
+    c, each, ids = s.comparison, s.finetune.seeds, ids | dict(trial=f'{name}, from scratch', recipe=name)
     work = [job for task in tasks for job in jobs(task, s.finetune, each*c.budget_seeds, ('from-scratch',))]
-    results = job_results(model, tasks, work, out)
+    with TemporaryDirectory() as folder:
+        model = untrained(trial, Path(folder))
+        results = job_results(model, tasks, work, out)
+        asked = pair_results([(model, i) for i in range(c.budget_seeds)], c.pairs, out) if c.pairs else []
     for task, i in product(tasks, range(c.budget_seeds)):
         seeds = range(i*each, (i + 1)*each)  # a rate is chosen by as many as for a pretrained network
         runs = [r for r in results if r['job']['task'] == task.name and r['job']['seed'] in seeds]
         about = ids | dict(seed=i, rates=list(s.finetune.grid(task.name).lrs))
         found = summary(task, 'from-scratch', best_runs(runs), about)
         rows += [r for r in found if r['metric'] == 'headline']
-    if not c.pairs: return rows
-    asked = pair_results([(model, i) for i in range(c.budget_seeds)], c.pairs, out)
     for i, result in enumerate(asked): rows += pair_rows(result, ids | dict(seed=i, precision='float32'))
     return rows
 
@@ -331,9 +349,9 @@ def without_network(
 
 def beside_pretraining(
     trials: list[Trial],  # of a budget, with their texts
-    rows: list[dict],     # that they gave
+    keys: list[dict],     # those of the trials
     scale: str,           # name of a scale
-    out: Path,            # holds the trials; for results
+    out: Path,            # for results
     glue_dir: str,        # a local copy of GLUE; empty: the hub
 ) -> list[dict]:          # rows of headlines and pairs
     "What pretrained networks are held against; measured once, and kept as trials are"
@@ -345,13 +363,14 @@ def beside_pretraining(
         kept = find_result(place, key)[1] or save_result(place, key, lambda: dict(rows=measure()))
         found.extend(signed(kept['rows'], key))
     largest = max((t.data for t in trials if t.data), key=lambda data: len(open_data(data).train))
-    keep(dict(data=sha256(largest/'manifest.json'), finetune=rows[0]['key']['finetune'], from_scratch=None),
-         partial(without_network, scale, largest, tasks, out, ids))
-    for row in {r['recipe']: r for r in reversed(rows) if 'key' in r}.values():  # the first of each
-        model, key = place/row['folder']/'run'/'model', row['key']
-        same = {what: key[what] for what in ('data', 'finetune', 'precision')}
-        keep(same | dict(from_scratch=key['recipe']['model']),
-             partial(from_scratch, row['recipe'], model, scale, tasks, out, ids))
+    packages = {p: version(p) for p in ('numpy', 'scikit-learn', 'scipy')}
+    keep(dict(beside='no network', data=sha256(largest/'manifest.json'), finetune=keys[0]['finetune'],
+              versions=packages), partial(without_network, scale, largest, tasks, out, ids))
+    first = {trial.base: (trial, key) for trial, key in reversed(list(zip(trials, keys, strict=True)))}
+    for name, (trial, key) in first.items():
+        same = {what: key[what] for what in ('data', 'finetune', 'precision', 'versions')}
+        keep(dict(beside=name, network=key['recipe']['model'], **same),
+             partial(from_scratch, trial, tasks, out, ids))
     return found
 
 def run_budgets(
@@ -369,7 +388,9 @@ def run_budgets(
         found = run_trials(trials, 'budgets', data, out, t, s.processes, glue_dir, data/CALIBRATION,
                            before=rows + others)
         rows += [r | dict(budget=t.steps or t.budget) for r in found]
-        others = others or beside_pretraining(trials, found, scale, out, glue_dir)
+        if not others:
+            keys = [r['key'] for r in found if 'key' in r]  # in the order of the trials
+            others = beside_pretraining(trials, keys, scale, out, glue_dir)
         write_rows(out/'rows.jsonl', rows + others)
         yield rows + others
 

@@ -411,7 +411,7 @@ def write_tuning(
 ) -> list[Path]:
     "The search of every recipe: its space, and what it found"
     mine = needed(rows, 'the search of recipes', stage='trial', study='tuning')
-    t, space = trial_table(mine), [r for r in rows if r['stage'] == 'space']
+    t, space = trial_table(mine), [r for r in rows if r.get('stage') == 'space']
     table, seconds = tuning_table(t), f'{t.seconds.median():.0f}'
     searched: dict[tuple[str, str], list[str]] = {}
     edges = []
@@ -432,7 +432,7 @@ def write_tuning(
              *on_plateau(lowest, t.unigram_entropy[0], 'with the best of their tries'), *stopped_early(t)]
     if edges: notes.insert(2, f'At the edge, and perhaps better outside: {", ".join(edges)}.')
     caption = f"The search of each recipe, scale {mine[0]['scale']}."
-    return write_table(table, folder/'tuning', caption, notes, rows)
+    return write_table(table, folder/'tuning', caption, notes, mine + space)
 
 # %% ../../nbs/reporting/75_studies.ipynb #433e9726
 def ablation_table(

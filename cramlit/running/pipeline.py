@@ -343,6 +343,7 @@ def _publish_rows(ws: Workspace, stage: str, recipe: str = '') -> list[dict]:
 def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage has turned seconds into steps
     "Copy what a step took, with which somebody else's runs have the same number of steps"
     from cramlit.experiments.comparison import CALIBRATION
+    from cramlit.experiments.search import KNOWN
     timings = ws.out/'texts'/CALIBRATION
     if not timings.exists(): return ''
     write_rows(ws.figures/'rows'/CALIBRATION, read_rows(timings))
@@ -350,8 +351,8 @@ def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage
             f'budgets. Put into `runs/{ws.scale}/texts` before the first study, it gives the same commit the '
             'same numbers of steps on another machine, and these give the same results on the same kind of '
             'CPU with the same versions. Stages that go by the clock, the main runs among them, have others '
-            "each time. A study's rows with keys in them, put into its folder as `rows.jsonl`, are not measured "
-            'again: the stage runs only what they lack.')
+            f'each time. A copy of `rows` as `runs/{ws.scale}/{KNOWN}` spares studies the trials that it has '
+            'with their keys.')
 
 def page_origin(
     rows_of: dict[str, list[dict]],  # stage → its rows

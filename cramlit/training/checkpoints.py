@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['optimizer_tensors', 'restore_optimizer', 'tensors_of', 'checkpoints', 'remove_checkpoints', 'settle',
            'write_checkpoint', 'Saver', 'find_damage', 'newest_whole', 'read_checkpoint', 'load_checkpoint',
-           'verify_folder', 'load_run', 'check_export_folder', 'export_run', 'export_all']
+           'verify_folder', 'load_run', 'check_export_folder', 'save_stock', 'export_run', 'export_all']
 
 # %% ../../nbs/training/33_checkpoints.ipynb #fe9a1063
 import errno, json, os, re, shutil, sys
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..core.recipes import CramlitError, UsageError, recipe_from_dict
+from ..core.recipes import CramlitError, Model, UsageError, recipe_from_dict
 from ..core.results import atomic, cannot_write, note, result_row, set_aside, sha256, sync_folder
 from ..data.packing import open_data, verify
 from ..data.tokenizer import load_tokenizer, padded_vocab
@@ -323,6 +323,20 @@ def _publish(part: Path, to: Path):
     print(f'another export was in {to}: it is now in {aside}', file=sys.stderr)
 
 # %% ../../nbs/training/33_checkpoints.ipynb #33b60002
+def save_stock(
+    model: MaskedLM,
+    cfg: Model,     # its shape
+    tok,            # its tokenizer, a transformers PreTrainedTokenizerFast
+    folder: Path,
+):
+    "Write a network and its tokenizer as the files of a stock transformers folder"
+    tok.model_max_length = cfg.max_positions
+    for how_loaded in ('is_local', 'local_files_only'): tok.init_kwargs.pop(how_loaded, None)
+    if cfg.position == 'rotary': tok.model_input_names = ['input_ids', 'attention_mask']  # no segments
+    special = dict(pad=tok.pad_token_id, cls=tok.cls_token_id, sep=tok.sep_token_id)
+    with quiet(): to_stock(model, cfg, special).save_pretrained(folder)
+    tok.save_pretrained(folder)
+
 def export_run(
     run: str|Path,              # a finished run's folder
     tokenizer: str|Path,        # the tokenizer's folder
@@ -339,10 +353,6 @@ def export_run(
     if padded_vocab(ids) != info['vocab_size']:
         raise CramlitError(f'the tokenizer in {tokenizer} has {ids} ids, '
                            f"the model of {run} {info['vocab_size']}: they do not belong together")
-    tok.model_max_length = cfg.max_positions
-    for how_loaded in ('is_local', 'local_files_only'): tok.init_kwargs.pop(how_loaded, None)
-    if cfg.position == 'rotary': tok.model_input_names = ['input_ids', 'attention_mask']  # no segments
-    special = dict(pad=tok.pad_token_id, cls=tok.cls_token_id, sep=tok.sep_token_id)
     new, made = not to.exists(), False
     part = to/_PART
     try:
@@ -350,8 +360,7 @@ def export_run(
         if os.path.lexists(part): note(f'what was in {part} is now in {set_aside([part], to)}')  # half-made
         part.mkdir()
         made = True
-        with quiet(): to_stock(model, cfg, special).save_pretrained(part)
-        tok.save_pretrained(part)
+        save_stock(model, cfg, tok, part)
         (part/'cramlit.json').write_text(json.dumps(info, indent=1), encoding='utf-8')
         if finish: finish(part)
         mode = (part/'cramlit.json').stat().st_mode  # the umask's; safetensors hides its file
