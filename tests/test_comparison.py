@@ -303,6 +303,16 @@ def test_a_budget_of_which_a_seed_was_stopped_is_in_no_table_but_named(small_sca
         write_budgets(lost, tmp_path/'none', [])
 
 
+def test_a_budget_that_lacks_seeds_is_shown_and_nothing_is_claimed_of_it(small_scale, tmp_path):
+    *_, rows = run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'out')
+    fewer = [r for r in rows if (r['trial'], r['seed']) != ('modern, 10 steps', 43)]
+    files = write_budgets(fewer, tmp_path/'figures', [])
+    text, gains = (files[n].read_text() for n in (0, 3))
+    assert '1 of 2 budgets have been run' in text and '| modern, 10 steps ' in text
+    assert 'modern, 10 steps: 1 of 2 seeds so far, and nothing is claimed.' in text
+    assert 'modern, 4 steps against' in gains and 'modern, 10 steps against' not in gains
+
+
 def test_others_are_compared_with_the_first_recipe_whichever_of_its_tries_diverged():
     tries = [('a', 'as it is', None), ('b', 'as it is', 5.), ('a', 'slower', 6.)]
     rows = [dict(metric='tuning_loss', recipe=name, trial=trial, value=x, settings=[trial])

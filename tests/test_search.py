@@ -93,6 +93,7 @@ def test_one_bad_trial_does_not_stop_the_others(text, data, tmp_path, monkeypatc
         with pytest.raises(CramlitError, match='(?s)1 of 2 trials failed twice.*LR 0.001.*no luck'):
             run_trials(trials, 'grid', data, tmp_path, TRIALS)
         assert calls == [1e-3, 1e-3, 2e-3]
+        assert {r['lr'] for r in read_rows(tmp_path/'rows.jsonl')} == {2e-3}  # what is finished has rows
         rows = run_trials(trials, 'grid', data, tmp_path, TRIALS)
     assert calls == [1e-3, 1e-3, 2e-3, 1e-3] and list(trial_table(rows).lr) == [1e-3, 2e-3]
 

@@ -387,7 +387,7 @@ def run_budgets(
         trials = with_data(budget_trials(names, scale, part), data)
         found = run_trials(trials, 'budgets', data, out, t, s.processes, glue_dir, data/CALIBRATION,
                            before=rows + others)
-        rows += [r | dict(budget=t.steps or t.budget) for r in found]
+        rows += found
         if not others:
             keys = [r['key'] for r in found if 'key' in r]  # in the order of the trials
             others = beside_pretraining(trials, keys, scale, out, glue_dir)

@@ -179,7 +179,8 @@ def trial_ids(
                 global_batch_size=r.batch.global_batch_size, warmup=r.schedule.warmup,
                 settings=list(trial.settings), schedule_length=r.schedule.length,
                 layers=r.model.num_layers, hidden_size=r.model.hidden_size,
-                span=f'{study.steps(trial)} steps' if study.steps(trial) else f'{t.budget:g} s')
+                span=f'{study.steps(trial)} steps' if study.steps(trial) else f'{t.budget:g} s',
+                budget=t.steps or t.budget)
 
 # %% ../../nbs/experiments/60_search.ipynb #5c1e0b02
 def _contestant(trial: Trial, study: Study) -> str:
@@ -435,16 +436,17 @@ def run_trials(
         if not find_result(place, key)[1]:
             missing.append(delayed(run_trial)(trial, study, pretrained.with_suffix(''), key))
     if known: note(f'of {len(trials)} trials {len(trials) - len(missing)} are known, here or from {KNOWN}')
-    run_parallel(missing, len(trials), 'trials', one_by_one=study.nproc > 1)
     rows = []
-    for trial, key in zip(trials, keys, strict=True):
-        ids = trial_ids(trial, study)
-        mine = [row | ids for row in find_result(place, key)[1]['rows']]
-        for row in mine:
-            if row['metric'] != 'validation_loss' or 'curve' in row: continue
-            row['curve'] = list(learning_curve(place/row['folder']/'run'))  # as JSON has it
-        rows += signed(mine, key)
-    write_rows(Path(out)/'rows.jsonl', [*before, *rows])
+    try: run_parallel(missing, len(trials), 'trials', one_by_one=study.nproc > 1)
+    finally:  # the rows of what is finished are kept also when something failed, or was interrupted
+        for trial, key in zip(trials, keys, strict=True):
+            ids = trial_ids(trial, study)
+            mine = [row | ids for row in find_result(place, key)[1].get('rows', ())]
+            for row in mine:
+                if row['metric'] != 'validation_loss' or 'curve' in row: continue
+                row['curve'] = list(learning_curve(place/row['folder']/'run'))  # as JSON has it
+            rows += signed(mine, key)
+        write_rows(Path(out)/'rows.jsonl', [*before, *rows])
     return rows
 
 # %% ../../nbs/experiments/60_search.ipynb #8cc5a760

@@ -518,7 +518,7 @@ def budget_gains(
     "Every recipe at the longest budget against from scratch and bag of words, on the average and on pairs"
     t = with_average(t, tasks)
     longest = _pretrained(t)
-    longest = longest[longest.budget == longest.budget.max()]
+    longest = longest[longest.budget == longest.budget.max()]  # of those in the table
     pairs = [(name, versus) for name, recipe in dict(zip(longest.trial, longest.recipe, strict=True)).items()
              for versus in (f'{recipe}, from scratch', 'bag-of-words', 'trigrams')]
     found = against(t, pairs, 'average')
@@ -599,10 +599,15 @@ def write_budgets(
     early, t = stopped_early(each), whole_runs(each)
     trained, planned = _pretrained(t), get_scale(scale).comparison.budgets
     if trained.empty: raise CramlitError(f'no budget has been run to its end with every seed. {early[0]}')
-    done, longest = trained.budget.nunique(), trained[trained.budget == trained.budget.max()]
-    said = f'**{done} of {len(planned)} budgets have been run**, the shortest first.'
-    partial = [said] if done < len(planned) else []
-    notes = [*partial, f'{trained.seed.nunique()} seeds of pretraining for each budget, {TIMED}; '
+    seeds = get_scale(scale).comparison.budget_seeds
+    runs = trained.groupby(['budget', 'recipe']).seed.nunique().unstack(fill_value=0)
+    whole = list(runs.index[runs.isin((0, seeds)).all(axis=1)]) or list(runs.index)  # 0: was stopped early
+    partial = [f'**{len(whole)} of {len(planned)} budgets have been run**, the shortest first.']
+    for name, group in trained[~trained.budget.isin(whole)].groupby('trial', sort=False):
+        partial.append(f'{name}: {group.seed.nunique()} of {seeds} seeds so far, and nothing is claimed.')
+    if len(whole) == len(planned): partial = []
+    longest = trained[trained.budget == max(whole)]
+    notes = [*partial, f'{seeds} seeds of pretraining for each budget, {TIMED}; '
              'each budget is a run of its own, with a schedule of its own length. Mean ± '
              'standard deviation over seeds; a score is the median over seeds of fine-tuning, from scratch '
              'too. The recipes are as they are at this scale, and were not tuned for each budget. '
@@ -613,7 +618,7 @@ def write_budgets(
     claims = [*partial, 'Claimed is no more than this table, which has the longest budget alone: '
               f'{", ".join(longest.trial.unique())}. {SIGNIFICANCE}']
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
-    gains, told = budget_gains(t, tasks), dict[str, dict[str, str]]()
+    gains, told = budget_gains(t[~(t.budget > max(whole))], tasks), dict[str, dict[str, str]]()
     for value, lines in gains.groupby('value', sort=False):
         of = _PAIRS.get(value, 'average of the tasks')
         told |= {f'{of}: {name}': difference_cells(lines, name, 1) for name in lines.index}
