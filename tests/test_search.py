@@ -185,7 +185,7 @@ def test_a_trial_is_run_again_when_anything_that_decides_its_result_is_another(
     def trial_rows(trial, study, folder):
         (folder/'run'/'checkpoints').mkdir(parents=True, exist_ok=True)
         ran.append(folder)
-        return [result_row('validation_loss', float(len(ran)), 'nats')]
+        return [result_row('validation_loss', float(len(ran)), 'nats', curve=[1., [[1., 3.]]])]
     monkeypatch.setattr(s, 'trial_rows', trial_rows)
     other = tmp_path/'other'
     shutil.copytree(data, other)
