@@ -321,6 +321,11 @@ def test_others_are_compared_with_the_first_recipe_whichever_of_its_tries_diverg
     with pytest.raises(CramlitError, match='no try gave a a finite loss'): tuned_settings(rows[:2])
 
 
+def test_rows_without_curves_are_refused_in_a_sentence():
+    rows = [{k: v for k, v in r.items() if k != 'curve'} for r in make_run('a', 1, [7, 6, 5], '')]
+    with pytest.raises(CramlitError, match='rows of a are of an earlier version'): curves_by_trial(rows)
+
+
 def test_each_text_has_its_own_unigram_baseline():
     rows = []
     for name, entropy in (('a', 6.), ('b', 6.5)):

@@ -409,10 +409,14 @@ def reached(
 def curves_by_trial(
     rows: list[dict],        # of trials
 ) -> dict[str, list[Curve]]:  # trial's name → one a seed
-    "How the losses of trials came down"
+    "How the losses of trials came down; raises `CramlitError` for rows that do not say it"
     found: dict[str, list[Curve]] = {}
     for r in rows:
-        if r['metric'] == 'validation_loss': found.setdefault(r['trial'], []).append(Curve(*r['curve']))
+        if r['metric'] != 'validation_loss': continue
+        if 'curve' not in r:
+            raise CramlitError(f'the rows of {r["trial"]} are of an earlier version, which kept no curves: '
+                               'run the stage again; what it has trained is kept')
+        found.setdefault(r['trial'], []).append(Curve(*r['curve']))
     return found
 
 # %% ../../nbs/experiments/61_comparison.ipynb #57ce2264
