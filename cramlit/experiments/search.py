@@ -329,6 +329,8 @@ def trial_rows(
     ids = trial_ids(trial, study) | dict(stopped=stopped, folder=folder.name)
     ids['recipe_hash'] = found[0]['recipe_hash']  # of what was trained, packed as the text was
     rows = [row | ids for row in found]
+    for row in rows:  # the run's folder may be removed one day
+        if row['metric'] == 'validation_loss': row['curve'] = list(learning_curve(folder/'run'))
     if not has_stock(trial.recipe.model): return rows
     model = folder/'run'/'model'  # where it has been pretrained for other tasks, no checkpoint is left
     if checkpoints(folder/'run'/'checkpoints'):
@@ -442,9 +444,6 @@ def run_trials(
         for trial, key in zip(trials, keys, strict=True):
             ids = trial_ids(trial, study)
             mine = [row | ids for row in find_result(place, key)[1].get('rows', ())]
-            for row in mine:
-                if row['metric'] != 'validation_loss' or 'curve' in row: continue
-                row['curve'] = list(learning_curve(place/row['folder']/'run'))  # as JSON has it
             rows += signed(mine, key)
         write_rows(Path(out)/'rows.jsonl', [*before, *rows])
     return rows
