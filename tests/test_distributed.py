@@ -279,6 +279,28 @@ def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(text, data, tmp_path):
     assert {find_damage(p) for p in checkpoints(tmp_path/'run'/'checkpoints')} == {''}
 
 
+def children_of(pid):
+    return [int(n) for n in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
+def alive(pid):
+    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError: return False
+
+
+def test_a_second_ctrl_c_leaves_no_worker_behind_in_a_step_that_does_not_end(text, data, tmp_path):
+    process = start_two(text, data, tmp_path/'run', 50000)
+    torchrun, = children_of(process.pid)
+    workers = children_of(torchrun)
+    os.kill(workers[0], signal.SIGSTOP)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(.5)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode != 0 and len(workers) == 2
+    wait(lambda: not any(alive(pid) for pid in workers))
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

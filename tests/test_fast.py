@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cramlit.core.devices import Precision
-from cramlit.core.recipes import override
+from cramlit.core.recipes import CramlitError, override
 from cramlit.core.scales import get_recipe
 from cramlit.data.batches import train_batches
 from cramlit.data.corpus import Document, documents
@@ -207,6 +207,14 @@ def test_a_text_may_name_special_tokens(data):
     (_, a), (_, b) = encode_documents([Document('0', named), Document('1', last)], tok)
     assert not {2, 3, 4} & {i for piece in a for i in piece}, 'they are words'
     assert b == [tok(last, add_special_tokens=False).input_ids], 'what follows is not shifted'
+
+
+def test_a_tokenizer_that_pads_with_another_special_token_is_refused(data, tmp_path):
+    tok = load_tokenizer(data/'tokenizer')
+    tok.pad_token = tok.sep_token
+    tok.save_pretrained(tmp_path/'shared')
+    with pytest.raises(CramlitError, match='uses its pad token for another special token'):
+        load_tokenizer(tmp_path/'shared')
 
 
 def test_a_tokenizer_that_would_truncate_does_not(recipe, data, tmp_path):

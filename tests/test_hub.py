@@ -1,12 +1,15 @@
 "Models as stock folders: equal logits, both ways, and folders that cannot be used"
 import json
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
+import cramlit.training.checkpoints as checkpoint
 from cramlit.core.recipes import CramlitError, Model, UsageError
 from cramlit.data.packing import prepare
 from cramlit.model.encoder import MaskedLM
@@ -131,6 +134,24 @@ def test_a_failed_export_keeps_the_old_one(run, data, model, tmp_path, monkeypat
     with pytest.raises(CramlitError, match='No space left'): export_run(run, data/'tokenizer', model)
     assert (model/'config.json').read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ['model']
+
+
+def test_an_export_that_was_killed_on_its_way_is_made_again(run, data, tmp_path, monkeypatch):
+    "After any number of files have come to their place"
+    real, tokenizer = os.rename, data/'tokenizer'
+    names = {p.name for p in export_run(run, tokenizer, tmp_path/'whole').iterdir()}
+    for n in range(1, len(names)):
+        to, moved = tmp_path/f'{n}', []
+
+        def killed(a, b, n=n, to=to, moved=moved):
+            if Path(b).parent == to:
+                if len(moved) == n: raise KeyboardInterrupt
+                moved.append(b)
+            real(a, b)
+        monkeypatch.setattr(checkpoint.os, 'rename', killed)
+        with pytest.raises(KeyboardInterrupt): export_run(run, tokenizer, to)
+        monkeypatch.setattr(checkpoint.os, 'rename', real)
+        assert {p.name for p in export_run(run, tokenizer, to).iterdir()} == names
 
 
 def change_config(m, **changes):

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 import cramlit.training.optimizers as optimizers
 from cramlit.core.devices import Precision
+from cramlit.core.recipes import CramlitError
 from cramlit.core.scales import get_recipe
 from cramlit.model.encoder import MaskedLM
 from cramlit.training.checkpoints import load_checkpoint, tensors_of, write_checkpoint
@@ -43,6 +44,10 @@ def take_steps(numbers, name='modern', world=ALONE, message=torch.float32, folde
         set_lr(optimizer, 1 - n/6)
         step_together(grads, optimizer.step)
     return model, optimizer, grads
+
+
+def test_a_step_without_a_token_to_predict_is_a_sentence():
+    with pytest.raises(CramlitError, match='no token to predict'): setup()[2].all_reduce(0., False)
 
 
 def weights_of(model):

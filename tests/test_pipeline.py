@@ -367,6 +367,30 @@ def test_what_was_paid_for_is_kept_when_code_changes_and_else_moved_aside(tmp_pa
     assert {'pretrain_24hbert_2', 'pretrain_24hbert_3', 'prepare_24hbert_2'} <= now - aside
 
 
+def test_the_order_of_the_recipes_counts_and_one_more_costs_no_finished_run(tmp_path, pretend):
+    run = pretend()
+    def asked(recipes, stage):
+        ws = workspace('tiny', tmp_path/'out', tmp_path/'figures', recipes)
+        del run.ran[:]
+        reproduce(ws, only=stage)
+        return ws, run.ran[-1:] == [stage]
+    ws, ran = asked('24hbert,modern', 'scaling')
+    (kept := ws.folder('scaling')/'trials').mkdir()
+    assert ran and not asked('24hbert,modern', 'scaling')[1]
+    assert asked('modern,24hbert', 'scaling')[1], 'it is another recipe whose sizes are compared'
+    assert asked('modern,24hbert,cramming', 'scaling')[1]
+    assert kept.exists() and not (ws.out/'superseded').exists()
+
+
+def test_changed_labels_in_the_same_folder_are_other_labels(tmp_path):
+    (tmp_path/'glue').mkdir()
+    ws = workspace('gpu', tmp_path/'out', tmp_path/'figures', glue_dir=str(tmp_path/'glue'))
+    before = pipeline._depends(ws, 'finetune', '24hbert')
+    assert pipeline._depends(ws, 'finetune', '24hbert') == before
+    (tmp_path/'glue'/'train.tsv').write_text('x')
+    assert pipeline._depends(ws, 'finetune', '24hbert') != before
+
+
 def test_an_interrupted_stage_goes_on_and_nobody_elses_folder_is_touched(tmp_path, pretend, monkeypatch):
     ws = workspace('tiny', tmp_path/'out', tmp_path/'figures')
     def interrupted(notebook, output, **parameters):

@@ -557,6 +557,15 @@ def test_of_many_jobs_on_one_task_none_tokenises_it_anew(model, tmp_path, monkey
     assert [r['predictions'] for r in again] == [r['predictions'] for r in found]
 
 
+def test_a_network_without_segments_gives_its_inputs_to_no_other(model, monkeypatch):
+    monkeypatch.setattr(finetuning, '_kept', {})
+    (_, first), (_, second) = load_parts(model), load_parts(model)
+    first.model_input_names = ['input_ids', 'attention_mask']
+    examples = toy().train
+    assert 'token_type_ids' not in encode(first, examples, 16)[0]
+    assert 'token_type_ids' in encode(second, examples, 16)[0]
+
+
 def test_another_tokenizer_does_not_get_what_the_first_one_made(model, tmp_path):
     from transformers import AutoTokenizer
     first = AutoTokenizer.from_pretrained(model)
@@ -760,9 +769,9 @@ def test_better_and_worse_are_said_of_corrected_differences_only(tmp_path):
     found = gains(rows)
     assert len(found) == 6 and set(found.task) == {'x', 'y', 'average'}
     assert gain_from_pretraining(found, '24hbert', 'from-scratch') == (
-        '24hbert, pretrained against from-scratch: better on x, average; not told apart on y.')
+        '24hbert, pretrained against from-scratch: better on x, average; not significant on y.')
     assert gain_from_pretraining(found, '24hbert', 'bag-of-words') == (
-        '24hbert, pretrained against bag-of-words: worse on y, average; not told apart on x.')
+        '24hbert, pretrained against bag-of-words: worse on y, average; not significant on x.')
     summaries = [row | dict(metric='accuracy', split='validation') for row in rows]
     text, gained = (p.read_text() for p in write_table4(rows + summaries, tmp_path) if p.name in (
         'table4_glue.md', 'table4_gains.md'))
@@ -777,7 +786,7 @@ def test_what_was_not_tested_is_neither_at_chance_nor_not_told_apart():
     found = pd.DataFrame(lines, columns=columns)
     assert at_chance(found) == {'y'}
     assert gain_from_pretraining(found, 'ours', 'from-scratch') == (
-        'ours, pretrained against from-scratch: better on x; not told apart on y; not tested on z.')
+        'ours, pretrained against from-scratch: better on x; not significant on y; not tested on z.')
 
 
 def test_the_average_over_nine_numbers_and_submitted_scores(tmp_path):

@@ -153,6 +153,10 @@ def test_trials_in_several_processes_are_the_same_trials(text, data, tmp_path):
 def test_a_finished_trial_is_read_under_whatever_name_it_has_today(text, data, tmp_path):
     trial, = trials_of(text, (1e-3,))
     before = run_trials([trial], 'grid', data, tmp_path, TRIALS)
+    left = tmp_path/'trials'/before[0]['folder']/'run'/'checkpoints'/'step-00000007'
+    left.mkdir(parents=True)  # killed before it could be removed
+    run_trials([trial], 'grid', data, tmp_path, TRIALS)
+    assert not left.exists()
     for network in (tmp_path/'trials').glob('*/'): shutil.rmtree(network)  # to have the space back
     after = run_trials([replace(trial, name='renamed', versus='other')], 'choices', data, tmp_path, TRIALS)
     assert {(r['study'], r['trial'], r['versus']) for r in after} == {('choices', 'renamed', 'other')}

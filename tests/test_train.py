@@ -19,6 +19,7 @@ import cramlit.training.checkpoints as checkpoint
 import cramlit.training.training as train
 from cramlit.core.devices import Precision
 from cramlit.core.recipes import CramlitError, Interrupted, UsageError, override
+from cramlit.core.results import read_rows
 from cramlit.data.batches import train_batches
 from cramlit.data.packing import open_data
 from cramlit.training.checkpoints import checkpoints, find_damage, load_run
@@ -163,6 +164,27 @@ def test_a_second_signal_leaves_at_once(recipe, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'accumulate', twice)
     with pytest.raises(KeyboardInterrupt): pretrain(recipe, data, tmp_path/'run', steps=12)
     assert [p.name for p in checkpoints(tmp_path/'run'/'checkpoints')] == ['step-00000000']
+
+
+def test_a_signal_at_the_very_end_is_not_forgotten(recipe, data, tmp_path, monkeypatch):
+    "What follows a run, other runs for instance, does not go on as if nobody had asked to stop"
+    real = train.validate
+
+    def signalled(model, data, recipe, precision, world, ruler):
+        if ruler == 'report': os.kill(os.getpid(), signal.SIGTERM)
+        return real(model, data, recipe, precision, world, ruler)
+    monkeypatch.setattr(train, 'validate', signalled)
+    with pytest.raises(Interrupted, match='had just been finished'):
+        pretrain(recipe, data, tmp_path/'run', steps=3)
+    rows = read_rows(tmp_path/'run'/'rows.jsonl')
+    assert pretrain(recipe, data, tmp_path/'run', steps=3) == rows
+
+
+def test_too_little_memory_of_a_gpu_is_a_sentence_wherever_it_shows(recipe, data, tmp_path, monkeypatch):
+    def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(train, 'update', full)
+    with pytest.raises(CramlitError, match='do not fit into the memory of this GPU'):
+        pretrain(recipe, data, tmp_path/'run', steps=3)
 
 
 def test_milestones_are_kept_once(recipe, data, tmp_path):

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'check_build', 'Precision', 'choose_precision', 'pick_device', 'autocast',
-           'why_eager', 'take_gpu', 'keep_memory']
+           'why_eager', 'take_gpu', 'threads', 'keep_memory']
 
 # %% ../../nbs/core/04_devices.ipynb #a4df27b3
 import ctypes, os, re, sys, time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,6 +114,17 @@ def take_gpu(
             _LAST[:] = [i]
             return taken
         time.sleep(.1)
+
+# %% ../../nbs/core/04_devices.ipynb #04de0008
+@contextmanager
+def threads(
+    n: int,  # 0 = as many as there are
+) -> Iterator[None]:
+    "So many threads of torch meanwhile"
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try: yield
+    finally: torch.set_num_threads(before)
 
 # %% ../../nbs/core/04_devices.ipynb #aed5ceb4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h

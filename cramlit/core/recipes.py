@@ -147,7 +147,7 @@ class Validation:
     every: float = limited(1/48, at_least=1e-9, below=1)  # fraction of the budget: half an hour of 24 h
     max_sequences: int = limited(4096, at_least=1)     # held-out sequences, the same ones each time
     stop_loss: float = limited(6., at_least=0)
-    # nats, by the paper's ruler; above it after `stop_after` a run stops. 0 = never
+    # nats of the validation loss by the paper's rules; above it after `stop_after` a run stops. 0 = never
     stop_after: float = limited(1/8, at_least=0, at_most=1)  # fraction of the budget: 3 h of 24 h
 
 @dataclass(frozen=True)
@@ -257,34 +257,36 @@ def validate(
 
 # %% ../../nbs/core/00_recipes.ipynb #245a6ae9
 _PAPER_MODEL = Model(init='paper', decoder_bias=False)
+_BASE: dict[str, Any] = dict(num_layers=12, hidden_size=768, num_heads=12)
 _BERT_POST: dict[str, Any] = dict(norm='post', embedding_norm=True)
 _BERT_OPTIM = Optim(lr=1e-4, beta2=0.999, clip=1.)
 _MODERN: dict[str, Any] = dict(first_norm=False, position='rotary', ffn='geglu', rope_theta=10_000.)
 # theta as for short sequences; ModernBERT's 160,000 is for 8,192 tokens
 
 RECIPES = {r.name: r for r in (
-    Recipe('24hbert', packing=Packing('paper'), model=_PAPER_MODEL),
+    Recipe('24hbert', packing=Packing(mode='paper'), model=_PAPER_MODEL),
     Recipe('24hbert-document', model=_PAPER_MODEL),  # the same with our packing
-    Recipe('bert-base', model=Model(12, 768, 12, 3072, **_BERT_POST), optim=_BERT_OPTIM,
-           schedule=Schedule(0.01), batch=Batch(256, 32)),
-    Recipe('bert-large', model=Model(24, 1024, 16, 4096, **_BERT_POST), optim=_BERT_OPTIM,
-           schedule=Schedule(0.01), batch=Batch(256, 32)),
-    Recipe('modern', packing=Packing('stream'), masking=Masking(0.3, 1., 0., 38), optim=Optim(method='muon'),
-           model=Model(24, 1024, 16, 2688, dropout=0., attention_dropout=0., layer_norm_eps=1e-5, bias=False,
-                       **_MODERN)),
+    Recipe('bert-base', model=Model(**_BASE, intermediate_size=3072, **_BERT_POST), optim=_BERT_OPTIM,
+           schedule=Schedule(warmup=0.01), batch=Batch(global_batch_size=256)),
+    Recipe('bert-large', model=Model(**_BERT_POST), optim=_BERT_OPTIM,
+           schedule=Schedule(warmup=0.01), batch=Batch(global_batch_size=256)),
+    Recipe('modern', packing=Packing(mode='stream'), optim=Optim(method='muon'),
+           masking=Masking(rate=0.3, replace_mask=1., replace_random=0., max_predictions=38),
+           model=Model(intermediate_size=2688, dropout=0., attention_dropout=0., layer_norm_eps=1e-5,
+                       bias=False, **_MODERN)),
     # Geiping and Goldstein (2022), arXiv 2212.14034: "bert-c5" trained with "bert-o3" at batch 4096, values
     # from their repository (JonasGeiping/cramming). Their inner 3072 are both halves of the gate. What theirs
     # has and ours has not: nbs/paper/appendix.ipynb.
-    Recipe('cramming', packing=Packing('stream'), optim=Optim(1e-3, eps=1e-12, clip=0.5),
-           schedule=Schedule(0.75), batch=Batch(4096, 128),
-           model=Model(16, 768, 12, 1536, dropout=0., attention_dropout=0., bias=False, decoder_bias=False,
-                       **_MODERN)),
+    Recipe('cramming', packing=Packing(mode='stream'), optim=Optim(lr=1e-3, eps=1e-12, clip=0.5),
+           schedule=Schedule(warmup=0.75), batch=Batch(micro_batch_size=128),
+           model=Model(num_layers=16, hidden_size=768, num_heads=12, intermediate_size=1536, dropout=0.,
+                       attention_dropout=0., bias=False, decoder_bias=False, **_MODERN)),
     # Portes et al. (2023), arXiv 2312.17482, values from mosaic-bert-base-uncased.yaml of their repository
     # (mosaicml/examples); the appendix has what differs. Their decay of 1e-5 is not multiplied by the rate,
     # and torch's is: at the peak of 5e-4, 0.02 is the same.
-    Recipe('mosaicbert', masking=Masking(0.3, 0.8, 0.1, 38), packing=Packing(short_seq_prob=0.),
-           optim=Optim(5e-4, weight_decay=0.02), batch=Batch(4096, 128),
-           model=Model(12, 768, 12, 3072, attention_dropout=0., **_MODERN)),
+    Recipe('mosaicbert', masking=Masking(rate=0.3, max_predictions=38), packing=Packing(short_seq_prob=0.),
+           optim=Optim(lr=5e-4, weight_decay=0.02), batch=Batch(micro_batch_size=128),
+           model=Model(**_BASE, intermediate_size=3072, attention_dropout=0., **_MODERN)),
 )}
 
 # %% ../../nbs/core/00_recipes.ipynb #1ef792ab

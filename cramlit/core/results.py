@@ -165,7 +165,7 @@ def _git(*args) -> str:
     "What git says in the checkout of this package; empty without git, and outside a checkout"
     here = Path(__file__).resolve().parents[2] if '__file__' in globals() else Path.cwd().parents[1]
     if not (here/'.git').exists(): return ''
-    own = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}  # a hook's name another checkout
+    own = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}  # a hook sets another checkout
     try: run = subprocess.run(['git', *args], cwd=here, capture_output=True, text=True, env=own)
     except OSError: return ''
     return run.stdout.strip() if run.returncode == 0 else ''
@@ -190,7 +190,7 @@ def _version(package: str) -> str:
 def provenance() -> dict:  # commit, dirty, versions, hardware
     "Where a number comes from; `dirty` says that the checkout was changed since, its figures aside"
     import torch
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0  # an old driver has some and none
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0  # with an old driver none is usable
     gpus = [torch.cuda.get_device_name(i) for i in range(found)]
     packages = ('cramlit', 'torch', 'transformers', 'tokenizers', 'datasets', 'numpy', 'scipy')
     changed = _git('status', '--porcelain', '--', ':/', ':(exclude,top)paper_figures')
@@ -237,7 +237,7 @@ def read_json_lines(
             rows.append(row)
     return rows
 
-LEFT_OUT = frozenset(('trials', 'superseded', 'poolings'))  # the last has rows of other stages again
+LEFT_OUT = frozenset(('trials', 'superseded', 'poolings'))  # the last repeats rows of other stages
 
 def read_rows(
     path: str|Path,  # a .jsonl file, or a folder to search for files named rows.jsonl

@@ -58,7 +58,7 @@ class Trials:
     grid_seeds: int = 1       # of each combination of the grid
     seeds: int = 3            # of each single choice
     tasks: tuple[str, ...] = ('mnli', 'qnli', 'sst2')  # fine-tuned after each run; the first ranks the grid
-    finetune: Finetune = Finetune((3,), (32,), (5e-5,), 1)
+    finetune: Finetune = Finetune(epochs=(3,), batch_sizes=(32,), lrs=(5e-5,), seeds=1)
     pairs: int = 0            # minimal pairs of each kind that are asked then, an even number; 0 = none
 
 # %% ../../nbs/core/01_scales.ipynb #8822b429
@@ -108,7 +108,8 @@ _TINY = (
     'corpus.max_documents=400', 'tokenizer.vocab_size=1024', 'packing.seq_len=32', 'model.num_layers=2',
     'model.hidden_size=64', 'model.num_heads=2', 'model.intermediate_size=256', 'model.max_positions=128',
     'validation.every=0.5', 'validation.max_sequences=128')
-_TINY_FINETUNE = Finetune((1,), (32,), (1e-3,), 2, max_length=64, max_train=128, max_eval=128)
+_TINY_FINETUNE = Finetune(epochs=(1,), batch_sizes=(32,), lrs=(1e-3,), seeds=2, max_length=64, max_train=128,
+                          max_eval=128)
 _TINY_TRIALS = Trials(
     steps=10, batch_sizes=(32, 64), lrs=(2e-3,), warmups=(.06,), lengths=(1., 2.), seeds=2, grid_seeds=2,
     tasks=('continuation',), finetune=replace(_TINY_FINETUNE, seeds=1))
@@ -134,14 +135,16 @@ _LAPTOP_MODERN = (
 # the mean of all states gave the pretrained 24hbert 4.6 points more than [CLS] at this scale (interval 2.0 to
 # 7.2), modern 2.8 (0.5 to 5.1); it serves all networks alike: paper_figures/laptop/appendix_poolings.csv
 _LAPTOP_FINETUNE = Finetune(
-    (5,), (32,), (1e-3,), 3, max_length=64, max_train=1000, max_eval=1000, pooling='mean')
+    epochs=(5,), batch_sizes=(32,), lrs=(1e-3,), seeds=3, max_length=64, max_train=1000, max_eval=1000,
+    pooling='mean')
 _LAPTOP_TRIALS = Trials(
-    30., 0, ('validation.every=0.2', 'validation.max_sequences=512', 'validation.stop_loss=6.6',
-             'validation.stop_after=0.5', 'checkpoint.every=0.5'),
-    (32, 64, 128), (1e-3, 2e-3, 4e-3), (0., .06), tasks=('continuation', 'review_polarity', 'verse_match'),
+    budget=30., batch_sizes=(32, 64, 128), lrs=(1e-3, 2e-3, 4e-3), warmups=(0., .06),
+    overrides=('validation.every=0.2', 'validation.max_sequences=512', 'validation.stop_loss=6.6',
+               'validation.stop_after=0.5', 'checkpoint.every=0.5'),
+    tasks=('continuation', 'review_polarity', 'verse_match'),
     finetune=replace(_LAPTOP_FINETUNE, epochs=(4,), seeds=1, max_train=500, max_eval=500))
 _LAPTOP_COMPARISON = Comparison(
-    90., seeds=5, lrs=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), ablation=1/2, spans=(1/3, 2/3, 4/3, 8/3),
+    budget=90., seeds=5, lrs=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3), ablation=1/2, spans=(1/3, 2/3, 4/3, 8/3),
     tasks=('sentence_rating', 'verse_match', 'review_polarity', 'continuation', 'acceptability'),
     sizes=((2, 64), (2, 96), (3, 128), (4, 192)), budgets=(1/6, 2/3, 8/3), pairs=400)
 _LAPTOP_SCALE = Scale(
@@ -166,14 +169,15 @@ _GPU_SCALE = Scale(
     per_recipe={'modern': ('model.intermediate_size=2048',),
                 'cramming': ('model.num_layers=16', 'model.intermediate_size=1536'),
                 'mosaicbert': ('batch.micro_batch_size=64',)},  # 128 take 11.8 GiB, others' 10.7 at most
-    budget=3600., processes=1, finetune=Finetune((3, 5), (32,), (5e-5, 8e-5), 3),
-    trials=Trials(600., 0, ('validation.stop_loss=7.5', 'validation.stop_after=0.5', 'checkpoint.every=0.1'),
-                  (1024, 2048, 4096), warmups=(0., .06)),
-    comparison=Comparison(1200.))
+    budget=3600., processes=1, finetune=Finetune(epochs=(3, 5), batch_sizes=(32,), lrs=(5e-5, 8e-5), seeds=3),
+    trials=Trials(
+        budget=600., batch_sizes=(1024, 2048, 4096), warmups=(0., .06),
+        overrides=('validation.stop_loss=7.5', 'validation.stop_after=0.5', 'checkpoint.every=0.1')),
+    comparison=Comparison(budget=1200.))
 
 _PAPER_SCALE = Scale(
     'paper', ('corpus.source=hub:wikimedia/wikipedia:20231101.en',),
-    finetune=Finetune(large=Grid((3, 5), (32,), (5e-5, 8e-5)), protocol='paper'))
+    finetune=Finetune(large=Grid(epochs=(3, 5), batch_sizes=(32,), lrs=(5e-5, 8e-5)), protocol='paper'))
 _REHEARSAL_SCALE = replace(
     _PAPER_SCALE, name='paper-rehearsal', budget=30., processes=8, suite='surrogate', finetune=_TINY_FINETUNE,
     overrides=_SMALL + _TINY + ('batch.global_batch_size=64', 'batch.micro_batch_size=4'), shapes=_TINY,
@@ -186,7 +190,7 @@ SCALES = {s.name: s for s in (_TINY_SCALE, _LAPTOP_SCALE, _EVENING_SCALE, _GPU_S
 
 # %% ../../nbs/core/01_scales.ipynb #74241e86
 def get_scale(
-    name: str,   # tiny | laptop | evening | gpu | paper
+    name: str,   # tiny | laptop | evening | gpu | paper | paper-rehearsal
 ) -> Scale:
     "A scale by name; raises `UsageError` with a guess when there is none"
     if name not in SCALES: raise unknown('scale', name, SCALES)

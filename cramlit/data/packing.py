@@ -40,8 +40,10 @@ def target_length(
     key: int,     # of a document's random choices
 ) -> int:         # tokens, [CLS] and [SEP] not counted
     "The full length or, in a few documents, one that is drawn from 2 … the full length"
-    full, (length, chance) = cfg.seq_len - 2, uniform(np.array([key], np.uint64), 2)[0]
-    return int(2 + length*(full - 1)) if chance < cfg.short_seq_prob else full
+    full = cfg.seq_len - 2
+    length, chance = uniform(np.array([key], np.uint64), 2)[0]  # both in [0, 1)
+    if chance >= cfg.short_seq_prob: return full
+    return int(2 + length*(full - 1))
 
 def paper_rows(
     pieces: list[list[int]],  # the token ids of a document's sentences
@@ -113,7 +115,7 @@ def write_shards(
     while len(a := _shard(rows, seq_len, ids, dtype)):
         path = folder/f'{split}-{len(files):05}.npy'
         with atomic(path, 'wb') as f:
-            np.save(SimpleNamespace(write=f.write), a)  # C would write to a file, and lose why it failed
+            np.save(SimpleNamespace(write=f.write), a)  # to a file C would write, and lose the error
         files.append(dict(name=path.name, rows=len(a), sha256=sha256(path)))
         tokens += int((a != ids['pad']).sum())
     return dict(rows=sum(f['rows'] for f in files), tokens=tokens, files=files)
@@ -416,7 +418,7 @@ def ruler_sequences(
     return islice(rows, RULER_SEQUENCES)
 
 def _ruler_of_older(folder: Path, manifest: dict) -> dict[str, np.ndarray]:
-    "The ruler of a folder that was prepared when there was none: from its hold-out and its tokenizer"
+    "The validation set of a folder that was prepared without one: from its hold-out and its tokenizer"
     tok, seq_len = load_tokenizer(folder/'tokenizer'), manifest['seq_len']
     rows = {half: ruler_sequences(folder, half, tok, seq_len) for half in HALVES}
     return {half: _shard(r, seq_len, manifest['special_ids'], np.int64) for half, r in rows.items()}
@@ -534,7 +536,7 @@ def unlike(
     recipe: Recipe,
     paths: Collection[str]|None = None,  # of the settings that count, such as `packing.seq_len`; None = all
 ) -> str:           # such as `packing.seq_len=128, the recipe has 64`; empty if there is none
-    "The first setting with which data was prepared that a recipe has not, its seed aside"
+    "The first setting of prepared data that differs from the recipe's, the seed aside"
     sources, plain = _read_sources(data.folder), Recipe()
     for part in _PARTS:
         for name, want in asdict(getattr(recipe, part)).items():
@@ -554,7 +556,7 @@ def as_prepared(
     recipe: Recipe,
     data: Data,
     settings: Iterable[str]|None = None,
-    # `path=value`, those that the user has set himself; None = what no scale gives the recipe
+    # `path=value`, set by the user; None = what differs from the named recipe at every scale
 ) -> Recipe:
     "A recipe with the text, the tokenizer and the packing of prepared data; `UsageError` if settings differ"
     own = _set_by_hand(recipe) if settings is None else {s.partition('=')[0].strip() for s in settings}

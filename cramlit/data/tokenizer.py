@@ -155,12 +155,17 @@ def load_tokenizer(
     if missing:
         raise CramlitError(f'the tokenizer in {folder} has no {missing} token, '
                            'which a masked language model needs')
+    shared = special_ids(tok)
+    twice = [name for name in ('pad', 'mask') if list(shared.values()).count(shared[name]) > 1]
+    if twice:
+        raise CramlitError(f'the tokenizer in {folder} uses its {twice[0]} token for another special token '
+                           'as well: give it one of its own')
     return tok
 
 def vocabulary_size(
     tok,       # a tokenizer
 ) -> int:      # one more than the highest id
-    "How many ids there are, those included that no entry has any more"
+    "How many ids there are, including those that no entry has any more"
     return max(len(tok), max(tok.get_vocab().values()) + 1)
 
 def padded_vocab(

@@ -124,7 +124,7 @@ def _tokenize(tok, examples: Examples, max_length: int) -> list[dict]:
     columns = tok(examples.first, examples.second, truncation=True, max_length=max_length, verbose=False)
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-KEPT = 3  # tokenised sets that a process remembers: those of MNLI, which is fine-tuned dozens of times
+KEPT = 3  # tokenized sets that a process remembers: those of MNLI, which is fine-tuned dozens of times
 _kept: dict[str, list[dict]] = {}
 
 def encode(
@@ -132,11 +132,12 @@ def encode(
     examples: Examples,
     max_length: int,  # tokens, both sentences together; the longer one is cut
 ) -> list[dict]:      # input_ids and what else the tokenizer gives, example by example; not to be changed
-    "Tokenize sentences or pairs without padding, those that this process had last not again"
+    "Tokenize sentences or pairs without padding; the last sets of this process are kept"
     backend = getattr(tok, 'backend_tokenizer', None)
     if backend is None: return _tokenize(tok, examples, max_length)  # a tokenizer that cannot be compared
     rules = json.loads(backend.to_str()) | dict(truncation=None, padding=None)  # these change with each use
-    text = json.dumps([rules, examples.first, examples.second, max_length])
+    given = type(tok).__name__, tok.model_input_names, tok.truncation_side
+    text = json.dumps([rules, given, examples.first, examples.second, max_length])
     key = hashlib.sha256(text.encode()).hexdigest()
     if key not in _kept:
         while len(_kept) >= KEPT: del _kept[next(iter(_kept))]

@@ -176,7 +176,7 @@ NOT_AVERAGED = ('wnli',)
 
 # %% ../../nbs/evaluation/40_glue.ipynb #635d21f1
 _MARKS = {codecs.BOM_UTF8: 'utf-8-sig',
-          codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',  # before UTF-16, whose begins alike
+          codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',  # first, as UTF-16's begins alike
           codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
 
 def _lines(path: Path) -> list[str]:

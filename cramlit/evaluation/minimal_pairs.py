@@ -40,7 +40,7 @@ def _changed(pair: Pair) -> tuple[str, str]:
     return next((a, b) for a, b in zip(pair.right.split(), pair.wrong.split(), strict=True) if a != b)
 
 def _balanced(pairs: list[Pair], n: int) -> list[Pair]:
-    "`n` pairs, of each two words as many in which the one is right as the other"
+    "`n` pairs; of two forms that are exchanged each is the right one equally often"
     by_word: dict[tuple[str, str], list[Pair]] = {}
     for pair in pairs: by_word.setdefault(_changed(pair), []).append(pair)
     both = [mates for (a, b), some in by_word.items() if a < b
@@ -119,7 +119,7 @@ def choices(
     tok,
     pairs: list[Pair],
 ) -> list[float]:    # 1 = the right sentence is likelier, 0 = the wrong one, 0.5 = neither
-    "Which sentence of each pair a network holds to be likelier"
+    "Which sentence of each pair a network finds likelier"
     found = list[float]()
     for pair in pairs:
         right, wrong = (pseudo_log_likelihood(model, tok, s) for s in (pair.right, pair.wrong))

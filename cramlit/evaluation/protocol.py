@@ -27,7 +27,7 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.parallel import BACKENDS, get_active_backend
 from tqdm import tqdm
 
-from ..core.devices import choose_precision, pick_device, take_gpu
+from ..core.devices import choose_precision, pick_device, take_gpu, threads
 from ..core.recipes import CramlitError, Interrupted, UsageError, digest, unknown
 from ..core.results import (
     atomic, cannot_write, note, provenance, read_json_lines, refuse_run, result_row, sha256, write_rows)
@@ -44,7 +44,7 @@ from ..model.stock_models import load_parts, weights_digest
 def jobs(
     task: Task,
     grid: Finetune,
-    seeds: int,   # a configuration
+    seeds: int,   # of each configuration
     variants: tuple[str, ...] = ('from-scratch', 'pretrained'),
     first: int = 0,  # seed
 ) -> list[Job]:
@@ -90,7 +90,8 @@ def on_free_gpu(
     more: dict,      # and what else, by name
 ):
     "Do something on a GPU that no other worker has meanwhile, or on the CPU"
-    if not torch.cuda.is_available(): return work(*args, **more)
+    if not torch.cuda.is_available():
+        with threads(1): return work(*args, **more)
     with take_gpu(Path(locks)):
         try: return work(*args, **more)
         finally:  # the next one on this GPU may be another process
@@ -192,6 +193,7 @@ def job_keys(
     padding = f'to the longest, grouped in pools of {POOL}'
     common = dict(rules=FINETUNING_VERSION, model=model_files(folder), precision=precision, padding=padding,
                   versions=versions)
+    if pick_device().type != 'cpu': common['device'] = pick_device().type
     data = {t.name: _sha256_of(asdict(t)) for t in tasks}
     return [common | dict(job=asdict(job), data=data[job.task]) for job in work]
 
@@ -274,7 +276,7 @@ def mnli_model(
     folder: Path,    # a stock transformers model with its tokenizer
     mnli: Task,
     grid: Finetune,
-    seeds: int,      # a configuration
+    seeds: int,      # of each configuration
     out: Path,       # results go to out/jobs, the model to a folder below out/mnli
 ) -> Path:           # its folder
     "The pretrained network after it has learned MNLI, as a stock model; one that is there is not made again"
@@ -302,7 +304,7 @@ def grid_work(
     task: str,      # its name
     examples: int,  # of its training set
     grid: Finetune,
-    seeds: int,     # a configuration
+    seeds: int,     # of each configuration
     variants: int = 2,  # networks that have the whole grid: from scratch and pretrained
 ) -> dict[str, int]:    # fine-tunings, optimizer steps, sequences trained on
     "The work of a task's grid"
@@ -314,7 +316,7 @@ def grid_work(
 
 def suite_work(
     grid: Finetune,
-    seeds: int = 0,  # a configuration; 0 = the grid's
+    seeds: int = 0,  # of each configuration; 0 = the grid's
 ) -> dict[str, dict[str, int]]:  # task → as `grid_work`
     "The work of GLUE under a grid and its protocol"
     first = MNLI_FIRST if grid.protocol == 'paper' else ()
@@ -455,7 +457,7 @@ def run_suite(
     folder: str|Path,   # a stock transformers model with its tokenizer
     tasks: list[Task],
     grid: Finetune,
-    seeds: int,         # a configuration
+    seeds: int,         # of each configuration
     out: str|Path,      # results go to out/jobs, rows to out/rows.jsonl
     ids: dict,          # what identifies the model in the rows
     protocol: str = 'plain',  # plain | paper
@@ -539,7 +541,7 @@ def evaluate(
     suite: str,            # surrogate | glue
     glue_dir: str = '',    # a local copy of GLUE; empty: the hub
     tasks: Iterable[str] = (),  # names; empty: all
-    seeds: int = 0,        # a configuration; 0 = the scale's
+    seeds: int = 0,        # of each configuration; 0 = the scale's
     protocol: str = '',    # plain | paper; '' = the scale's, and plain for the suite surrogate
 ) -> list[dict]:           # rows, also in out/rows.jsonl
     "Fine-tune a model on a suite under the protocol of a scale"
@@ -600,7 +602,7 @@ def submit(
     scale: Scale,         # whose grid
     to: str|Path,         # the zip
     glue_dir: str = '',   # a local copy of GLUE with its test sets; empty: the hub
-    seeds: int = 0,       # a configuration; 0 = the scale's
+    seeds: int = 0,       # of each configuration; 0 = the scale's
     examples: dict[str, int] = TEST_EXAMPLES,  # file → examples of its test set
     protocol: str = '',   # plain | paper; '' = the scale's
 ) -> list[dict]:          # rows of the evaluation, and one for each file: how many predictions, and whose

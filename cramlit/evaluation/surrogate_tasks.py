@@ -24,7 +24,7 @@ from ..data.tokenizer import sentences
 from .glue import Examples, Task
 
 # %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #5d73b01f
-HOLDOUT = 0.02    # of enwik8: what `tiny` and `laptop` never train on
+HOLDOUT = 0.02    # of enwik8: what all scales but `paper` hold out, and never train on
 VALIDATION = 0.2  # of the groups of a task
 
 Example = tuple[str, str, str|None, int|float]  # group, first, second, label
@@ -67,7 +67,7 @@ def rated_sentences(
 def only_words(
     text: str,
 ) -> str:  # its words in lower case
-    "What two copies of a text share whose punctuation and capitals differ"
+    "What copies of a text with other punctuation or capitals have in common"
     return ' '.join(re.findall(r'\w+', text.lower()))
 
 def review_polarity() -> Task:
@@ -94,7 +94,7 @@ _BIBLES = dict(  # version → sha256 of the wheel
 def bible_verses(
     version: str,     # web | asv
 ) -> dict[int, str]:  # book·10⁶ + chapter·10³ + verse → text
-    "One Bible, read as data out of its package: nothing of it is run"
+    "One Bible, read as data out of its package: none of its code is run"
     member = f'pythonbible_{version}/plain_text_readers_bible.py'
     path = fetch_member(f'pythonbible-{version}==0.0.2', _BIBLES[version], member, source=False)
     statements = ast.parse(path.read_text('utf-8')).body
@@ -180,7 +180,7 @@ def continuations(
     texts: list[list[Placed]],  # sentences in order, text by text
     prefix: str,                # of the names of the groups
 ) -> list[Example]:             # 0 = the next sentence, 1 = from the same text, 2 = from another
-    "Each sentence whose next one is there with one of three companions"
+    "Each sentence whose next one was kept, with a second one of three kinds"
     rng, rows = np.random.default_rng(1), list[Example]()
     long = [t for t in texts if len(t) >= 6]
     sides = [held_out_group(f'{prefix} {n}') for n in range(len(long))]

@@ -354,7 +354,7 @@ def beside_pretraining(
     out: Path,            # for results
     glue_dir: str,        # a local copy of GLUE; empty: the hub
 ) -> list[dict]:          # rows of headlines and pairs
-    "What pretrained networks are held against; measured once, and kept as trials are"
+    "What pretrained networks are compared with; measured once, and kept as trials are"
     s, place, found = get_scale(scale), out/'trials', list[dict]()
     tasks = load_tasks(s.suite, list(s.comparison.tasks), glue_dir)
     ids = dict(stage='trial', study='budgets', scale=scale, versus='', stopped='')

@@ -113,7 +113,7 @@ class Law:
         return self.E + self.A/N**self.a + self.B/D**self.b
 
 # %% ../../nbs/experiments/62_scaling.ipynb #954affda
-DELTA = 1e-3   # where Huber's measure turns from a square into a line, in log L
+DELTA = 1e-3   # where the Huber loss turns from a square into a line, in log L
 UNKNOWNS = 5
 
 def fit_law(

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'Trial', 'batch_settings', 'grid_trials', 'parse_grid', 'choices', 'choice_trials', 'Study', 'has_stock',
-           'trial_ids', 'threads', 'seconds_before', 'calibrate', 'train_trial', 'calibrated_rows', 'Curve',
-           'learning_curve', 'first_seed', 'trial_rows', 'trial_key', 'run_trial', 'signed', 'restore', 'run_trials',
+           'trial_ids', 'seconds_before', 'calibrate', 'train_trial', 'calibrated_rows', 'Curve', 'learning_curve',
+           'first_seed', 'trial_rows', 'trial_key', 'tidy', 'run_trial', 'signed', 'restore', 'run_trials',
            'trial_table', 'over_seeds', 'best', 'search']
 
 # %% ../../nbs/experiments/60_search.ipynb #3f3ecdc5
 import gc, hashlib, json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -23,9 +23,9 @@ import pandas as pd
 import torch
 from joblib import delayed
 
-from ..core.devices import choose_precision, pick_device
-from ..core.recipes import Checkpoint, Model, Optim, Recipe, Schedule, UsageError, Validation
-from ..core.recipes import digest, unknown
+from ..core.devices import choose_precision, pick_device, threads
+from ..core.recipes import (
+    Checkpoint, CramlitError, Model, Optim, Recipe, Schedule, UsageError, Validation, digest, unknown)
 from ..core.results import (
     atomic, locked, note, provenance, read_json_lines, read_rows, refuse_run, result_row, sha256, write_rows)
 from ..core.scales import Trials, get_recipe, get_scale
@@ -54,7 +54,7 @@ class Trial:
     seed: int
     data: Path|None = None    # its own prepared text; None = that of all the others
     versus: str = ''          # name of the trial it is compared with
-    steps: int = 0            # its own number of optimiser steps; 0 = the length that all have
+    steps: int = 0            # its own number of optimizer steps; 0 = the length that all have
 
     @property
     def all_settings(self) -> list[str]:  # those of all trials, its own, and the seed
@@ -115,7 +115,7 @@ def parse_grid(
 def choices(
     recipe: Recipe,
 ) -> dict[str, tuple[str, ...]]:  # name → settings
-    "What can be done otherwise, one change at a time"
+    "What can be changed, one choice at a time"
     m, batch = recipe.model, recipe.batch.global_batch_size
     after_each = 'model.norm=post', 'model.embedding_norm=true', 'model.first_norm=true'
     smaller = (f'model.num_layers={max(1, m.num_layers//2)}', f'model.num_heads={max(1, m.num_heads*3//4)}',
@@ -158,7 +158,7 @@ class Study:
     glue_dir: str = ''  # a local copy of GLUE; empty: the hub
 
     def steps(self, trial: Trial) -> int:  # 0 = by the clock
-        "How many optimiser steps a trial takes"
+        "How many optimizer steps a trial takes"
         return trial.steps or self.trials.steps
 
 def has_stock(
@@ -192,14 +192,6 @@ def _contestant(trial: Trial, study: Study) -> str:
                device.type, str(choose_precision(device).dtype))
     return digest(decides) + (f'-{study.nproc}' if study.nproc > 1 else '')
 
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    "So many threads of torch; 0 = as many as there are"
-    before = torch.get_num_threads()
-    torch.set_num_threads(n or before)
-    try: yield
-    finally: torch.set_num_threads(before)
-
 def seconds_before(
     trial: Trial,
     folder: Path,   # of its text
@@ -212,7 +204,7 @@ def seconds_before(
     return run.clock.spent
 
 def _time_steps(trials: dict[str, Trial], study: Study, turns: int) -> list[dict]:
-    "Rows with the seconds that a step of each contestant takes, and those before its first step"
+    "Rows with the seconds that a step of each contender takes, and those before its first step"
     device = pick_device()
     def contender(trial: Trial) -> Contender:
         data = open_data(trial.data or study.data)
@@ -221,7 +213,11 @@ def _time_steps(trials: dict[str, Trial], study: Study, turns: int) -> list[dict
     contenders = {f'{t.name} ({key})': partial(contender, t) for key, t in trials.items()}
     rows, shared = [], min(study.nproc, devices())  # GPUs that train one of them together
     with threads(1 if study.nproc == 1 else 0):  # as a trial has it
-        taken, _ = take_turns(contenders, device, turns)
+        try: taken, _ = take_turns(contenders, device, turns)
+        except torch.OutOfMemoryError:
+            scale = next(iter(trials.values())).scale
+            raise CramlitError('a micro-batch of these trials does not fit into the memory of this GPU: '
+                               f'lower batch.micro_batch_size at scale {scale}') from None
         for (key, trial), timings in zip(trials.items(), taken.values(), strict=True):
             values = [timing.step(shared=shared) for timing in timings]
             before = min(seconds_before(trial, trial.data or study.data) for _ in range(turns))
@@ -235,10 +231,10 @@ def _time_steps(trials: dict[str, Trial], study: Study, turns: int) -> list[dict
 def calibrate(
     trials: list[Trial],
     study: Study,     # its budget is what every trial has
-    path: Path,       # a file of rows; a contestant that is in it is not timed again
+    path: Path,       # a file of rows; a contender that is in it is not timed again
     turns: int = 7,
 ) -> list[Trial]:     # each with its number of steps
-    "Turn a budget of seconds into steps: time a step of every contestant, in turns"
+    "Turn a budget of seconds into steps: time a step of every contender, in turns"
     contestants = [_contestant(t, study) for t in trials]
     names = dict(zip(reversed(contestants), reversed(trials), strict=True))  # the first of each kind
     with locked(path.parent, wait=True):  # two studies that time at once would slow each other down
@@ -362,6 +358,7 @@ def trial_key(
     key: dict = dict(recipe=asdict(trial.recipe), data=sha256(data/'manifest.json'), budget=t.budget,
                steps=study.steps(trial), processes=study.nproc, rules=TRAINING_VERSION, versions=versions,
                precision=precision, finetune={})
+    if pick_device().type != 'cpu': key['device'] = pick_device().type
     if tasks:
         text = json.dumps([asdict(task) for task in tasks], sort_keys=True)
         versions = {p: provenance()['versions'][p] for p in ('transformers', 'tokenizers')}
@@ -369,6 +366,13 @@ def trial_key(
                                first_seed=first_seed(trial, study), versions=versions, **asdict(t.finetune))
         if t.pairs: key['finetune']['pairs'] = [t.pairs, PAIRS_VERSION]
     return json.loads(json.dumps(key))  # lists for tuples
+
+def tidy(
+    folder: Path,  # of a finished trial
+):
+    "Remove its checkpoints: the model stays, and the optimizer's state is larger"
+    kept = folder/'run'/'checkpoints'
+    if kept.exists(): remove_checkpoints(kept)
 
 def run_trial(
     trial: Trial,
@@ -380,11 +384,11 @@ def run_trial(
     def work():
         with threads(1 if study.nproc == 1 else 0):  # another number of threads gives other last digits
             save_result(folder.parent, key, lambda: dict(rows=trial_rows(trial, study, folder)))
-        kept = folder/'run'/'checkpoints'
-        if kept.exists(): remove_checkpoints(kept)  # the model stays; the optimizer's state is larger
+        tidy(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'log.txt', 'a', buffering=1, encoding='utf-8') as log, redirect_stderr(log):
-        return with_retry(f'{trial.name}, seed {trial.seed}', work)
+        why = with_retry(f'{trial.name}, seed {trial.seed}', work)
+        return why and f'{why} (its log: {folder/"log.txt"})'
 
 # %% ../../nbs/experiments/60_search.ipynb #82855ace
 def signed(
@@ -435,8 +439,9 @@ def run_trials(
     keys, missing = [trial_key(trial, study, tasks) for trial in trials], []
     for trial, key in zip(trials, keys, strict=True):
         pretrained, _ = find_result(place, key | dict(finetune={}))  # other tasks or rules need no other run
-        if not find_result(place, key)[1]:
-            missing.append(delayed(run_trial)(trial, study, pretrained.with_suffix(''), key))
+        folder = pretrained.with_suffix('')
+        if not find_result(place, key)[1]: missing.append(delayed(run_trial)(trial, study, folder, key))
+        elif (folder/'run'/'rows.jsonl').exists(): tidy(folder)  # it may have been killed before it could
     if known: note(f'of {len(trials)} trials {len(trials) - len(missing)} are known, here or from {KNOWN}')
     rows = []
     try: run_parallel(missing, len(trials), 'trials', one_by_one=study.nproc > 1)

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..core.devices import autocast, choose_precision, pick_device
+from ..core.devices import autocast, choose_precision, pick_device, threads
 from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash, unknown
 from ..core.results import atomic, locked, note, read_json_lines, result_row, write_rows
 from ..core.scales import get_scale
@@ -29,7 +29,7 @@ from ..data.packing import Data, open_data
 from ..efficiency.benchmark import Contender, make_setup, our_step, take_turns
 from ..evaluation.statistics import Difference, difference
 from .comparison import with_data
-from .search import Trial, run_trials, seconds_before, threads
+from .search import Trial, run_trials, seconds_before
 from ..model.stock_models import family, quiet
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #64a00006

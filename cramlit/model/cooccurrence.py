@@ -46,7 +46,7 @@ def positive_pmi(
     return torch.sparse_coo_tensor(index, pmi[kept], counts.shape, check_invariants=False).coalesce()
 
 # %% ../../nbs/model/23_cooccurrence.ipynb #23c0000d
-DENSE = 2**13  # tokens; up to here the whole matrix takes half a gigabyte, and its products less time
+DENSE = 2**13  # tokens; up to here the whole matrix takes half a gigabyte, and its products take less time
 
 def cooccurrence_embeddings(
     data: Data,  # prepared text
@@ -72,11 +72,14 @@ def cooccurrence_embeddings(
 # %% ../../nbs/model/23_cooccurrence.ipynb #23c00017
 TURNING = 6       # pairs of values that are turned the fastest
 SHARPNESS = 4.    # what each of them adds to the score of the neighbour, at most
+# the last three values of an embedding are set aside
+_MASK, _MINUS_MASK = -3, -2  # 1 and -1 in [MASK], so that its mean is 0; 0 in every other token
+_WORD = -1        # in every other token the root mean square of its values; 0 in [MASK]
 
 def look_at_neighbours(
     model: MaskedLM,  # with rotary positions; changed in place
 ):
-    "Let the first two heads of the first layer look at the word before a masked token and the one behind"
+    "Let two heads of the first layer attend from masked tokens to the token before and the one after"
     attention = model.blocks[0].attention
     H = attention.out.weight.shape[0]
     D = H//attention.num_heads
@@ -86,9 +89,9 @@ def look_at_neighbours(
     mark = (H/2)**.5  # what LayerNorm makes of a mark
     queries, keys, _ = attention.qkv.weight.view(3, attention.num_heads, D, H)
     for q, k, side in zip(queries, keys, (-1, 1), strict=False):  # the first two heads
-        q[:few, -3] = strength/mark*cos
-        q[D//2:D//2 + few, -3] = side*strength/mark*sin
-        k[:few, -1] = strength
+        q[:few, _MASK] = strength/mark*cos
+        q[D//2:D//2 + few, _MASK] = side*strength/mark*sin
+        k[:few, _WORD] = strength
 
 @torch.no_grad()
 def begin_with_counts(
@@ -97,14 +100,14 @@ def begin_with_counts(
     data: Data,       # the text that it will learn from
     seed: int,
 ):
-    "Put what counting tells into a network: embeddings, the decoder's bias, where the first layer looks"
+    "Set from counts: embeddings, the decoder's bias, and what the first layer attends to"
     rotary, spread = cfg.position == 'rotary', cfg.cooccurrence*cfg.initializer_range
     vectors, pairs = cooccurrence_embeddings(data, cfg.hidden_size - 3*rotary, seed)
     if rotary:
         length = vectors.square().mean(1, keepdim=True).sqrt()
-        vectors = torch.cat([vectors, torch.zeros(len(vectors), 2), length], 1)
+        vectors = torch.cat([vectors, torch.zeros(len(vectors), 2), length], 1)  # _MASK, _MINUS_MASK, _WORD
         mark = torch.zeros(cfg.hidden_size)
-        mark[-3], mark[-2] = 1, -1
+        mark[_MASK], mark[_MINUS_MASK] = 1, -1
         vectors[data.manifest['special_ids']['mask']] = mark
         look_at_neighbours(model)
         torch.nn.init.eye_(model.head.transform.weight)

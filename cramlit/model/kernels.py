@@ -70,7 +70,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         w = labels.clamp(min=0)[:, None]
         p = z.softmax(-1)
         log_sum_exp = z.amax(-1) - p.amax(-1).log()
-        ctx.p, ctx.dtype = p, logits.dtype  # p past `save_for_backward`: backward writes into it
+        ctx.p, ctx.dtype = p, logits.dtype  # p not by `save_for_backward`: backward writes into it
         ctx.save_for_backward(w, used)
         return torch.where(used, log_sum_exp - z.gather(1, w)[:, 0], 0.).sum()
 
@@ -87,5 +87,5 @@ def summed_cross_entropy(
     labels: Tensor,  # int64 [N]
     ignore: int,     # label of rows that do not count
 ) -> Tensor:         # a scalar, float32, nats
-    "The sum of the cross-entropies; its gradient takes no second table, and can be asked for once"
+    "The sum of the cross-entropies; its gradient takes no second table, and can be computed only once"
     return _SummedCrossEntropy.apply(logits, labels, ignore)

@@ -227,7 +227,7 @@ def _number(x) -> str:
     return 'unknown' if x is None else f'{x:,.0f}' if abs(x) >= 100 else f'{x:,.4g}'
 
 def _in_words(recipe: Recipe, init: str) -> dict[str, str]:
-    "What depends on the architecture and the optimiser"
+    "What depends on the architecture and the optimizer"
     modern, o = recipe.model.position == 'rotary', recipe.optim
     rates = f'rises to {_number(o.lr)}'
     untrained = 'angles it has not seen' if modern else 'position embeddings that are still random'

@@ -252,7 +252,7 @@ def write_bench(
 
 # %% ../../nbs/reporting/74_speed.ipynb #74c0a002
 ABOUT = ('check', 'shape', 'recipe', 'micro_batch_size', 'variant', 'form', 'padded', 'precision', 'dtype',
-         'cap_gib', 'phase', 'ranks', 'way', 'part', 'after')  # fields that tell rows apart
+         'cap_gib', 'phase', 'ranks', 'way', 'part', 'after')  # fields in which rows differ
 
 def table_gpu(
     rows: list[dict],  # of `tests/gpu_check.py`

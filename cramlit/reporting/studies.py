@@ -357,7 +357,7 @@ def figure_by_time(
         for i, curve in enumerate(mine):
             seconds, losses = [s/size for s, _ in curve.points], [loss for _, loss in curve.points]
             ax.plot(seconds, losses, linestyle=style, lw=.8, color=colour, label='' if i else name)
-            if name != first: ax.plot(reached(curve, mark)*seconds[-1], mark, 'v', ms=5, color=colour)
+            if name != first: ax.plot(reached(curve, mark)*curve.budget/size, mark, 'v', ms=5, color=colour)
     ax.axhline(mark, lw=.8, color='0.6')
     draw_unigram(ax, entropies, dict(zip(curves, cycle(COLOURS), strict=False)))
     low, high = min(loss for _, loss in points) - .1, max(*entropies.values(), mark) + .3
@@ -426,8 +426,8 @@ def write_tuning(
             for (axis, listed), names in searched.items()]
     lowest = t.groupby('recipe', sort=False).tuning_loss.min()  # of the half that is for choices, as all here
     notes = [f'As many tries for each recipe, one seed, {seconds} s each (median), as steps timed '
-             'beforehand. Losses are of the half of the held-out text that is for choices; nothing of this '
-             'table is of the other half.', f'Space: {"; ".join(each)}.',
+             'beforehand. Losses are of the half of the held-out text that is for choices; of '
+             'the other half is the unigram baseline alone.', f'Space: {"; ".join(each)}.',
              *by_hand(list(lowest.index), mine[0]['scale']),
              *on_plateau(lowest, t.unigram_entropy[0], 'with the best of their tries'), *stopped_early(t)]
     if edges: notes.insert(2, f'At the edge, and perhaps better outside: {", ".join(edges)}.')
@@ -501,7 +501,7 @@ def budgets_table(
         line['average, %'] = mean_and_deviation(group.average, 1)
         for versus, title in ((f'{group.recipe.iloc[0]}, from scratch', 'from scratch'),
                               ('bag-of-words', 'bag-of-words')):
-            cells = dict.fromkeys((f'less {title}', f'95 % interval, {title}'), '')
+            cells = dict.fromkeys((f'minus {title}', f'95 % interval, {title}'), '')
             if name in set(trained.trial):
                 found = against(t, [(name, versus)], 'average')
                 told = difference_cells(found, f'{name} against {versus}', 1)
@@ -763,12 +763,14 @@ def write_race(
     goal, seconds = target(first), f'{TRACKS[track].seconds:g} s'
     seeds = ', '.join(f"{r['value']:.3f}" for r in first if r['metric'] == 'validation_loss')
     clock = next(r for r in first if r['metric'] == 'seconds_per_step')
+    timed = ', '.join(sorted({r['commit'] for r in rows if r['metric'] == 'seconds_per_step'}))
     records, rejected = race_tables(entries, rows, verdict)
     notes = [f'Target: {goal:.2f} nats, the mean of the first entry. Its seeds ended at {seeds}; the 95 % '
              f'interval of their mean is {v.loss_low:.2f} to {v.loss_high:.2f}. A record is shown to be '
              'below the number. Whether it is as good as the first entry is another test, *p, first*.',
              f'Loss: mean ± standard deviation of {len(SEEDS)} seeds or more. Seconds: median over turns of '
-             'the clock, with the 95 % interval of their mean.',
+             f'the clock, with the 95 % interval of their mean, all at commit {timed}; *commit* is that of '
+             'the losses.',
              'p, all one-sided: *target*, that the loss is not below the target; *record*, that the time is '
              f'not below that of the record before; a record has both below {LEVEL:g}. *first*: that the '
              "loss is not below that of the first entry's seeds, by Welch's test, which no rule asks for."]

@@ -88,7 +88,8 @@ def shown(
     if 'spread_low' not in row: return value
     ends = [text(row['spread_low']), text(row['spread_high'])]
     if row.get('seeds', 1) < 2 and ends == [text(row['value'])]*2: return value  # nothing to add
-    return f'{value} ({"–".join(ends)})'
+    between = ' to ' if any(end.startswith('-') for end in ends) else '–'
+    return f'{value} ({between.join(ends)})'
 
 # %% ../../nbs/reporting/70_tables.ipynb #79ea7941
 _IN_LATEX = {'≈': r'$\approx$', 'ρ': r'$\rho$', '−': '$-$', '–': '--', '†': r'$\dagger$', '‡': r'$\ddagger$',
@@ -167,7 +168,7 @@ def _model(row: dict) -> tuple: return row['recipe'], row.get('pretraining_seed'
 def model_names(
     rows: list[dict],    # of fine-tuning
 ) -> dict[tuple, str]:   # recipe, pretraining seed, weights → name
-    "A name for each model: its recipe, and what tells it from other models of that recipe"
+    "A name for each model: its recipe, and what distinguishes it from others of that recipe"
     models = {_model(r) for r in rows}
     names = {}
     for model in models:
@@ -257,7 +258,7 @@ def gain_from_pretraining(
     mine = found[(found.model == model) & (found.versus == versus)]
     if mine.empty: return f'{model}: no task has scores of both the pretrained network and {versus}.'
     known = {'better': (mine.p < .05) & (mine.change > 0), 'worse': (mine.p < .05) & (mine.change < 0)}
-    known['not told apart'] = mine.p.notna() & ~known['better'] & ~known['worse']
+    known['not significant'] = mine.p.notna() & ~known['better'] & ~known['worse']
     known['not tested'] = mine.p.isna()
     said = [f'{word} on {", ".join(mine.task[which])}' for word, which in known.items() if which.any()]
     return f'{model}, pretrained against {versus}: {"; ".join(said)}.'
@@ -290,8 +291,8 @@ def standard_errors(
 
 # %% ../../nbs/reporting/70_tables.ipynb #e132b7f0
 _BEST = ('Median over seeds of the best configuration, lowest and highest seed in parentheses, percent. The '
-         'configuration was chosen on the validation set that is reported, which flatters every network, '
-         'those that scatter more the more.')
+         'configuration was chosen on the validation set that is reported, which raises every score, most '
+         'for networks whose seeds scatter most.')
 _ONLY = ('Median over seeds, lowest and highest in parentheses, percent. One configuration for all networks: '
          'epochs, rate and pooling of this scale were chosen by hand, on validation sets like these.')
 _AVERAGE = 'In the average a task counts once, as the mean of its metrics and validation sets.'

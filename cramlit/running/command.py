@@ -325,7 +325,7 @@ COMMANDS = {f.__name__: f for f in
              verify)}
 
 # %% ../../nbs/running/81_command.ipynb #969d2d3d
-_ABOUT = ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part', 'phase')  # what tells rows apart
+_ABOUT = ('recipe', 'task', 'variant', 'split', 'trial', 'best_by', 'part', 'phase')  # in which rows differ
 
 def _about(row: dict, names: Iterable[str] = _ABOUT) -> str:
     return ' '.join(str(row[k]) for k in names if row.get(k))
@@ -404,7 +404,7 @@ def _next(name: str, given: dict) -> list[str]:
         run = Path(g['model']).parent
         lines = [f'the scores are in {out}/rows.jsonl']
         if not (run/'run.json').exists(): return lines
-        return [*lines, call('export', '--run', run, '--scores', out, '--to', 'gift')]
+        return [*lines, call('export', '--run', run, '--scores', out, '--to', 'my-bert')]
     if name == 'export':
         use = f"from transformers import pipeline; pipeline('fill-mask', {g['to']!r})"
         return [f"the model is in {g['to']}", f'next, in Python: {use}']

@@ -225,6 +225,12 @@ def _question(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
     if STAGES[stage].timed: asked['hardware'] = provenance()['hardware']
     return asked
 
+def _listing(folder: str) -> str:
+    "A digest of the names, sizes and times of a folder's files"
+    files = sorted(path for path in Path(folder).rglob('*') if path.is_file())
+    about = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in about])
+
 def _depends(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
     "All that a stage's result depends on: the question, the scale, libraries, code, and the stages before it"
     found = _question(ws, stage, recipe) | provenance()['versions']
@@ -233,12 +239,17 @@ def _depends(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
     for n in STAGES[stage].needs:
         for r in ws.recipes_of(stage, recipe): found[_label(n, r)] = digest(_depends(ws, n, r))
     glue = get_scale(ws.scale).suite == 'glue' and STAGES[stage].labelled
-    if glue: found['GLUE'] = ws.glue_dir or 'the hub'
+    if glue: found['GLUE'] = f'{ws.glue_dir}, {_listing(ws.glue_dir)}' if ws.glue_dir else 'the hub'
     if stage in ('table4_glue', 'budgets'):  # what they show where it is there
         submitted, reference = ws.figures/'submitted.csv', ws.folder('reference')/'rows.jsonl'
         if submitted.exists(): found[submitted.name] = sha256(submitted)  # a user's scores from the server
         if reference.exists(): found['reference'] = sha256(reference)
     return found
+
+def _same(a: dict, b: dict) -> bool:
+    "Are these equal, with the recipes in one order? The first one is what the others are compared with"
+    recipes = [[name for name in x if name.startswith('recipe ')] for x in (a, b)]
+    return a == b and recipes[0] == recipes[1]
 
 def _label(stage: str, recipe: str) -> str:
     return f'{stage} {recipe}' if STAGES[stage].recipes == 'each' else stage
@@ -257,7 +268,7 @@ def _sums(ws: Workspace, stage: str) -> dict[str, str]:
 def _is_done(ws: Workspace, stage: str, recipe: str = '') -> bool:
     "Has this stage ended, and is everything it depends on still the same?"
     note = _note(ws.folder(stage, recipe))
-    return (note.get('done', False) and note.get('depends') == _depends(ws, stage, recipe)
+    return (note.get('done', False) and _same(note.get('depends', {}), _depends(ws, stage, recipe))
             and note.get('made') == _sums(ws, stage))
 
 # %% ../../nbs/running/80_pipeline.ipynb #a1b2c306
@@ -277,8 +288,8 @@ def _run_stage(ws: Workspace, stage: str, recipe: str = ''):
     "Run a stage's notebook, on top of what an earlier run of the same question has finished"
     folder, asked, needs = ws.folder(stage, recipe), _question(ws, stage, recipe), _depends(ws, stage, recipe)
     note = _note(folder)
-    if note.get('question') != asked:
-        _move_aside(ws, stage, recipe)
+    if note.get('question') != asked and not (note and STAGES[stage].recipes == 'all'):
+        _move_aside(ws, stage, recipe)  # what a stage keeps of all recipes is kept by content, and stays
         note = {}
     before = note.get('depends', needs)
     changed = [name for name in before | needs if before.get(name) != needs.get(name)]

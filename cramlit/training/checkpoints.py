@@ -118,7 +118,7 @@ def remove_checkpoints(
 def settle(
     folder: str|Path,  # where the checkpoints of a run are
 ):
-    "End what a killed process has begun: what is half-written goes, what replaces takes its place"
+    "Finish what a killed process began: half-written checkpoints go, replacements take their place"
     folder = Path(folder)
     for stale in folder.glob('.step-*.tmp'):
         if re.fullmatch(r'\.step-\d{8,}(\.old)?\.tmp', stale.name) and _only_ours(stale):
@@ -131,7 +131,7 @@ def write_checkpoint(
     folder: str|Path,    # where the checkpoints of a run are
     tensors: dict[str, dict[str, Tensor]],  # as `tensors_of` gave them
     state: dict,         # JSON-able; must hold `step`
-    keep: int = 2,       # the newest so many stay, so that a damaged one has one before it
+    keep: int = 2,       # how many of the newest stay, so that a damaged one has one before it
 ) -> Path:               # the new checkpoint, folder/step-00000123
     "Write a checkpoint completely or not at all; on a full disk raises `CramlitError` and keeps the old ones"
     folder = Path(folder)
@@ -140,7 +140,7 @@ def write_checkpoint(
     try:
         settle(folder)
         _write(tmp, tensors, state)
-        # of a step that is taken again there are two for a moment, and the new one comes last in order
+        # of a repeated step there are two for a moment, and the new one comes last in order
         os.replace(tmp, folder/f'{name}.new' if final.exists() else final)
         sync_folder(folder)
         settle(folder)
@@ -166,7 +166,7 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer|None,  # None = weights only
         state: dict,        # JSON-able; must hold `step`
-        keep: int = 2,      # the newest so many stay
+        keep: int = 2,      # how many of the newest stay
     ):
         "Copy what is to be saved, and write the copy in the background; raises what went wrong last time"
         self.wait()
@@ -311,7 +311,9 @@ def _move(entries: list[Path], to: Path):
 
 def _publish(part: Path, to: Path):
     "Move a complete export to its place, and an earlier one that differs into `superseded/`"
-    new = sorted(part.iterdir(), key=lambda p: p.name == 'config.json')  # last: without it there is no model
+    def rank(path):  # last what makes a model of them, first what says whose they are
+        return path.name == 'config.json', path.name != 'cramlit.json'
+    new = sorted(part.iterdir(), key=rank)
     missing, old = [p for p in new if not (to/p.name).exists()], _contents(to)
     if all(p in missing or sha256(to/p.name) == sha256(p) for p in new): return _move(missing, to)
     aside = set_aside([], to)

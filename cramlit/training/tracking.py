@@ -113,7 +113,7 @@ class Tracker:
         self,
         name: str,     # one of TRACKERS; '' = none
         out: Path,     # the run's folder
-        config: dict,  # what the tracker shall know of the run
+        config: dict,  # what the tracker is told about the run
     ):
         self.name, self.seen, self.opened = name, _last_step(out), None
         if name: self.opened = self._try(TRACKERS[name], out, _tracked_name(out), config | provenance())
@@ -175,7 +175,7 @@ def predict(
     precision: Precision,
     top: int = 3,
 ) -> tuple[Tensor, Tensor]:  # probabilities and tokens [B, K, top]
-    "The likeliest tokens for each masked position; dropout is off meanwhile"
+    "The likeliest tokens for each masked position, without dropout"
     training = model.training
     model.eval()
     with autocast(batch.input_ids.device, precision):

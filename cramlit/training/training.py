@@ -10,7 +10,7 @@ __all__ = ['RUN_FORMAT', 'TRAINING_VERSION', 'STATE', 'LOGS', 'PATIENCE', 'Run',
            'pretrain_in']
 
 # %% ../../nbs/training/36_training.ipynb #2f299dc1
-import hashlib, json, math, sys
+import hashlib, json, math, os, sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -37,8 +37,8 @@ from ..model.cooccurrence import begin_with_counts
 from ..model.encoder import MaskedLM
 from .checkpoints import Saver, checkpoints, find_damage, newest_whole
 from .checkpoints import read_checkpoint, settle
-from .distributed import Gradients, World, catch_stop_signals, join_world, keep_share
-from .distributed import launch, step_together, whole_state
+from .distributed import AFTERWARDS, Gradients, World, catch_stop_signals, join_world
+from .distributed import keep_share, launch, step_together, whole_state
 from .memory import choose_micro_batch
 from .optimizers import make_optimizer, set_lr
 from .schedule import Clock, lr_factor, parse_budget
@@ -62,9 +62,10 @@ class Run:
     sequences: int = 0   # in the batches of these steps
     tokens: int = 0      # in these sequences, padding not counted
     skipped: int = 0     # steps not taken because the gradient was NaN or inf
-    in_a_row: int = 0    # of those, how many just now
+    in_a_row: int = 0    # of those, how many just now, one after the other
     done: float = -1.    # fraction of the budget up to which evaluations and milestones are made; 1 = all
     stopped: str = ''    # why the run was stopped early; '' = it was not
+    asked_to_stop: bool = False  # by a signal, when the last step was done
     init: str = ''       # `fingerprint` of the weights it starts from; '' = random ones
     micro_batch_size: int = 0  # sequences, chosen where the recipe leaves it open; 0 = the recipe's
     listeners: list[Callable[[dict], None]] = field(default_factory=list)  # called with each line of the log
@@ -186,7 +187,7 @@ def validate(
     world: World,         # the processes that share the work
     ruler: str = 'tune',  # tune | report | paper
 ) -> float:               # mean cross-entropy of the masked tokens, nats
-    "The loss on held-out text; dropout is off meanwhile"
+    "The loss on held-out text, without dropout"
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, predictions
     for batch in islice(validation_batches(data, recipe, ruler), world.rank, None, world.size):
@@ -350,7 +351,7 @@ def resume(
         run.clock.spent, run.clock.reserve = state['spent'], state['reserve']
         state.setdefault('done', min(run.clock.fraction(state['step']), .9999))  # at 1 a run has ended
         for k in STATE: setattr(run, k, state[k])
-        if state['scaler']: scaler.load_state_dict(state['scaler'])  # a card before may have needed none
+        if state['scaler']: scaler.load_state_dict(state['scaler'])  # an earlier GPU may have needed none
     if not run.world.main: return
     for path in (run.out/name for name in LOGS if (run.out/name).exists()):
         lines = read_json_lines(path, True, ['step']) if state else []  # a kill may have cut the last one
@@ -416,7 +417,7 @@ def _first_evaluation(run: Run, model: MaskedLM, evaluate: Callable[[str], float
     began, fraction = clock.now(), clock.fraction(run.step)
     loss = evaluate('tune')
     sequences = {ruler: len(validation_rows(run.data, recipe, ruler)) for ruler in RULERS}
-    others = (clock.now() - began)*(sum(sequences.values())/sequences['tune'] - 1)  # the other rulers' time
+    others = (clock.now() - began)*(sum(sequences.values())/sequences['tune'] - 1)  # time of the other two
     if fraction < 1 and passes_multiple(run.done, fraction, recipe.validation.every):
         run.log(validation_loss=loss)
         if run.step: run.stopped = run.stopped or should_stop_early(loss, fraction, recipe, evaluate)
@@ -466,10 +467,7 @@ def train(
     keep_share(grads, optimizer)
     torch.cuda.empty_cache()  # the memory of others' shares, which were read too
     if world.device.type == 'cuda' or form == 'compiled':
-        try: warm_up(micro, recipe, grads)
-        except torch.OutOfMemoryError:
-            raise CramlitError(f'micro-batches of {recipe.batch.micro_batch_size} sequences do not fit into '
-                               'the memory of this GPU: -o batch.micro_batch_size=0 finds how many') from None
+        warm_up(micro, recipe, grads)
     fraction = _first_evaluation(run, model, evaluate, save)
     with progress_bar(run, log_every) as report, catch_stop_signals(run.out/'stop') as stop_requested:
         while fraction < 1 and not run.stopped:
@@ -485,7 +483,7 @@ def train(
             if hook: micro = micro_step(model, now, precision, scaler, grads, 'eager', hook.loss, fraction)
             accumulate(micro, batches, grads)
 
-            # sums: everyone's gradients, loss, counts and wish to stop, and the main clock
+            # sums: all processes' gradients, loss, counts and stop requests, and the main clock
             here = sum(batch.tokens for batch in batches)
             loss, seconds, stop, tokens = grads.all_reduce(clock.seconds, stop_requested(), here)
             norm = update(grads, optimizer, scaler, recipe.optim.clip)
@@ -502,7 +500,7 @@ def train(
             if stop:
                 save()
                 run.saver.wait()
-                if world.main: (run.out/'stop').unlink(missing_ok=True)  # the wish is fulfilled
+                if world.main: (run.out/'stop').unlink(missing_ok=True)  # the request is fulfilled
                 raise Interrupted(f'stopped after step {run.step} and saved. '
                                   f'The same command goes on from there: {run.out}')
 
@@ -525,6 +523,7 @@ def train(
             run.log(validation_loss=losses['tune'], **(dict(stopped=run.stopped) if run.stopped else {}))
         save()
         run.saver.wait()
+        run.asked_to_stop = stop_requested()
     return losses
 
 # %% ../../nbs/training/36_training.ipynb #26f036d7
@@ -532,7 +531,7 @@ def should_stop_early(
     loss: float,      # validation loss, nats
     fraction: float,  # of the budget spent
     recipe: Recipe,   # its `validation.stop_loss` and `stop_after`
-    evaluate: Callable[[str], float],  # by a ruler; the paper's is the one that `stop_loss` is meant by
+    evaluate: Callable[[str], float],  # by a ruler; `stop_loss` is compared with the paper's
 ) -> str:             # the reason to stop; '' to go on
     "Is there no hope for this run?"
     v = recipe.validation
@@ -612,7 +611,7 @@ def pretrain(
         run = Run(as_prepared(recipe, prepared), prepared, Path(out), Clock(seconds, steps), scale, world,
                   init=fingerprint(weights) if weights else '')
         check_run(run)
-        provenance()  # is remembered; whatever could fail in it fails before anything is paid for
+        provenance()  # is cached; whatever could fail in it fails before anything is paid for
         with locked(run.out) if world.main else nullcontext():
             if world.main: acquire_run_dir(run)
             world.broadcast(0.)  # the others wait here until the folder is the run's own
@@ -622,7 +621,7 @@ def pretrain(
 def shared_precision(
     world: World,
 ) -> Precision:
-    "What the main process multiplies in, in all processes"
+    "The main process's precision, in all processes"
     mine, formats = choose_precision(world.device), (torch.float32, torch.bfloat16, torch.float16)
     said = formats[int(world.broadcast(formats.index(mine.dtype)))]
     return mine if mine.dtype == said else Precision(said, 'rank 0 has chosen it')
@@ -631,13 +630,13 @@ def begin(
     run: Run,         # a new one; its clock is set forward by what this takes
     model: MaskedLM,  # changed in place
 ):
-    "Begin with what counting tells instead of random weights, the same in every process"
+    "Begin with weights set from counts instead of random ones, the same in every process"
     began = run.clock.now()
     if run.world.main: begin_with_counts(model, run.recipe.model, run.data, run.recipe.seed)
     for p in model.parameters():
         if not run.world.main: p.data.zero_()
         run.world.all_reduce(p.data)
-    run.clock.spent += run.clock.now() - began
+    run.clock.spent = run.world.broadcast(run.clock.spent + run.clock.now() - began)
 
 def go_on(
     run: Run,             # its folder is its own
@@ -665,8 +664,14 @@ def go_on(
     with Tracker(track if world.main else '', run.out, run.identity()) as tracker:
         if world.main:
             run.listeners += [prediction_writer(run.out, run.data, recipe, model, precision), tracker]
-        rows = result_rows(run, train(run, model, precision, hook), precision)
+        try: losses = train(run, model, precision, hook)
+        except torch.OutOfMemoryError:
+            raise CramlitError(f'micro-batches of {size} sequences do not fit into the memory of this GPU: '
+                               '-o batch.micro_batch_size=0 finds how many') from None
+        rows = result_rows(run, losses, precision)
     if world.main: write_rows(run.out/'rows.jsonl', rows)
+    if run.asked_to_stop and 'TORCHELASTIC_RUN_ID' not in os.environ:  # there its parent has to stop
+        raise Interrupted(f'{run.out} had just been finished. {AFTERWARDS}')
     return rows
 
 # %% ../../nbs/training/36_training.ipynb #48092cbd
