@@ -39,6 +39,7 @@ from cramlit.reporting.studies import (
     figure_budgets,
     figure_by_time,
     figure_schedules,
+    same_seeds,
     unigram_baselines,
     write_budgets,
     write_comparison,
@@ -319,6 +320,19 @@ def test_others_are_compared_with_the_first_recipe_whichever_of_its_tries_diverg
             for name, trial, x in tries]
     assert list(tuned_settings(rows).items()) == [('a', ('slower',)), ('b', ('as it is',))]
     with pytest.raises(CramlitError, match='no try gave a a finite loss'): tuned_settings(rows[:2])
+
+
+def test_networks_that_share_their_seeds_of_fine_tuning_are_named():
+    def rows(trial, *first):
+        for seed, n in enumerate(first):
+            about = dict(trial=trial, seed=seed, settings=[])
+            if n is not None: yield dict(metric='validation_loss', key=dict(finetune=dict(first_seed=n)), **about)
+            yield dict(metric='headline', **about)
+    own, shared, old, one = rows('a', 0, 3), rows('b', 0, 3, 0), rows('c', None, None), rows('d', None)
+    note, = same_seeds([*own, *shared, *old, *one])
+    assert note.startswith('All seeds of pretraining of b; c were fine-tuned with the same seeds')
+    assert same_seeds([*rows('c', None, None)])[0].startswith('All seeds of pretraining were')
+    assert not same_seeds([*rows('a', 0, 3), *rows('b', 0, 0)], trials=['a'])
 
 
 def test_rows_without_curves_are_refused_in_a_sentence():

@@ -293,12 +293,15 @@ def test_a_second_ctrl_c_leaves_no_worker_behind_in_a_step_that_does_not_end(tex
     torchrun, = children_of(process.pid)
     workers = children_of(torchrun)
     os.kill(workers[0], signal.SIGSTOP)
-    for _ in range(2):
+    try:
         process.send_signal(signal.SIGINT)
-        time.sleep(.5)
-    process.communicate(timeout=PATIENCE)
-    assert process.returncode != 0 and len(workers) == 2
-    wait(lambda: not any(alive(pid) for pid in workers))
+        wait(lambda: (tmp_path/'run'/'stop').exists())
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+        assert process.returncode != 0 and len(workers) == 2
+        wait(lambda: not any(alive(pid) for pid in workers))
+    finally:
+        for pid in filter(alive, workers): os.kill(pid, signal.SIGKILL)
 
 
 def free_port():

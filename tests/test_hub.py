@@ -140,18 +140,21 @@ def test_an_export_that_was_killed_on_its_way_is_made_again(run, data, tmp_path,
     "After any number of files have come to their place"
     real, tokenizer = os.rename, data/'tokenizer'
     names = {p.name for p in export_run(run, tokenizer, tmp_path/'whole').iterdir()}
-    for n in range(1, len(names)):
-        to, moved = tmp_path/f'{n}', []
+    for n in range(1, 2*len(names)):
+        to, moved, least = tmp_path/f'{n}', [], n % len(names)
+        if n >= len(names):  # beside an earlier one, which goes aside first
+            shutil.copytree(tmp_path/'whole', to)
+            for p in to.iterdir(): p.write_bytes(p.read_bytes() + b' ')
 
-        def killed(a, b, n=n, to=to, moved=moved):
-            if Path(b).parent == to:
-                if len(moved) == n: raise KeyboardInterrupt
+        def killed(a, b, least=least, to=to, moved=moved):
+            if to in (Path(a).parent, Path(b).parent):
+                if len(moved) == least: raise KeyboardInterrupt
                 moved.append(b)
             real(a, b)
         monkeypatch.setattr(checkpoint.os, 'rename', killed)
         with pytest.raises(KeyboardInterrupt): export_run(run, tokenizer, to)
         monkeypatch.setattr(checkpoint.os, 'rename', real)
-        assert {p.name for p in export_run(run, tokenizer, to).iterdir()} == names
+        assert {p.name for p in export_run(run, tokenizer, to).iterdir()} - {'superseded'} == names
 
 
 def change_config(m, **changes):

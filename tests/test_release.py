@@ -16,8 +16,8 @@ from conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = '''datasets pyarrow joblib pandas sklearn scipy tabulate matplotlib plotext papermill nbclient
-    jupyter_client IPython psutil trackio tensorboard wandb nbdev sphinx'''.split()
-HEAVY = ['torch', 'transformers', 'tokenizers', 'numpy', 'rich', 'fastcore', *EXTRAS]
+    jupyter_client IPython trackio tensorboard wandb nbdev sphinx'''.split()
+HEAVY = ['torch', 'transformers', 'tokenizers', 'numpy', 'rich', 'fastcore', 'psutil', *EXTRAS]
 WITHOUT_TORCH = '''core.recipes core.results core.scales core.randomness data.corpus data.tokenizer
     data.masking data.packing evaluation.glue evaluation.surrogate_tasks training.schedule
     running.pipeline running.command'''.split()

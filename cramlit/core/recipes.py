@@ -136,7 +136,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Batch:
-    "Sequences an optimiser step, and how many of them are in memory at a time"
+    "Sequences an optimizer step, and how many of them are in memory at a time"
     global_batch_size: int = limited(4096, at_least=1)  # 4096 = 32 a GPU · 8 GPUs · 16 accumulation steps
     micro_batch_size: int = limited(32, at_least=0)  # 0 = the largest that fits and divides a process's share
 

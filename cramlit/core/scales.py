@@ -49,7 +49,7 @@ class Finetune:
 class Trials:
     "Pretraining runs that are compared with one another: a grid, and single choices"
     budget: float = 24*3600.  # seconds each, turned into steps before the first
-    steps: int = 0            # optimiser steps instead; 0 = by the clock
+    steps: int = 0            # optimizer steps instead; 0 = by the clock
     overrides: tuple[str, ...] = ()  # what all of them change in the scale's recipe
     batch_sizes: tuple[int, ...] = (4096, 8192, 16384)
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
@@ -66,7 +66,7 @@ class Trials:
 class Comparison:
     "Recipes compared at equal budget, and the ablation that leads from one to another"
     budget: float = 24*3600.  # seconds each, turned into steps before the first
-    steps: int = 0            # optimiser steps instead; 0 = by the clock
+    steps: int = 0            # optimizer steps instead; 0 = by the clock
     seeds: int = 3            # of each recipe
     recipes: tuple[str, ...] = ()  # that are compared beside those that are asked for
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)  # peaks that every recipe is searched among first
@@ -92,7 +92,7 @@ class Scale:
     per_recipe: dict[str, tuple[str, ...]] = field(default_factory=dict)
     # recipe → what is different for it alone, applied after `overrides`
     budget: float = 24*3600.  # seconds of pretraining, validation and saving included
-    steps: int = 0            # optimiser steps instead of seconds; 0 = by the clock
+    steps: int = 0            # optimizer steps instead of seconds; 0 = by the clock
     processes: int = 0        # that train together; 0 = one for each GPU, one on a CPU
     suite: str = 'glue'       # glue | surrogate
     finetune: Finetune = Finetune()

@@ -195,6 +195,7 @@ def pair_results(
     pairs, place = minimal_pairs(n), out/'pairs'
     versions = {p: provenance()['versions'][p] for p in ('torch', 'transformers', 'tokenizers')}
     common = dict(rules=PAIRS_VERSION, pairs=digest(pairs), versions=versions)
+    if pick_device().type != 'cpu': common['device'] = pick_device().type
     keys = [common | dict(model=model_files(folder), seed=seed) for folder, seed in models]
     todo = [(folder, seed, key) for (folder, seed), key in zip(models, keys, strict=True)
             if not find_result(place, key)[1]]

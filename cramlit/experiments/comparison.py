@@ -368,7 +368,8 @@ def beside_pretraining(
               versions=packages), partial(without_network, scale, largest, tasks, out, ids))
     first = {trial.base: (trial, key) for trial, key in reversed(list(zip(trials, keys, strict=True)))}
     for name, (trial, key) in first.items():
-        same = {what: key[what] for what in ('data', 'finetune', 'precision', 'versions')}
+        shared = 'data', 'finetune', 'precision', 'versions', 'device'
+        same = {what: key[what] for what in shared if what in key}
         keep(dict(beside=name, network=key['recipe']['model'], **same),
              partial(from_scratch, trial, tasks, out, ids))
     return found

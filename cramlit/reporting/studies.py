@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TIMED', 'NEAR', 'SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARKS', 'PAIRS_NOTE', 'POOR', 'FEW',
            'mean_and_deviation', 'median_and_range', 'seeds_and_seconds', 'by_hand', 'about_rates', 'on_plateau',
-           'stopped_early', 'whole_runs', 'best_table', 'figure_grid', 'write_search', 'tasks_of_rows', 'choices_table',
-           'figure_choices', 'figure_schedules', 'figure_loss_task', 'write_choices', 'with_average',
+           'stopped_early', 'same_seeds', 'whole_runs', 'best_table', 'figure_grid', 'write_search', 'tasks_of_rows',
+           'choices_table', 'figure_choices', 'figure_schedules', 'figure_loss_task', 'write_choices', 'with_average',
            'comparison_table', 'unigram_baselines', 'figure_by_time', 'write_comparison', 'tuning_table',
            'write_tuning', 'ablation_table', 'write_ablation', 'against', 'budgets_table', 'budget_gains',
            'reference_scores', 'figure_budgets', 'write_budgets', 'scaling_table', 'figure_by_compute', 'write_scaling',
@@ -118,6 +118,22 @@ def stopped_early(
         notes.append("The loss by which a run is stopped is of the recipe's own masks, as in the published "
                      'code, and not that of the table.')
     return notes
+
+def same_seeds(
+    rows: list[dict],  # of trials
+    trials: list[str]|None = None,  # those to speak of; None = all
+) -> list[str]:        # a note, or none
+    "Of which trials all seeds of pretraining were fine-tuned with the same seeds, as before there were keys"
+    seeds = {(r['trial'], r['seed']) for r in rows if r['metric'] == 'headline' and 'settings' in r}
+    first = {(r['trial'], r['seed']): r['key']['finetune'].get('first_seed') for r in rows if 'key' in r}
+    found: dict[str, list] = {}
+    for trial, seed in sorted(seeds):
+        if trials is None or trial in trials: found.setdefault(trial, []).append(first.get((trial, seed)))
+    names = [trial for trial, mine in found.items() if len(set(mine)) < len(mine)]
+    if not names: return []
+    of = '' if len(names) == len(found) else f' of {"; ".join(names)}'
+    return [f'All seeds of pretraining{of} were fine-tuned with the same seeds, whose error is in no '
+            'interval.']
 
 def whole_runs(
     t: pd.DataFrame,  # as `trial_table` gives it
@@ -283,7 +299,8 @@ def write_choices(
     notes = [f'One change at a time, {seeds_and_seconds(t)}. Median over seeds, lowest and highest in '
              'parentheses. Base instead of large takes half the layers and three quarters of the width.',
              f'{SIGNIFICANCE} A choice of which a run was stopped early is not compared, and its median is '
-             'that of the others.', *about_rates(mine), *about_lengths([first['recipe']], first['scale']),
+             'that of the others.', *same_seeds(mine), *about_rates(mine),
+             *about_lengths([first['recipe']], first['scale']),
              VALIDATION,
              *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *stopped_early(t), NOT_RECOVERED]
     caption = f"Table 5. Which choices matter, {first['recipe']} at scale {first['scale']}."
@@ -381,7 +398,8 @@ def write_comparison(
              *by_hand(list(dict.fromkeys(t.recipe)), scale),
              *on_plateau(ends, t.unigram_entropy[0], 'in the end'),
              'Times are parts of the budget: median over seeds, lowest and highest in parentheses. A seed '
-             'that never comes down to the mark took more than 100 %.', *about_rates(mine),
+             'that never comes down to the mark took more than 100 %.', *same_seeds(mine),
+             *about_rates(mine),
              *about_lengths(list(dict.fromkeys(t.recipe)), scale), SIGNIFICANCE,
              *stopped_early(t)]
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
@@ -426,8 +444,8 @@ def write_tuning(
             for (axis, listed), names in searched.items()]
     lowest = t.groupby('recipe', sort=False).tuning_loss.min()  # of the half that is for choices, as all here
     notes = [f'As many tries for each recipe, one seed, {seconds} s each (median), as steps timed '
-             'beforehand. Losses are of the half of the held-out text that is for choices; of '
-             'the other half is the unigram baseline alone.', f'Space: {"; ".join(each)}.',
+             'beforehand. Losses are of the half of the held-out text that is for choices; only '
+             'the unigram baseline is of the other half.', f'Space: {"; ".join(each)}.',
              *by_hand(list(lowest.index), mine[0]['scale']),
              *on_plateau(lowest, t.unigram_entropy[0], 'with the best of their tries'), *stopped_early(t)]
     if edges: notes.insert(2, f'At the edge, and perhaps better outside: {", ".join(edges)}.')
@@ -611,12 +629,13 @@ def write_budgets(
              'each budget is a run of its own, with a schedule of its own length. Mean ± '
              'standard deviation over seeds; a score is the median over seeds of fine-tuning, from scratch '
              'too. The recipes are as they are at this scale, and were not tuned for each budget. '
-             f'{VALIDATION}', *about_rates(mine), *about_lengths(list(dict.fromkeys(trained.recipe)), scale),
+             f'{VALIDATION}', *same_seeds(mine), *about_rates(mine),
+             *about_lengths(list(dict.fromkeys(trained.recipe)), scale),
              *by_hand(list(dict.fromkeys(trained.recipe)), scale),
              'The intervals are those of each line alone, of seeds and validation examples; in the figure '
              'they are of seeds alone.', *early]
     claims = [*partial, 'Claimed is no more than this table, which has the longest budget alone: '
-              f'{", ".join(longest.trial.unique())}. {SIGNIFICANCE}']
+              f'{", ".join(longest.trial.unique())}. {SIGNIFICANCE}', *same_seeds(mine, list(longest.trial))]
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
     gains, told = budget_gains(t[~(t.budget > max(whole))], tasks), dict[str, dict[str, str]]()
     for value, lines in gains.groupby('value', sort=False):
@@ -764,13 +783,13 @@ def write_race(
     seeds = ', '.join(f"{r['value']:.3f}" for r in first if r['metric'] == 'validation_loss')
     clock = next(r for r in first if r['metric'] == 'seconds_per_step')
     timed = ', '.join(sorted({r['commit'] for r in rows if r['metric'] == 'seconds_per_step'}))
+    at = f', all at commit {timed}; *commit* is that of the losses' if timed else ''
     records, rejected = race_tables(entries, rows, verdict)
     notes = [f'Target: {goal:.2f} nats, the mean of the first entry. Its seeds ended at {seeds}; the 95 % '
              f'interval of their mean is {v.loss_low:.2f} to {v.loss_high:.2f}. A record is shown to be '
              'below the number. Whether it is as good as the first entry is another test, *p, first*.',
              f'Loss: mean ± standard deviation of {len(SEEDS)} seeds or more. Seconds: median over turns of '
-             f'the clock, with the 95 % interval of their mean, all at commit {timed}; *commit* is that of '
-             'the losses.',
+             f'the clock, with the 95 % interval of their mean{at}.',
              'p, all one-sided: *target*, that the loss is not below the target; *record*, that the time is '
              f'not below that of the record before; a record has both below {LEVEL:g}. *first*: that the '
              "loss is not below that of the first entry's seeds, by Welch's test, which no rule asks for."]

@@ -482,7 +482,7 @@ def _run(name: str, args: list[str]):
 # %% ../../nbs/running/81_command.ipynb #a1b2c406
 EXTRAS = dict(  # extra → modules that it brings
     hub='datasets pyarrow', report='matplotlib pandas plotext tabulate', eval='joblib scipy sklearn',
-    reproduce='jupyter_client nbclient papermill psutil', track='tensorboard trackio wandb')
+    reproduce='jupyter_client nbclient papermill', track='tensorboard trackio wandb')
 _NEED_MOST = 'bench', 'report', 'reproduce', 'search'  # commands that take modules of several extras
 
 def _missing(

@@ -26,12 +26,14 @@ from ..core.scales import get_recipe, get_scale
 def _stopped_in_order() -> Iterator[Callable]:  # to be called before each cell, and when one has failed
     "SIGINT and SIGTERM end the cell that runs, a second one the kernel; then raises KeyboardInterrupt"
     import psutil
-    from cramlit.training.distributed import on_stop_signals
+    from cramlit.training.distributed import kill_all, on_stop_signals
     signals, cells = list[int](), list[int]()
     def to_kernels(number):
         for p in psutil.Process().children():
             with suppress(ProcessLookupError):  # it may just have ended
-                if os.getpgid(p.pid) == p.pid: os.killpg(p.pid, number)
+                if os.getpgid(p.pid) != p.pid: continue
+                if number == signal.SIGKILL: kill_all(p.pid)  # its workers have sessions of their own
+                else: os.killpg(p.pid, number)
     def pass_on(number, frame):
         signals.append(number)
         if len(signals) > 1: to_kernels(signal.SIGKILL)
@@ -87,6 +89,7 @@ class Stage:
     timed: bool = False          # it measures speed: its numbers are this machine's and no other's
     labelled: bool = False       # it fine-tunes on labelled tasks, or needs what does
     optional: bool = False       # run only when it is asked for by name
+    keeps: bool = False          # it finds its finished runs by all that decides them, whoever asked for them
     minutes: float = 0.          # at scale laptop on two cores; 0 = never timed, or known from the budget
 
 STAGES = {s.name: s for s in (
@@ -103,12 +106,13 @@ STAGES = {s.name: s for s in (
     Stage('table3_search', ('prepare',), ('table3_search', 'search_grid'), labelled=True),
     Stage('table5_choices', ('prepare',),
           ('table5_choices', 'schedules', 'choices_by_time', 'loss_against_task'), labelled=True),
-    Stage('tuning', (), ('tuning',), recipes='all'),
-    Stage('comparison', ('tuning',), ('comparison', 'comparison_by_time'), recipes='all', labelled=True),
-    Stage('ablation', (), ('ablation',), recipes='all'),
-    Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all'),
+    Stage('tuning', (), ('tuning',), recipes='all', keeps=True),
+    Stage('comparison', ('tuning',), ('comparison', 'comparison_by_time'), recipes='all', labelled=True,
+          keeps=True),
+    Stage('ablation', (), ('ablation',), recipes='all', keeps=True),
+    Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all', keeps=True),
     Stage('budgets', (), ('budgets', 'budgets_gains', 'what_a_budget_buys'), recipes='all', labelled=True,
-          optional=True),
+          optional=True, keeps=True),
     Stage('packing', (), ('packing', 'packing_by_step'), optional=True, minutes=14.),
     Stage('poolings', ('pretrain',), ('appendix_poolings',), recipes='all', labelled=True, optional=True,
           minutes=8.8),
@@ -227,8 +231,8 @@ def _question(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
 
 def _listing(folder: str) -> str:
     "A digest of the names, sizes and times of a folder's files"
-    files = sorted(path for path in Path(folder).rglob('*') if path.is_file())
-    about = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    files = [Path(place)/name for place, _, names in os.walk(folder, followlinks=True) for name in names]
+    about = [(str(path.relative_to(folder)), path.stat()) for path in sorted(files) if path.exists()]
     return digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in about])
 
 def _depends(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
@@ -285,11 +289,11 @@ def _move_aside(ws: Workspace, stage: str, recipe: str = ''):
     print(f'{_label(stage, recipe)}: what was there is now in {place}', file=sys.stderr)
 
 def _run_stage(ws: Workspace, stage: str, recipe: str = ''):
-    "Run a stage's notebook, on top of what an earlier run of the same question has finished"
+    "Run a stage's notebook, on top of what earlier runs of the same question, or a study's, have finished"
     folder, asked, needs = ws.folder(stage, recipe), _question(ws, stage, recipe), _depends(ws, stage, recipe)
     note = _note(folder)
-    if note.get('question') != asked and not (note and STAGES[stage].recipes == 'all'):
-        _move_aside(ws, stage, recipe)  # what a stage keeps of all recipes is kept by content, and stays
+    if note.get('question') != asked:
+        if not (note and STAGES[stage].keeps): _move_aside(ws, stage, recipe)
         note = {}
     before = note.get('depends', needs)
     changed = [name for name in before | needs if before.get(name) != needs.get(name)]
@@ -493,7 +497,8 @@ def _time_left(
     expected = [_expected(ws, *task) for task in tasks]
     known = [seconds for seconds in expected if seconds is not None]
     if not known: return ''
-    begun = any(_note(ws.folder(*task)).get('question') == _question(ws, *task) for task in tasks)
+    begun = any(note and (STAGES[stage].keeps or note['question'] == _question(ws, stage, recipe))
+                for stage, recipe in tasks for note in [_note(ws.folder(stage, recipe))])
     minutes = max(1, round(sum(known)/60))
     time = f'{minutes} min' if minutes < 120 else f'{minutes/60:.0f} h'
     never = len(expected) - len(known)

@@ -317,7 +317,7 @@ def _publish(part: Path, to: Path):
     missing, old = [p for p in new if not (to/p.name).exists()], _contents(to)
     if all(p in missing or sha256(to/p.name) == sha256(p) for p in new): return _move(missing, to)
     aside = set_aside([], to)
-    _move(old, aside)
+    _move(sorted(old, key=lambda p: p.name == 'cramlit.json'), aside)  # last: the rest is an export's
     try: _move(new, to)
     except OSError:
         _move([aside/p.name for p in old], to)

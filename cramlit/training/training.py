@@ -523,7 +523,7 @@ def train(
             run.log(validation_loss=losses['tune'], **(dict(stopped=run.stopped) if run.stopped else {}))
         save()
         run.saver.wait()
-        run.asked_to_stop = stop_requested()
+        run.asked_to_stop = stop_requested(by_file=False)
     return losses
 
 # %% ../../nbs/training/36_training.ipynb #26f036d7
@@ -667,7 +667,8 @@ def go_on(
         try: losses = train(run, model, precision, hook)
         except torch.OutOfMemoryError:
             raise CramlitError(f'micro-batches of {size} sequences do not fit into the memory of this GPU: '
-                               '-o batch.micro_batch_size=0 finds how many') from None
+                               'try -o batch.micro_batch_size=0, which chooses, or a smaller one, with '
+                               'another --out') from None
         rows = result_rows(run, losses, precision)
     if world.main: write_rows(run.out/'rows.jsonl', rows)
     if run.asked_to_stop and 'TORCHELASTIC_RUN_ID' not in os.environ:  # there its parent has to stop
