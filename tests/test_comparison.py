@@ -326,7 +326,8 @@ def test_networks_that_share_their_seeds_of_fine_tuning_are_named():
     def rows(trial, *first):
         for seed, n in enumerate(first):
             about = dict(trial=trial, seed=seed, settings=[])
-            if n is not None: yield dict(metric='validation_loss', key=dict(finetune=dict(first_seed=n)), **about)
+            key = dict(finetune=dict(first_seed=n))
+            if n is not None: yield dict(metric='validation_loss', key=key, **about)
             yield dict(metric='headline', **about)
     own, shared, old, one = rows('a', 0, 3), rows('b', 0, 3, 0), rows('c', None, None), rows('d', None)
     note, = same_seeds([*own, *shared, *old, *one])

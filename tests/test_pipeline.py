@@ -79,6 +79,9 @@ def test_the_rows_of_a_page_are_beside_it_and_it_says_whose_they_are(finished):
     elsewhere = {name: [r | dict(commit='0ther') for r in some] for name, some in rows.items()}
     warning, table = page_origin(rows | dict(scaling=elsewhere['scaling']))
     assert '2 origins' in warning and table.splitlines()[-1].endswith(' | scaling |') and '| 0ther' in table
+    parts = [rows['scaling'][0] | dict(trial='early'), elsewhere['scaling'][0] | dict(trial='late')]
+    warning, table = page_origin(dict(scaling=parts))
+    assert 'was run in parts' in warning and table.splitlines()[-1].endswith('| scaling (late) |')
 
 
 def test_an_unfinished_stage_has_its_rows_beside_the_page(tmp_path):

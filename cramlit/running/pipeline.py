@@ -8,6 +8,7 @@ __all__ = ['STAGES', 'run_notebook', 'Stage', 'paper_notebook', 'code_of', 'Work
 
 # %% ../../nbs/running/80_pipeline.ipynb #24cb8400
 import ast, json, os, signal, sys, time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -373,22 +374,30 @@ def page_origin(
     rows_of: dict[str, list[dict]],  # stage → its rows
 ) -> list[str]:                      # paragraphs
     "Where a page's numbers come from; what is not of one clean commit and one machine is named"
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple, dict[str, list[str]]] = {}  # origin → stage → its trials, if it has any
     for stage, rows in rows_of.items():
         for r in rows:
             if 'hardware' not in r: continue  # nothing that was measured
             commit = (r['commit'] or 'outside a checkout') + (' with changes' if r['dirty'] else '')
-            stages = groups.setdefault((commit, r['hardware'], f"torch {r['versions']['torch']}"), [])
-            if stage not in stages: stages.append(stage)
-    each = [' | '.join((*origin, ', '.join(stages))) for origin, stages in groups.items()]
-    if not each: return []
-    if len(each) == 1:
+            origin = commit, r['hardware'], f"torch {r['versions']['torch']}"
+            trials = groups.setdefault(origin, {}).setdefault(stage, [])
+            if r.get('trial', '') not in ('', *trials): trials.append(r['trial'])
+    if not groups: return []
+    if len(groups) == 1:
         one = ', '.join(next(iter(groups)))
         return [f'All numbers in `rows/` are of one state of the code and one kind of machine: {one}.']
+    times = Counter(stage for stages in groups.values() for stage in stages)
+    def shown(stage, trials):
+        return f'{stage} ({"; ".join(trials)})' if trials and times[stage] > 1 else stage
+    lines = [' | '.join((*origin, ', '.join(shown(*stage) for stage in stages.items())))
+             for origin, stages in groups.items()]
+    about = (f'**These results are of {len(groups)} origins.** Numbers of one line of this table may be '
+             'compared with one another; those of two lines may differ because code or machine did.')
+    if max(times.values()) > 1:
+        about += (' A study that stands in several lines was run in parts. It keeps what all that decides it '
+                  'is still the same for: weights, data, rules, versions and precision.')
     head = '| commit | machine | library | stages |', '|---|---|---|---|'
-    return [f'**These results are of {len(each)} origins.** Numbers of one line of this table may be '
-            'compared with one another; those of two lines may differ because code or machine did.',
-            '\n'.join([*head, *(f'| {e} |' for e in each)])]
+    return [about, '\n'.join([*head, *(f'| {line} |' for line in lines)])]
 
 # %% ../../nbs/running/80_pipeline.ipynb #e2faefcd
 def _tasks(ws: Workspace) -> Iterator[tuple[str, str]]:
