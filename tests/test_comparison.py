@@ -34,13 +34,15 @@ from cramlit.experiments.search import Curve, Trial, has_stock, run_trials, tria
 from cramlit.reporting.studies import (
     ablation_table,
     against,
+    at_edge,
     choices_table,
     comparison_table,
     figure_budgets,
     figure_by_time,
     figure_schedules,
+    first_trial,
     same_seeds,
-    unigram_baselines,
+    seeds_and_seconds,
     write_budgets,
     write_comparison,
     write_tuning,
@@ -237,7 +239,8 @@ def make_run(name, seed, losses, versus):
     "The rows of a run with these losses, one in ten seconds"
     ids = dict(stage='trial', study='recipes', trial=name, versus=versus, recipe=name, seed=seed, lr=1.,
                global_batch_size=64, warmup=.06, stopped='')
-    values = dict(validation_loss=losses[-1], steps=2, seconds=20., tokens_per_second=1.)
+    end = losses[-1]
+    values = dict(validation_loss=end, tuning_loss=end, steps=2, seconds=20., tokens_per_second=1.)
     rows = [result_row(m, v, '', **ids) for m, v in values.items()]
     rows[0]['curve'] = Curve(20., [[10.*i, loss] for i, loss in enumerate(losses)])
     return rows
@@ -281,13 +284,18 @@ def test_loss_and_average_are_corrected_together_and_an_average_has_the_error_of
 def test_a_run_that_was_stopped_early_is_in_no_mean_and_its_trial_in_no_comparison():
     rows = [r for s in (1, 2) for r in make_run('a', s, [7, 6, 5 + s/10], '')]
     rows += [r for s in (1, 2, 3) for r in make_run('b', s, [7, 5, 4 + s/10], 'a')]
-    for r in rows[-4:]: r['stopped'] = 'too slow'
+    for r in rows[-5:]: r['stopped'] = 'too slow'
     t = trial_table(rows)
     for table in (comparison_table(t, [], curves_by_trial(rows)), ablation_table(t)):
         assert table.loc['b', 'MLM loss, nats'] == '4.150 ± 0.071' and table.loc['b', 'change'] == ''
     choices = choices_table(t, [])
     assert choices.loc['b', 'MLM loss, nats'] == '4.15 (4.10–4.20)'
     assert choices.loc['b', 'stopped early'] == '1 of 3' and choices.loc['a', 'stopped early'] == ''
+    mark = comparison_table(t, [], curves_by_trial(rows)).loc['b', 'time to the loss of a']
+    lost = make_run('a', 3, [7, 6.5], '')
+    for r in lost: r['stopped'] = 'diverged'
+    table = comparison_table(trial_table(rows + lost), [], curves_by_trial(rows + lost))
+    assert table.loc['b', 'time to the loss of a'] == mark, 'where a run broke off is no mark'
 
 
 def test_a_budget_of_which_a_seed_was_stopped_is_in_no_table_but_named(small_scale, tmp_path):
@@ -347,7 +355,7 @@ def test_each_text_has_its_own_unigram_baseline():
         made = make_run(name, 1, [7, 6, 5], '')
         rows += [*made, made[0] | dict(metric='unigram_entropy', value=entropy)]
     t = trial_table(rows)
-    lines = figure_by_time(curves_by_trial(rows), unigram_baselines(t)).axes[0].lines
+    lines = figure_by_time(curves_by_trial(rows), t).axes[0].lines
     found = {line.get_label(): line.get_ydata()[0] for line in lines if 'unigram' in line.get_label()}
     assert found == {'a, unigram baseline': 6., 'b, unigram baseline': 6.5}
 
@@ -357,7 +365,7 @@ def test_more_trials_than_colours_are_all_drawn_and_none_as_another():
     for i, name in enumerate(names):
         made = make_run(name, 1, [7, 6, 5], '')
         rows += [*made, made[0] | dict(metric='unigram_entropy', value=6 + i/10)]
-    lines = figure_by_time(curves_by_trial(rows), unigram_baselines(trial_table(rows))).axes[0].lines
+    lines = figure_by_time(curves_by_trial(rows), trial_table(rows)).axes[0].lines
     curves = [line for line in lines if line.get_label() in names]
     looks = {(line.get_color(), line.get_linestyle(), line._unscaled_dash_pattern) for line in curves}
     assert len(curves) == len(looks) == sum('unigram' in line.get_label() for line in lines) == len(names)
@@ -394,6 +402,52 @@ def test_rows_of_a_shorter_budget_stay_when_a_longer_one_fails(small_scale, tmp_
     monkeypatch.setattr(search, 'pair_results', fails)
     with pytest.raises(CramlitError, match='no pairs today'): next(budgets)
     assert read_rows(tmp_path/'out') == first
+
+
+def test_rows_of_a_longer_budget_stay_when_a_shorter_one_is_run_again(small_scale, tmp_path, monkeypatch):
+    *_, rows = run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'out')
+    lost = {r['result'] for r in rows if r['trial'] == 'modern, 4 steps'}
+    for path in (tmp_path/'out'/'trials').glob('*.json'):
+        if path.stem in lost: path.unlink()
+    def fails(recipe, *rest, **more): raise ValueError('no luck today')
+    monkeypatch.setattr(search, 'pretrain', fails)
+    with pytest.raises(CramlitError, match='no luck today'):
+        next(run_budgets(['modern'], small_scale, tmp_path/'data', tmp_path/'out'))
+    assert read_rows(tmp_path/'out') == [r for r in rows if r['trial'] != 'modern, 4 steps']
+    assert read_rows(tmp_path/'out'/'superseded'/'1'/'rows.jsonl') == rows
+
+
+def test_a_study_that_lacks_seeds_or_its_first_trial_says_so():
+    rows = [r for seed in (1, 2) for r in make_run('a', seed, [7, 6, 5], '')]
+    rows += make_run('b', 1, [7, 6, 4], 'a')
+    assert seeds_and_seconds(trial_table(rows)).startswith('2 seeds (1 of b: **this study is not finished**)')
+    alone = trial_table([r for r in rows if r['trial'] == 'a'])
+    assert seeds_and_seconds(alone).startswith('2 seeds, 20 s each')
+    assert first_trial(trial_table(rows)) == 'a'
+    with pytest.raises(CramlitError, match='a, which the others are compared with, has no finished run'):
+        first_trial(trial_table([r for r in rows if r['trial'] == 'b']))
+
+
+def test_a_step_is_named_after_what_changes():
+    recipes = {name: get_recipe(name, 'laptop') for name in ('24hbert', 'bert-base', 'mosaicbert', 'modern')}
+    steps = {name: list(steps_between(recipes['24hbert'], r)) for name, r in recipes.items()}
+    assert {'Muon', 'no dropout', 'more masks, all [MASK]'} <= set(steps['modern'])
+    assert 'Muon' not in steps['bert-base'] and 'optimizer' in steps['bert-base']
+    assert 'more masks, all [MASK]' not in steps['mosaicbert'] and 'masks' in steps['mosaicbert']
+    assert not {'norms and biases', 'masks', 'optimizer', 'packing'} & set(steps['modern'])
+
+
+def test_the_best_try_at_an_edge_is_named():
+    tries = [dict(recipe='a', trial='a, as it is', lr=1e-4, global_batch_size=64, warmup=0., tuning_loss=5.),
+             dict(recipe='a', trial='a, peak LR 0.002, window 4', lr=2e-3, global_batch_size=64, warmup=.06,
+                  tuning_loss=4.)]
+    t = pd.DataFrame(tries)
+    assert at_edge(t, 'window', [4, 8, 16]) == ['a (window 4)'] and not at_edge(t, 'window', [2, 4, 8])
+    assert at_edge(t, 'batch', [64, 128]) == ['a (batch 64)']
+    assert not at_edge(t, 'peak LR', [.001, .002, .004])
+    plain = t[:1]
+    assert at_edge(plain, 'peak LR', [.001, .002]) == ['a (peak LR 0.0001)']
+    assert not at_edge(plain, 'window', [4, 8]) and not at_edge(plain, 'warm-up', [0., .06])
 
 
 def test_a_study_goes_on_from_the_rows_of_another_machine(small_scale, tmp_path, monkeypatch, capsys):

@@ -88,15 +88,21 @@ def test_an_unfinished_stage_has_its_rows_beside_the_page(tmp_path):
     ws = workspace('tiny', tmp_path)
     rows = ws.folder('budgets')/'rows.jsonl'
     write_rows(rows, [result_row('steps', 1., 'steps')])
-    note = dict(question={}, depends={}, made={}, done=False, seconds=60.)
+    question = pipeline._question(ws, 'budgets')
+    note = dict(question=question, depends={}, made={}, done=False, seconds=60.)
     (rows.parent/'key.json').write_text(json.dumps(note))
     ws.figures.mkdir(exist_ok=True)
     (ws.figures/'budgets.md').write_text('**A table.**')
     page = pipeline.write_index(ws, {}).read_text()
     assert '**A table.**' in page and '| budgets | 1.0 | unfinished |' in page and 'earlier runs' not in page
     assert '**Not run**: figure_pretraining, ' in page and (ws.figures/'rows'/'budgets.jsonl').exists()
+    kept = rows.read_text()
     rows.unlink()
-    assert '**Tables and figures of budgets are of earlier runs**' in pipeline.write_index(ws, {}).read_text()
+    older = '**Tables and figures of budgets are of earlier runs**'
+    assert older in pipeline.write_index(ws, {}).read_text()
+    rows.write_text(kept)
+    both = workspace('tiny', tmp_path, recipes='24hbert,modern')
+    assert older in pipeline.write_index(both, {}).read_text()
 
 
 def test_what_a_step_took_is_published_with_the_page(tmp_path):
@@ -383,6 +389,22 @@ def test_the_order_of_the_recipes_counts_and_one_more_costs_no_finished_run(tmp_
     assert asked('modern,24hbert', 'scaling')[1], 'it is another recipe whose sizes are compared'
     assert asked('modern,24hbert,cramming', 'scaling')[1]
     assert kept.exists() and not (ws.out/'superseded').exists()
+    for stage in ('table3_search', 'table5_choices'):
+        asked('24hbert', stage)
+        (finished := ws.folder(stage)/'trials').mkdir()
+        assert asked('modern', stage)[1] and finished.exists()
+    reproduce(Workspace('laptop', ws.out, ws.figures, ws.recipes), only='scaling')
+    assert not kept.exists() and (ws.out/'superseded'/'scaling_1'/'trials').exists()
+
+
+def test_a_forced_study_forgets_what_was_known_and_keeps_it(tmp_path, pretend):
+    run, ws = pretend(), workspace('tiny', tmp_path/'out', tmp_path/'figures')
+    reproduce(ws, only='scaling')
+    known = ws.out/'known'/'scaling.jsonl'
+    write_rows(known, [result_row('steps', 1., 'steps')])
+    reproduce(ws, only='scaling', force='scaling')
+    assert run.ran == ['scaling', 'scaling'] and not known.exists()
+    assert (ws.out/'superseded'/'known_1'/'scaling.jsonl').exists()
 
 
 def test_changed_labels_in_the_same_folder_are_other_labels(tmp_path):

@@ -12,7 +12,7 @@ from joblib import parallel_config
 
 from cramlit.core.devices import Precision
 from cramlit.core.recipes import RECIPES, CramlitError, UsageError
-from cramlit.core.results import read_rows, result_row, write_rows
+from cramlit.core.results import locked, read_rows, result_row, write_rows
 from cramlit.core.scales import SCALES, get_recipe, get_scale
 from cramlit.data.packing import prepare
 from cramlit.efficiency import benchmark
@@ -166,6 +166,31 @@ def test_a_finished_trial_is_read_under_whatever_name_it_has_today(text, data, t
 
 
 STAMP = dict(commit='measured', dirty=False, versions={}, hardware='another machine')
+
+
+def test_what_has_no_stock_model_keeps_its_checkpoint(text, data, tmp_path):
+    trial, = trials_of(text, (1e-3,))
+    trial = replace(trial, settings=(*trial.settings, 'model.position=rotary'))
+    row, *_ = run_trials([trial], 'grid', data, tmp_path, TRIALS)
+    kept = tmp_path/'trials'/row['folder']/'run'
+    assert not (kept/'model').exists() and list(kept.glob('checkpoints/*/model.safetensors'))
+
+
+def test_two_searches_do_not_work_in_one_folder(text, data, tmp_path):
+    with locked(tmp_path/'trials'), pytest.raises(UsageError, match='another process works in'):
+        run_trials(trials_of(text, (1e-3,)), 'grid', data, tmp_path, TRIALS)
+
+
+def test_rows_of_other_trials_are_moved_aside_and_named(tmp_path, capsys):
+    rows, path = [dict(metric='x', value=1., unit='', result=name) for name in 'ab'], tmp_path/'rows.jsonl'
+    for these in (rows[:1], rows): s.keep_rows(path, these)
+    assert not (tmp_path/'superseded').exists() and not capsys.readouterr().err
+    s.keep_rows(path, rows[1:])
+    assert read_rows(path) == rows[1:] and read_rows(tmp_path/'superseded'/'1'/'rows.jsonl') == rows
+    assert 'had rows of other trials as well' in capsys.readouterr().err
+    path.write_text('{"half')
+    s.keep_rows(path, rows)
+    assert (tmp_path/'superseded'/'2'/'rows.jsonl').read_text() == '{"half' and read_rows(path) == rows
 
 
 def test_a_trial_says_where_it_was_measured_and_not_where_it_is_read(text, data, tmp_path, monkeypatch):
@@ -448,6 +473,9 @@ def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(data, tmp
     assert [x.steps for x in s.calibrate(first, pair, tmp_path/'times.jsonl')] == [50]
     monkeypatch.setattr(s, '_time_steps', None)  # nothing is left to time
     assert [x.steps for x in s.calibrate(second, study, tmp_path/'times.jsonl')] == [160]
+    short = replace(study, trials=replace(t, budget=2.))
+    with pytest.raises(UsageError, match='has 2 s, and computes 2.0 s before its first step'):
+        s.calibrate(second, short, tmp_path/'times.jsonl')
 
 
 def test_two_studies_do_not_time_at_once(data, tmp_path, monkeypatch):

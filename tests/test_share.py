@@ -30,7 +30,7 @@ def run(recipe, data, tmp_path_factory):
     out = tmp_path_factory.mktemp('private folder')/'run'
     pretrain(recipe, data, out, steps=3, scale='tiny')
     export_run(out, data/'tokenizer', out/'model')
-    ids = dict(stage='glue', suite='glue', scale='tiny', aggregate='median', variant='pretrained', seeds=5,
+    ids = dict(stage='glue', suite='glue', scale='paper', aggregate='median', variant='pretrained', seeds=5,
                labels_from='human', spread_low=1., spread_high=3., split='validation')
     rows = [result_row('matthews', 2., '%', **ids, weights=weights_digest(out/'model'), task='cola'),
             result_row('accuracy', 99., '%', **ids, weights='of another', task='sst2')]
@@ -110,6 +110,16 @@ def test_a_card_without_scores_and_of_a_run_that_stopped_early(run):
     text = model_card('name', info | dict(init='12ab'), stopped, [], '[MASK]').text
     for s in ('Not evaluated yet', '**The run stopped early:** the loss was too high', 'fingerprint `12ab`'):
         assert s in text, s
+
+
+def test_the_hub_is_told_no_score_of_a_part_of_the_examples(run):
+    info, rows = json.loads((run/'run.json').read_text()), read_rows(run/'rows.jsonl')
+    whole, = read_rows(run.parent/'glue'/'rows.jsonl')[:1]
+    part = whole | dict(scale='laptop', value=77.)
+    both = model_card('name', info, rows, [whole, part], '[MASK]')
+    assert [r.metric_value for r in both.data.eval_results] == [2.]
+    card = model_card('name', info, rows, [part], '[MASK]')
+    assert card.data.eval_results is None and '77.0' in card.text
 
 
 def test_a_card_names_what_depends_on_the_recipe(run):

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 
 from ..core.recipes import CramlitError, Model
-from ..core.results import write_rows
 from ..core.scales import get_recipe, get_scale
 from ..data.packing import open_data
 from ..efficiency.planner import training_flops
-from .comparison import CALIBRATION, SELDOM, shared_validation, trial_settings, with_data
-from .search import Trial, run_trials
+from .comparison import SELDOM, shared_validation, trial_settings, with_data
+from .search import (
+    CALIBRATION, Trial, finished_rows, keep_rows, plan_trials, restore, run_trials)
 from ..model.encoder import count_parameters
 
 # %% ../../nbs/experiments/62_scaling.ipynb #a9086fb8
@@ -85,14 +85,17 @@ def run_scaling(
     out: Path,   # for trials and rows
 ) -> list[dict]: # rows of all trials
     "Train a recipe in every size for every span of time; what has been run is not run again"
-    s, rows = get_scale(scale), list[dict]()
-    for part in s.comparison.spans:
-        trials = with_data(size_trials(base, scale, part), data)
-        t = trial_settings(scale, part)
-        found = run_trials(trials, 'scaling', data, out, t, s.processes, timings=data/CALIBRATION,
-                           before=rows)
-        rows += found + compute_rows(found, trials)
-    write_rows(out/'rows.jsonl', rows)
+    s, how = get_scale(scale), (get_scale(scale).processes, '', data/CALIBRATION)
+    parts = [(with_data(size_trials(base, scale, span), data), trial_settings(scale, span))
+             for span in s.comparison.spans]
+    restore(out)
+    found = [finished_rows(plan_trials(trials, 'scaling', data, t, *how), out) for trials, t in parts]
+    for i, (trials, t) in enumerate(parts):
+        before, after = (sum(some, []) for some in (found[:i], found[i + 1:]))
+        found[i] = run_trials(trials, 'scaling', data, out, t, *how, before=before, after=after)
+    rows = []
+    for (trials, _), mine in zip(parts, found, strict=True): rows += mine + compute_rows(mine, trials)
+    keep_rows(out/'rows.jsonl', rows)
     return rows
 
 # %% ../../nbs/experiments/62_scaling.ipynb #bea904ad

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['TIMED', 'NEAR', 'SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARKS', 'PAIRS_NOTE', 'POOR', 'FEW',
            'mean_and_deviation', 'median_and_range', 'seeds_and_seconds', 'by_hand', 'about_rates', 'on_plateau',
-           'stopped_early', 'same_seeds', 'whole_runs', 'best_table', 'figure_grid', 'write_search', 'tasks_of_rows',
-           'choices_table', 'figure_choices', 'figure_schedules', 'figure_loss_task', 'write_choices', 'with_average',
-           'comparison_table', 'unigram_baselines', 'figure_by_time', 'write_comparison', 'tuning_table',
-           'write_tuning', 'ablation_table', 'write_ablation', 'against', 'budgets_table', 'budget_gains',
-           'reference_scores', 'figure_budgets', 'write_budgets', 'scaling_table', 'figure_by_compute', 'write_scaling',
-           'race_tables', 'figure_race', 'write_race']
+           'first_trial', 'not_compared', 'stopped_early', 'same_seeds', 'whole_runs', 'best_table', 'figure_grid',
+           'write_search', 'tasks_of_rows', 'choices_table', 'figure_choices', 'figure_schedules', 'figure_loss_task',
+           'write_choices', 'with_average', 'final_loss', 'comparison_table', 'unigram_baselines', 'figure_by_time',
+           'write_comparison', 'tuning_table', 'at_edge', 'write_tuning', 'ablation_table', 'about_steps',
+           'write_ablation', 'against', 'budgets_table', 'budget_gains', 'reference_scores', 'figure_budgets',
+           'write_budgets', 'scaling_table', 'figure_by_compute', 'write_scaling', 'race_tables', 'figure_race',
+           'write_race']
 
 # %% ../../nbs/reporting/75_studies.ipynb #1996b438
-import re
+import math, re
 from itertools import cycle, product
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ..core.recipes import CramlitError, UsageError
+from ..core.recipes import RECIPES, CramlitError, UsageError
 from ..core.results import atomic
 from ..core.scales import get_scale
 from ..evaluation.statistics import difference, median_text
@@ -59,8 +60,11 @@ TIMED = 'as steps timed beforehand, at the pace of the quickest of several turns
 
 def seeds_and_seconds(t: pd.DataFrame) -> str:
     "How many runs there were of each, and how long they were"
-    n = t.seed.nunique()
-    return f'{n} seed{"s"*(n > 1)}, {t.seconds.median():.0f} s each (median), {TIMED}'
+    of_each = t.groupby('trial', sort=False).seed.nunique()
+    n = int(of_each.max())
+    fewer = ', '.join(f'{k} of {name}' for name, k in of_each.items() if k < n)
+    fewer = fewer and f' ({fewer}: **this study is not finished**)'
+    return f'{n} seed{"s"*(n > 1)}{fewer}, {t.seconds.median():.0f} s each (median), {TIMED}'
 
 # %% ../../nbs/reporting/75_studies.ipynb #75f00002
 NEAR = .2  # nats from the unigram baseline within which a network has hardly left the plateau
@@ -97,6 +101,23 @@ def on_plateau(
     return [f'**Within {NEAR:g} nats of the unigram baseline, {unigram:.2f} nats, {what}: '
             f'{", ".join(names)}**. Differences between these say little, and those from them say who has '
             'left the plateau from which all set out.']
+
+def first_trial(
+    t: pd.DataFrame,  # as `trial_table` gives it
+) -> str:             # its name
+    "The trial that others are compared with; raises `CramlitError` where it has no finished run"
+    name = next((versus for versus in t.versus if versus), t.trial.iloc[0])
+    if name in set(t.trial): return name
+    raise CramlitError(f'{name}, which the others are compared with, has no finished run: '
+                       'run the stage again')
+
+def not_compared(
+    t: pd.DataFrame,  # as `trial_table` gives it
+) -> list[str]:       # a note, or none
+    "What becomes of a trial of which a run was stopped early"
+    if not (t.stopped != '').any(): return []
+    return ['What had a run that was stopped early is not compared, and its numbers are those of its other '
+            'seeds.']
 
 SIGNIFICANCE = ('Change: difference of the means over seeds, by pairs where both sides have the same seeds, '
                 'with the 95 % interval of each line alone; in scores the error of the test examples is in '
@@ -178,11 +199,12 @@ def figure_grid(
         for y, line in enumerate(field.to_numpy()):
             for x, loss in enumerate(line):
                 color = 'white' if loss > (low + high)/2 else 'black'
-                text = f'{loss:.2f}' + '†'*bool(stopped.iloc[y, x])
+                if math.isnan(loss): continue  # not run yet, or diverged
+                text = f'{loss:.2f}' + '†'*(stopped.iloc[y, x] != '')
                 ax.text(x, y, text, ha='center', va='center', color=color)
         ax.set_xticks(range(len(field.columns)), [f'{lr:g}' for lr in field.columns])
         ax.set_yticks(range(len(field)), [f'{w:.0%}' for w in field.index])
-        title = f'batch {size}' + (f', schedule × {length:g}' if len(lengths) > 1 else '')
+        title = f'batch {size:g}' + (f', schedule × {length:g}' if len(lengths) > 1 else '')
         ax.set(xlabel='peak learning rate', title=title)
         if size == sizes[0]: ax.set_ylabel('warm-up')
         ax.tick_params(length=0)
@@ -202,11 +224,17 @@ def write_search(
         raise UsageError(f'Table 3 is of one recipe, and these rows are of {", ".join(recipes)}: give the '
                          'folder of one search')
     early, t, seeds = stopped_early(each), over_seeds(each), each.seed.nunique()
-    about = f'{len(t)} combinations, {seeds_and_seconds(each)}; {(each.stopped != "").sum()} stopped early. '
+    stopped = f'{(each.stopped != "").sum()} of {len(each)} runs stopped early'
+    about = f'{len(t)} combinations, {seeds_and_seconds(each)}; {stopped}. '
     about += 'Means over the seeds.' if seeds > 1 else 'One seed each, so small differences mean little.'
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
     ends = t.set_index('trial').validation_loss
-    notes = [about, VALIDATION, *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *early, NOT_RECOVERED]
+    notes = [about, VALIDATION, *same_seeds(mine), *about_rates(mine),
+             *about_lengths(recipes, first['scale']),
+             *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *early, NOT_RECOVERED]
+    if task in t:
+        notes.insert(1, f'The best by {task} is the highest of all scores of its batch size, and no estimate '
+                        'of what it would have on other examples.')
     return [*write_table(best_table(t, task), folder/'table3_search', caption, notes, mine),
             *write_figure(figure_grid(t), folder/'search_grid', mine)]
 
@@ -233,10 +261,11 @@ def choices_table(
 # %% ../../nbs/reporting/75_studies.ipynb #c54fa75a
 @matplotlib.rc_context(STYLE)
 def figure_choices(
-    curves: dict[str, list[Curve]],  # choice → one a seed; the first is the recipe as it is
+    curves: dict[str, list[Curve]],  # choice → one a seed
+    first: str,                      # the choice that the others are compared with
 ) -> Figure:
     "Validation loss by time, a panel a choice"
-    (_, reference), *others = curves.items()
+    reference, others = curves[first], [(name, mine) for name, mine in curves.items() if name != first]
     unit, size = time_unit(max(curve.points[-1][0] for curve in reference))
     lines = -(-len(others)//3)
     fig = Figure(figsize=(7, .4 + 1.7*lines), layout='constrained')
@@ -298,15 +327,15 @@ def write_choices(
     ends = whole_runs(t).groupby('trial', sort=False).validation_loss.mean()
     notes = [f'One change at a time, {seeds_and_seconds(t)}. Median over seeds, lowest and highest in '
              'parentheses. Base instead of large takes half the layers and three quarters of the width.',
-             f'{SIGNIFICANCE} A choice of which a run was stopped early is not compared, and its median is '
-             'that of the others.', *same_seeds(mine), *about_rates(mine),
+             SIGNIFICANCE, *not_compared(t), *same_seeds(mine), *about_rates(mine),
              *about_lengths([first['recipe']], first['scale']),
              VALIDATION,
              *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *stopped_early(t), NOT_RECOVERED]
     caption = f"Table 5. Which choices matter, {first['recipe']} at scale {first['scale']}."
+    by_time = figure_choices(curves_by_trial(mine), first_trial(t))
     return [*write_table(choices_table(t, tasks), folder/'table5_choices', caption, notes, mine),
             *write_figure(figure_schedules(t), folder/'schedules', mine),
-            *write_figure(figure_choices(curves_by_trial(mine)), folder/'choices_by_time', mine),
+            *write_figure(by_time, folder/'choices_by_time', mine),
             *write_figure(figure_loss_task(t, tasks), folder/'loss_against_task', mine)]
 
 # %% ../../nbs/reporting/75_studies.ipynb #492ba156
@@ -324,22 +353,29 @@ def with_average(
     means = [np.mean(list(of_tasks), axis=0) for of_tasks in t.loc[known, draws].itertuples(index=False)]
     return t.assign(**{'average, draws': pd.Series(means, t.index[known], dtype=object)})
 
+def final_loss(
+    t: pd.DataFrame,  # as `trial_table` gives it
+    trial: str,       # its name
+) -> float:           # nats; NaN where none of its runs came to its end
+    "Where the curves of a trial end, by the same half of the held-out text; the mean over its whole runs"
+    return t.tuning_loss[(t.trial == trial) & (t.stopped == '')].mean()
+
 def comparison_table(
     t: pd.DataFrame,   # of the recipes, as `trial_table` gives it
     tasks: list[str],  # columns of it
     curves: dict[str, list[Curve]],  # recipe → one a seed
 ) -> pd.DataFrame:     # texts: recipe × loss, difference, times to three losses, tasks
     "What each recipe came to in the same time"
-    t, lines, first = with_average(t, tasks), {}, t.trial[0]
+    t, lines, first = with_average(t, tasks), {}, first_trial(t)
     whole, ended = whole_runs(t), t[t.stopped == '']
     marks = {f'{m:.1f} nats': m for m in MARKS}
-    marks[f'the loss of {first}'] = sum(curve.points[-1][1] for curve in curves[first])/len(curves[first])
+    if first in set(ended.trial): marks[f'the loss of {first}'] = final_loss(t, first)
     found = compare(whole, 'validation_loss', 'average')
     by_loss, by_average = (found[found.value == v] for v in ('validation_loss', 'average'))
     for name, group in ended.groupby('trial', sort=False):
         times = {f'time to {what}': median_text(pd.Series([reached(curve, mark) for curve in curves[name]]))
                  for what, mark in marks.items()}
-        if name == first: times[f'time to the loss of {first}'] = ''
+        if name == first: times[f'time to the loss of {first}'] = ''  # it sets the mark
         line = {'peak LR': f'{group.lr.iloc[0]:g}', 'batch': f'{group.global_batch_size.iloc[0]:g}',
                 'warm-up': f'{100*group.warmup.iloc[0]:g}%',
                 'MLM loss, nats': mean_and_deviation(group.validation_loss, 3),
@@ -359,13 +395,13 @@ def unigram_baselines(
 
 @matplotlib.rc_context(STYLE)
 def figure_by_time(
-    curves: dict[str, list[Curve]],  # recipe → one a seed; the first sets the mark
-    entropies: dict[str, float],  # recipe → its unigram baseline, nats
+    curves: dict[str, list[Curve]],  # recipe → one a seed
+    t: pd.DataFrame,                 # of them, as `trial_table` gives it
 ) -> Figure:
     "Validation loss by time, a thin line a seed; where the others come down to the first one's final loss"
-    first, *_ = curves
+    first, entropies = first_trial(t), unigram_baselines(t)
     points = [point for mine in curves.values() for curve in mine for point in curve.points]
-    mark = sum(curve.points[-1][1] for curve in curves[first])/len(curves[first])
+    mark = final_loss(t, first)
     unit, size = time_unit(max(seconds for seconds, _ in points))
     fig = Figure(figsize=(5.5, 3))
     ax = fig.subplots()
@@ -377,7 +413,8 @@ def figure_by_time(
             if name != first: ax.plot(reached(curve, mark)*curve.budget/size, mark, 'v', ms=5, color=colour)
     ax.axhline(mark, lw=.8, color='0.6')
     draw_unigram(ax, entropies, dict(zip(curves, cycle(COLOURS), strict=False)))
-    low, high = min(loss for _, loss in points) - .1, max(*entropies.values(), mark) + .3
+    low = min(loss for _, loss in points) - .1
+    high = max(*entropies.values(), 0 if math.isnan(mark) else mark) + .3
     ax.set(xlabel=f'time, {unit}', ylabel='validation loss, nats', ylim=(low, high))  # above: first seconds
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
@@ -391,8 +428,10 @@ def write_comparison(
     t, curves = trial_table(mine), curves_by_trial(mine)
     scale, table = mine[0]['scale'], comparison_table(t, tasks_of_rows(mine), curves)
     tried = (f'Every recipe has the best settings of {get_scale(scale).comparison.tries} tries of its own, '
-             'the recipe as it is among them (the table of the search has them). *Not tuned* is the recipe '
-             'as it is at this scale.')
+             'the recipe as it is among them. The table of the search has them, and what else was tuned than '
+             'peak rate, batch and warm-up.')
+    if t.trial.str.endswith(', not tuned').any():
+        tried += ' *Not tuned* is the recipe as it is at this scale.'
     ends = whole_runs(t).groupby('trial', sort=False).validation_loss.mean()
     notes = [f'{seeds_and_seconds(t)}. Mean ± standard deviation over seeds. {VALIDATION}', tried,
              *by_hand(list(dict.fromkeys(t.recipe)), scale),
@@ -400,11 +439,11 @@ def write_comparison(
              'Times are parts of the budget: median over seeds, lowest and highest in parentheses. A seed '
              'that never comes down to the mark took more than 100 %.', *same_seeds(mine),
              *about_rates(mine),
-             *about_lengths(list(dict.fromkeys(t.recipe)), scale), SIGNIFICANCE,
+             *about_lengths(list(dict.fromkeys(t.recipe)), scale), SIGNIFICANCE, *not_compared(t),
              *stopped_early(t)]
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
     return [*write_table(table, folder/'comparison', f'Recipes at equal time, scale {scale}.', notes, mine),
-            *write_figure(figure_by_time(curves, unigram_baselines(t)), folder/'comparison_by_time', mine)]
+            *write_figure(figure_by_time(curves, t), folder/'comparison_by_time', mine)]
 
 # %% ../../nbs/reporting/75_studies.ipynb #75e20002
 def tuning_table(
@@ -423,6 +462,20 @@ def tuning_table(
                        'as it is, nats': mean_and_deviation(plain, 3)}
     return pd.DataFrame(lines).T
 
+def at_edge(
+    t: pd.DataFrame,      # a recipe's tries, as `trial_table` gives it
+    axis: str,            # of the search
+    values: list[float],  # that were searched
+) -> list[str]:           # such as `24hbert (batch 64)`, or none
+    "Did the best try have an axis' first or last value, or one beyond?"
+    best = t.loc[t.tuning_loss.idxmin()]
+    column = {'peak LR': 'lr', 'batch': 'global_batch_size', 'warm-up': 'warmup'}.get(axis, '')
+    labels = dict(part.rsplit(' ', 1) for part in best.trial.split(', ')[1:] if part != 'as it is')
+    if not column and axis not in labels: return []  # as it is: the middle value of what it alone has
+    value = best[column] if column else float(labels[axis])
+    inside = min(values) < value < max(values) or value == 0  # there is nothing below zero
+    return [] if inside else [f'{best.recipe} ({axis} {value:g})']
+
 def write_tuning(
     rows: list[dict],  # as `run_tuning` gives them
     folder: Path,      # where the files go
@@ -436,9 +489,7 @@ def write_tuning(
     for r in space:
         listed = ', '.join(f'{x:g}' for x in r['values'])
         searched.setdefault((r['axis'], listed), []).append(r['recipe'])
-        for end in (min(r['values']), max(r['values'])) if r['recipe'] in table.index else ():
-            if f"{r['axis']} {end:g}" in table.best[r['recipe']].split(', ') and len(r['values']) > 2:
-                edges.append(f"{r['recipe']} ({r['axis']} {end:g})")
+        if r['recipe'] in table.index: edges += at_edge(t[t.recipe == r['recipe']], r['axis'], r['values'])
     recipes = t.recipe.nunique()
     each = [f'{axis} {listed}' + ('' if len(names) == recipes else f' ({", ".join(names)})')
             for (axis, listed), names in searched.items()]
@@ -466,6 +517,21 @@ def ablation_table(
                        'tokens/s': f'{group.tokens_per_second.mean():,.0f}'}
     return pd.DataFrame(lines).T
 
+def about_steps(
+    trials: set[str],  # names of the ablation's trials
+) -> list[str]:        # a note
+    "What comes along with a step"
+    notes = ['A step is all settings that belong together.']
+    counts = '+ a start from counts' in trials
+    if '+ rotary positions' in trials:
+        heads = ', and without them a start from counts has no heads that look at neighbours'*counts
+        notes.append(f'*Rotary positions* bring local attention where a recipe has it{heads}.')
+    if counts: notes.append('The times of a step have a part of the counting before the first one in them.')
+    if '+ Muon' in trials: notes.append('*Muon* brings another rate for AdamW.')
+    if '+ batch' in trials:
+        notes.append('*Batch* brings another micro-batch, which alone changes the time of a step.')
+    return [' '.join(notes)]
+
 def write_ablation(
     rows: list[dict],  # of the ablation
     folder: Path,      # where the files go
@@ -476,12 +542,11 @@ def write_ablation(
     notes = [f'{seeds_and_seconds(t)}. Mean ± standard deviation over seeds. A negative change is a gain '
              f'over what it is compared with. {VALIDATION}', SIGNIFICANCE,
              'Learning rates are those of the two recipes at this scale; nothing in between was tuned.',
-             'A step is all settings that belong together. *Rotary positions* bring local attention, and '
-             'without them a start from counts has no heads that look at neighbours; *Muon* brings another '
-             'rate for AdamW, *batch* another micro-batch, which alone changes the time of a step.',
-             *by_hand(['modern'], mine[0]['scale']),
+             *about_steps(set(t.trial)),
+             *by_hand([name for name in RECIPES if t.trial.str.startswith(f'{name} without ').any()],
+                      mine[0]['scale']),
              *on_plateau(whole_runs(t).groupby('trial', sort=False).validation_loss.mean(),
-                         t.unigram_entropy[0], 'in the end'), *stopped_early(t)]
+                         t.unigram_entropy[0], 'in the end'), *not_compared(t), *stopped_early(t)]
     caption = f"What each change does in the same time, scale {mine[0]['scale']}."
     return write_table(ablation_table(t), folder/'ablation', caption, notes, mine)
 

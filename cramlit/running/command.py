@@ -125,7 +125,7 @@ def glue(
     glue_dir: str = '',       # local copy of GLUE, parquet or TSV; default: the hub
     tasks: str = '',          # a,b: only these; default: all of the suite
     seeds: int = 0,           # seeds a configuration; default: the scale's
-    scale: str = 'laptop',    # whose fine-tuning grid: tiny | laptop | evening | gpu | paper
+    scale: str = '',          # whose fine-tuning: tiny | laptop | … | paper; default: laptop; of glue: paper
     protocol: str = '',       # plain | paper: MRPC, STS-B, RTE from MNLI's network too; default: the scale's
     submit: str = '',         # zip of answers to write for the GLUE server; only all of the suite glue
     out: Needed = None,       # folder for predictions and rows; finished jobs there are not run again
@@ -134,9 +134,10 @@ def glue(
     from cramlit.evaluation.protocol import evaluate, submit as answer
     if submit and (suite != 'glue' or tasks):
         raise UsageError('--submit takes all tasks of GLUE: give --suite glue and no --tasks')
-    if submit: return answer(model, out, get_scale(scale), submit, glue_dir, seeds, protocol=protocol)
+    how = get_scale(scale or ('paper' if suite == 'glue' else 'laptop'))
+    if submit: return answer(model, out, how, submit, glue_dir, seeds, protocol=protocol)
     names = [t.strip() for t in tasks.split(',') if t.strip()]
-    return evaluate(model, out, get_scale(scale), suite, glue_dir, names, seeds, protocol)
+    return evaluate(model, out, how, suite, glue_dir, names, seeds, protocol)
 
 def export(
     run: Needed = None,     # folder of a finished run
@@ -188,7 +189,7 @@ def report(
     runs: Needed = None,      # folder with result rows, such as `cramlit reproduce` leaves
     out: Needed = None,       # folder for tables and figures
 ) -> list[dict]:
-    "Draw the curves, Tables 1 to 5 and the check of a GPU from result rows"
+    "Draw curves, tables of the paper and of studies, and the check of a GPU from result rows"
     from cramlit.reporting.report import report as draw
     return [result_row('files_written', len(draw(runs, out)), 'files', stage='report')]
 

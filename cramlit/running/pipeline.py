@@ -104,9 +104,9 @@ STAGES = {s.name: s for s in (
           headline=True, labelled=True, minutes=.1),
     Stage('table1_time', ('prepare',), ('table1_time',), timed=True),
     Stage('table2_savings', ('prepare',), ('table2_savings',), timed=True),
-    Stage('table3_search', ('prepare',), ('table3_search', 'search_grid'), labelled=True),
+    Stage('table3_search', ('prepare',), ('table3_search', 'search_grid'), labelled=True, keeps=True),
     Stage('table5_choices', ('prepare',),
-          ('table5_choices', 'schedules', 'choices_by_time', 'loss_against_task'), labelled=True),
+          ('table5_choices', 'schedules', 'choices_by_time', 'loss_against_task'), labelled=True, keeps=True),
     Stage('tuning', (), ('tuning',), recipes='all', keeps=True),
     Stage('comparison', ('tuning',), ('comparison', 'comparison_by_time'), recipes='all', labelled=True,
           keeps=True),
@@ -114,9 +114,9 @@ STAGES = {s.name: s for s in (
     Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all', keeps=True),
     Stage('budgets', (), ('budgets', 'budgets_gains', 'what_a_budget_buys'), recipes='all', labelled=True,
           optional=True, keeps=True),
-    Stage('packing', (), ('packing', 'packing_by_step'), optional=True, minutes=14.),
+    Stage('packing', (), ('packing', 'packing_by_step'), optional=True, minutes=17.),
     Stage('poolings', ('pretrain',), ('appendix_poolings',), recipes='all', labelled=True, optional=True,
-          minutes=8.8),
+          minutes=7.),
     Stage('appendix', ('table1_time',),
           ('appendix_pretraining', 'appendix_finetuning', 'appendix_hardware', 'appendix_same_work')))}
 
@@ -245,6 +245,8 @@ def _depends(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
         for r in ws.recipes_of(stage, recipe): found[_label(n, r)] = digest(_depends(ws, n, r))
     glue = get_scale(ws.scale).suite == 'glue' and STAGES[stage].labelled
     if glue: found['GLUE'] = f'{ws.glue_dir}, {_listing(ws.glue_dir)}' if ws.glue_dir else 'the hub'
+    tuned = ws.folder('tuning')/'rows.jsonl'
+    if stage == 'comparison' and tuned.exists(): found['tuned settings'] = sha256(tuned)
     if stage in ('table4_glue', 'budgets'):  # what they show where it is there
         submitted, reference = ws.figures/'submitted.csv', ws.folder('reference')/'rows.jsonl'
         if submitted.exists(): found[submitted.name] = sha256(submitted)  # a user's scores from the server
@@ -289,12 +291,23 @@ def _move_aside(ws: Workspace, stage: str, recipe: str = ''):
     folder.rename(place)
     print(f'{_label(stage, recipe)}: what was there is now in {place}', file=sys.stderr)
 
+def _move_known_aside(ws: Workspace, stage: str):
+    "Move what is known of a study's trials into `superseded/known_1`, or the next number that is free"
+    from cramlit.experiments.search import KNOWN
+    known = ws.out/KNOWN/f'{stage}.jsonl'
+    if not known.exists(): return
+    place = next(p for n in count(1) if not (p := ws.out/'superseded'/f'{KNOWN}_{n}').exists())
+    place.mkdir(parents=True)
+    known.rename(place/known.name)
+    print(f'{stage}: the rows that were known are now in {place}', file=sys.stderr)
+
 def _run_stage(ws: Workspace, stage: str, recipe: str = ''):
     "Run a stage's notebook, on top of what earlier runs of the same question, or a study's, have finished"
     folder, asked, needs = ws.folder(stage, recipe), _question(ws, stage, recipe), _depends(ws, stage, recipe)
     note = _note(folder)
-    if note.get('question') != asked:
-        if not (note and STAGES[stage].keeps): _move_aside(ws, stage, recipe)
+    other_scale = note.get('scale', ws.scale) != ws.scale
+    if note.get('question') != asked or other_scale:
+        if other_scale or not (note and STAGES[stage].keeps): _move_aside(ws, stage, recipe)
         note = {}
     before = note.get('depends', needs)
     changed = [name for name in before | needs if before.get(name) != needs.get(name)]
@@ -304,7 +317,8 @@ def _run_stage(ws: Workspace, stage: str, recipe: str = ''):
     began, spent = time.monotonic(), note.get('seconds', 0.)
     def write_note(done):
         seconds = spent + time.monotonic() - began
-        note = dict(question=asked, depends=needs, made=_sums(ws, stage), done=done, seconds=seconds)
+        note = dict(scale=ws.scale, question=asked, depends=needs, made=_sums(ws, stage), done=done,
+                    seconds=seconds)
         with atomic(folder/'key.json') as f: json.dump(note, f, indent=1)
     given = dict(recipe=recipe) if STAGES[stage].recipes == 'each' else dict(recipes=','.join(ws.recipes))
     if STAGES[stage].makes: given['figures'] = str(ws.figures)
@@ -358,8 +372,7 @@ def _publish_rows(ws: Workspace, stage: str, recipe: str = '') -> list[dict]:
 
 def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage has turned seconds into steps
     "Copy what a step took, with which somebody else's runs have the same number of steps"
-    from cramlit.experiments.comparison import CALIBRATION
-    from cramlit.experiments.search import KNOWN
+    from cramlit.experiments.search import CALIBRATION, KNOWN
     timings = ws.out/'texts'/CALIBRATION
     if not timings.exists(): return ''
     write_rows(ws.figures/'rows'/CALIBRATION, read_rows(timings))
@@ -421,10 +434,11 @@ def _so_far(
     ws: Workspace,
     lacking: dict[str, str],  # stages that came to nothing, and why
 ) -> Iterator[tuple[str, str, float, str]]:  # stage, recipe, seconds, and why it is not done
-    "Every stage that was begun"
+    "Every stage that was begun with these recipes"
     for stage, recipe in _tasks(ws):
-        if not (note := _note(ws.folder(stage, recipe))): continue
-        why = '' if note['done'] else lacking.get(_label(stage, recipe), 'unfinished').splitlines()[0]
+        note = _note(ws.folder(stage, recipe))
+        if not _same(note.get('question', {}), _question(ws, stage, recipe)): continue
+        why = lacking.get(_label(stage, recipe), '' if note['done'] else 'unfinished').partition('\n')[0]
         yield stage, recipe, note['seconds'], why
 
 def timetable(
@@ -572,7 +586,9 @@ def reproduce(
     with locked(ws.out):
         forced = [task for task in _tasks(ws) if force and task[0] in _with_dependents(force)]
         later = [_label(*task) for task in forced if task not in wanted and ws.folder(*task).exists()]
-        for stage, recipe in forced: _move_aside(ws, stage, recipe)
+        for stage, recipe in forced:
+            _move_aside(ws, stage, recipe)
+            _move_known_aside(ws, stage)
         if later: print(f'not run by this command: {", ".join(later)}', file=sys.stderr)
         to_do = [task for task in wanted if not _is_done(ws, *task)]
         for n, (stage, recipe) in enumerate(wanted, 1):
