@@ -33,10 +33,12 @@ from cramlit.experiments.comparison import (
 from cramlit.experiments.search import Curve, Trial, has_stock, run_trials, trial_table
 from cramlit.reporting.studies import (
     ablation_table,
+    about_steps,
     against,
     at_edge,
     choices_table,
     comparison_table,
+    ends_of,
     figure_budgets,
     figure_by_time,
     figure_schedules,
@@ -420,9 +422,12 @@ def test_rows_of_a_longer_budget_stay_when_a_shorter_one_is_run_again(small_scal
 def test_a_study_that_lacks_seeds_or_its_first_trial_says_so():
     rows = [r for seed in (1, 2) for r in make_run('a', seed, [7, 6, 5], '')]
     rows += make_run('b', 1, [7, 6, 4], 'a')
-    assert seeds_and_seconds(trial_table(rows)).startswith('2 seeds (1 of b: **this study is not finished**)')
+    assert seeds_and_seconds(trial_table(rows)).startswith('2 seeds (**not finished**: so far b: 1), 20 s')
     alone = trial_table([r for r in rows if r['trial'] == 'a'])
-    assert seeds_and_seconds(alone).startswith('2 seeds, 20 s each')
+    assert seeds_and_seconds(alone, 2).startswith('2 seeds, 20 s each')
+    assert seeds_and_seconds(alone, 3).startswith('3 seeds (**not finished**: so far a: 2), 20 s')
+    other = trial_table([r for r in rows if r['trial'] == 'b'])
+    assert seeds_and_seconds(other).startswith('1 seed (**not finished**: so far a: 0), 20 s')
     assert first_trial(trial_table(rows)) == 'a'
     with pytest.raises(CramlitError, match='a, which the others are compared with, has no finished run'):
         first_trial(trial_table([r for r in rows if r['trial'] == 'b']))
@@ -435,6 +440,19 @@ def test_a_step_is_named_after_what_changes():
     assert 'Muon' not in steps['bert-base'] and 'optimizer' in steps['bert-base']
     assert 'more masks, all [MASK]' not in steps['mosaicbert'] and 'masks' in steps['mosaicbert']
     assert not {'norms and biases', 'masks', 'optimizer', 'packing'} & set(steps['modern'])
+    back = steps_between(recipes['modern'], recipes['24hbert'])
+    assert {'a random start', 'optimizer', 'dropout'} <= set(back) and 'a start from counts' not in back
+
+
+def test_notes_of_the_ablation_are_of_the_steps_that_it_has():
+    def note(low, high, scale):
+        return about_steps([t.__dict__ | dict(trial=t.name) for t in ablation_trials(low, high, scale)])[0]
+    assert 'another rate for AdamW' in note('24hbert', 'modern', 'laptop')
+    assert 'Muon' not in note('24hbert', 'bert-base', 'laptop')
+    assert 'another rate for AdamW' not in note('24hbert', 'modern', 'gpu')
+    for low, high in (('24hbert', 'modern'), ('modern', '24hbert')):
+        t = pd.DataFrame([dict(trial=x.name) for x in ablation_trials(low, high, 'laptop')])
+        assert ends_of(t) == ['24hbert', 'modern']
 
 
 def test_the_best_try_at_an_edge_is_named():

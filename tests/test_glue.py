@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.evaluation import protocol
 from cramlit.evaluation.glue import GLUE, Examples, Task, bag_of_words, load_glue, majority, score
 from cramlit.evaluation.surrogate_tasks import SURROGATE_TASKS, load_surrogate
 from cramlit.running.command import main
@@ -191,3 +192,12 @@ def test_glue_from_the_command_with_a_local_copy(tmp_path, data, recipe, capsys)
     rows = [json.loads(line) for line in out.splitlines()]
     assert {r['pretraining_seed'] for r in rows} == {recipe.seed}
     assert all(len(r['weights']) == 8 for r in rows)
+
+
+@pytest.mark.parametrize('suite, asked, scale', [('glue', [], 'paper'), ('surrogate', [], 'laptop'),
+                                                 ('glue', ['--scale', 'tiny'], 'tiny')])
+def test_glue_is_fine_tuned_by_the_papers_protocol_unless_told_otherwise(suite, asked, scale, monkeypatch):
+    seen = []
+    monkeypatch.setattr(protocol, 'evaluate', lambda model, out, how, *rest: seen.append(how.name) or [])
+    main(['glue', '--model', 'm', '--suite', suite, *asked, '--out', 'o'])
+    assert seen == [scale]

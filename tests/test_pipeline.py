@@ -101,6 +101,10 @@ def test_an_unfinished_stage_has_its_rows_beside_the_page(tmp_path):
     older = '**Tables and figures of budgets are of earlier runs**'
     assert older in pipeline.write_index(ws, {}).read_text()
     rows.write_text(kept)
+    (rows.parent/'key.json').write_text(json.dumps(note | dict(scale='laptop')))
+    assert older in pipeline.write_index(ws, {}).read_text(), 'these are rows of another scale'
+    (rows.parent/'key.json').write_text(json.dumps(note))
+    assert older not in pipeline.write_index(ws, {}).read_text()
     both = workspace('tiny', tmp_path, recipes='24hbert,modern')
     assert older in pipeline.write_index(both, {}).read_text()
 

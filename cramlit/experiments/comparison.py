@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SELDOM', 'AXES', 'ASIDE', 'STEPS', 'OTHERWISE', 'SAVED', 'shared_validation', 'axes', 'drawn_settings',
-           'tuning_trials', 'recipe_trials', 'tuned_settings', 'differences', 'steps_between', 'ablation_trials',
-           'with_data', 'trial_settings', 'recipes_to_compare', 'run_tuning', 'compare_recipes', 'run_ablation',
-           'budget_trials', 'untrained', 'from_scratch', 'without_network', 'beside_pretraining', 'run_budgets',
-           'reached', 'curves_by_trial', 'compare']
+           'tuning_trials', 'recipe_trials', 'tuned_settings', 'steps_between', 'ablation_trials', 'with_data',
+           'trial_settings', 'recipes_to_compare', 'run_tuning', 'compare_recipes', 'run_ablation', 'budget_trials',
+           'untrained', 'from_scratch', 'without_network', 'beside_pretraining', 'run_budgets', 'reached',
+           'curves_by_trial', 'compare']
 
 # %% ../../nbs/experiments/61_comparison.ipynb #c265cd16
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise, product
@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import torch
 
-from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash
+from ..core.recipes import CramlitError, Recipe, UsageError, differences, digest, recipe_hash
 from ..core.results import result_row, sha256
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.packing import open_data, prepare
@@ -157,29 +157,20 @@ OTHERWISE = {  # a step's name where the setting that it is named after does not
     'rows across documents': ('packing.mode=stream', 'packing'),
     'Muon': ('optim.method=muon', 'optimizer')}
 
-def differences(
-    a, b,              # two recipes, or two parts of them
-    prefix: str = '',
-) -> dict[str, str]:   # path → the value in `b`, as `override` reads it
-    "Every setting in which two recipes differ"
-    found: dict[str, str] = {}
-    for f in fields(a):
-        x, y, path = getattr(a, f.name), getattr(b, f.name), prefix + f.name
-        if is_dataclass(x): found |= differences(x, y, path + '.')
-        elif x != y and f.name != 'name':
-            found[path] = ','.join(map(str, y)) if isinstance(y, tuple) else str(y)
-    return found
-
 def steps_between(
     a: Recipe,
     b: Recipe,
 ) -> dict[str, tuple[str, ...]]:  # name → settings; all of them together make b of a
     "What leads from one recipe to another; raises `UsageError` for a difference that is in no step"
+    def as_typed(value): return ','.join(map(str, value)) if isinstance(value, tuple) else value
     left, steps = differences(a, b), {}
     for name, paths in STEPS.items():
-        mine = tuple(f'{p}={left.pop(p)}' for p in list(left) if p in paths or p.split('.')[0] in paths)
+        belong = [p for p in left if p in paths or p.split('.')[0] in paths]
+        mine = tuple(f'{p}={as_typed(left.pop(p))}' for p in belong)
         namesake, otherwise = OTHERWISE.get(name, ('', ''))
-        if mine: steps[name if not namesake or namesake in mine else otherwise] = mine
+        if mine == ('model.cooccurrence=0.0',): name = 'a random start'
+        elif namesake and namesake not in mine: name = otherwise
+        if mine: steps[name] = mine
     if left: raise UsageError(f'{a.name} and {b.name} differ in {", ".join(left)}, which is in no step')
     return steps
 

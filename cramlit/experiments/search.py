@@ -432,7 +432,7 @@ def keep_rows(
     rows: list[dict],  # of all that is finished
 ):
     "Write a study's rows; what the file has of results that these lack is moved aside first"
-    def results(some): return {r['result'] for r in some if 'result' in r}
+    def results(some): return {r.get('result') for r in some if r.get('stage') != 'space'}
     try: lost = path.exists() and not results(read_json_lines(path)) <= results(rows)
     except CramlitError: lost = True  # a broken line
     if lost: note(f'{path} had rows of other trials as well: it is now in {set_aside([path], path.parent)}')

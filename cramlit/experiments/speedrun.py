@@ -145,7 +145,9 @@ def run_entry(
     scale, data = get_scale(TRACKS[entry.track].scale), out/'data'
     trials = with_data([entry.trial(seed) for seed in SEEDS], data)
     length = replace(scale.trials, steps=entry.steps, tasks=())
-    found = run_trials(trials, 'race', data, out, length, scale.processes)
+    old = read_json_lines(out/'rows.jsonl') if (out/'rows.jsonl').exists() else []
+    others = [r for r in old if r['trial'] != entry.name]
+    found = run_trials(trials, 'race', data, out, length, scale.processes, before=others)
     first = next((r for r in found if r['metric'] == 'tuning_loss' and r['value'] is not None), None)
     stock = None  # where every seed has diverged there is nothing to compare
     if first:

@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'STUDIES', 'finished_runs', 'report']
 import json
 from pathlib import Path
 
-from ..core.recipes import UsageError
+from ..core.recipes import CramlitError, UsageError
 from ..core.results import read_rows
 from .studies import (
     write_ablation, write_choices, write_comparison, write_search, write_tuning)
@@ -53,6 +53,10 @@ def report(
     if grid := those_with(stage='trial', study='grid'):
         judge = next((r['task'] for r in grid if r['metric'] == 'headline'), '')
         files += write_search(grid, judge, out)
+    failed = []
     for study, write in STUDIES.items():
-        if those_with(stage='trial', study=study): files += write(rows, out)
+        if not those_with(stage='trial', study=study): continue
+        try: files += write(rows, out)
+        except CramlitError as e: failed.append(f'{study}: {e}')
+    if failed: raise CramlitError(f'{len(files)} files are in {out}, and not drawn: {"; ".join(failed)}')
     return files

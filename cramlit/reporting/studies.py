@@ -8,7 +8,7 @@ __all__ = ['TIMED', 'NEAR', 'SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARK
            'first_trial', 'not_compared', 'stopped_early', 'same_seeds', 'whole_runs', 'best_table', 'figure_grid',
            'write_search', 'tasks_of_rows', 'choices_table', 'figure_choices', 'figure_schedules', 'figure_loss_task',
            'write_choices', 'with_average', 'final_loss', 'comparison_table', 'unigram_baselines', 'figure_by_time',
-           'write_comparison', 'tuning_table', 'at_edge', 'write_tuning', 'ablation_table', 'about_steps',
+           'write_comparison', 'tuning_table', 'at_edge', 'write_tuning', 'ablation_table', 'about_steps', 'ends_of',
            'write_ablation', 'against', 'budgets_table', 'budget_gains', 'reference_scores', 'figure_budgets',
            'write_budgets', 'scaling_table', 'figure_by_compute', 'write_scaling', 'race_tables', 'figure_race',
            'write_race']
@@ -58,13 +58,17 @@ def median_and_range(
 
 TIMED = 'as steps timed beforehand, at the pace of the quickest of several turns'
 
-def seeds_and_seconds(t: pd.DataFrame) -> str:
-    "How many runs there were of each, and how long they were"
+def seeds_and_seconds(
+    t: pd.DataFrame,  # as `trial_table` gives it
+    planned: int = 0, # seeds of each trial, when all are finished
+) -> str:
+    "How many runs there were of each, and how long they were; says so where some are still to come"
     of_each = t.groupby('trial', sort=False).seed.nunique()
-    n = int(of_each.max())
-    fewer = ', '.join(f'{k} of {name}' for name, k in of_each.items() if k < n)
-    fewer = fewer and f' ({fewer}: **this study is not finished**)'
-    return f'{n} seed{"s"*(n > 1)}{fewer}, {t.seconds.median():.0f} s each (median), {TIMED}'
+    n = max(planned, int(of_each.max()))
+    absent = {versus: 0 for versus in t.versus if versus and versus not in of_each}
+    fewer = [f'{name}: {k}' for name, k in {**absent, **of_each}.items() if k < n]
+    lacks = f' (**not finished**: so far {"; ".join(fewer)})' if fewer else ''
+    return f'{n} seed{"s"*(n > 1)}{lacks}, {t.seconds.median():.0f} s each (median), {TIMED}'
 
 # %% ../../nbs/reporting/75_studies.ipynb #75f00002
 NEAR = .2  # nats from the unigram baseline within which a network has hardly left the plateau
@@ -116,8 +120,8 @@ def not_compared(
 ) -> list[str]:       # a note, or none
     "What becomes of a trial of which a run was stopped early"
     if not (t.stopped != '').any(): return []
-    return ['What had a run that was stopped early is not compared, and its numbers are those of its other '
-            'seeds.']
+    return ['What has a run that was stopped early is compared with nothing, and its numbers are those of '
+            'its other seeds.']
 
 SIGNIFICANCE = ('Change: difference of the means over seeds, by pairs where both sides have the same seeds, '
                 'with the 95 % interval of each line alone; in scores the error of the test examples is in '
@@ -223,18 +227,17 @@ def write_search(
     if len(recipes) > 1:
         raise UsageError(f'Table 3 is of one recipe, and these rows are of {", ".join(recipes)}: give the '
                          'folder of one search')
-    early, t, seeds = stopped_early(each), over_seeds(each), each.seed.nunique()
+    early, t, seeds = stopped_early(each), over_seeds(each), get_scale(first['scale']).trials.grid_seeds
     stopped = f'{(each.stopped != "").sum()} of {len(each)} runs stopped early'
-    about = f'{len(t)} combinations, {seeds_and_seconds(each)}; {stopped}. '
+    about = f'{len(t)} combinations, {seeds_and_seconds(each, seeds)}; {stopped}. '
     about += 'Means over the seeds.' if seeds > 1 else 'One seed each, so small differences mean little.'
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
     ends = t.set_index('trial').validation_loss
-    notes = [about, VALIDATION, *same_seeds(mine), *about_rates(mine),
-             *about_lengths(recipes, first['scale']),
-             *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *early, NOT_RECOVERED]
-    if task in t:
-        notes.insert(1, f'The best by {task} is the highest of all scores of its batch size, and no estimate '
-                        'of what it would have on other examples.')
+    scored = [f'The best by {task} is the highest of all scores of its line, and no estimate of what it '
+              'would have on other examples.', *same_seeds(mine), *about_rates(mine),
+              *about_lengths(recipes, first['scale'])] if task in t else []
+    notes = [about, VALIDATION, *scored, *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *early,
+             NOT_RECOVERED]
     return [*write_table(best_table(t, task), folder/'table3_search', caption, notes, mine),
             *write_figure(figure_grid(t), folder/'search_grid', mine)]
 
@@ -325,7 +328,8 @@ def write_choices(
     mine = needed(rows, 'the choices', stage='trial', study='choices')
     t, tasks, first = trial_table(mine), tasks_of_rows(mine), mine[0]
     ends = whole_runs(t).groupby('trial', sort=False).validation_loss.mean()
-    notes = [f'One change at a time, {seeds_and_seconds(t)}. Median over seeds, lowest and highest in '
+    about = seeds_and_seconds(t, get_scale(first['scale']).trials.seeds)
+    notes = [f'One change at a time, {about}. Median over seeds, lowest and highest in '
              'parentheses. Base instead of large takes half the layers and three quarters of the width.',
              SIGNIFICANCE, *not_compared(t), *same_seeds(mine), *about_rates(mine),
              *about_lengths([first['recipe']], first['scale']),
@@ -363,7 +367,7 @@ def final_loss(
 def comparison_table(
     t: pd.DataFrame,   # of the recipes, as `trial_table` gives it
     tasks: list[str],  # columns of it
-    curves: dict[str, list[Curve]],  # recipe → one a seed
+    curves: dict[str, list[Curve]],  # recipe → one a seed that came to its end
 ) -> pd.DataFrame:     # texts: recipe × loss, difference, times to three losses, tasks
     "What each recipe came to in the same time"
     t, lines, first = with_average(t, tasks), {}, first_trial(t)
@@ -425,15 +429,17 @@ def write_comparison(
 ) -> list[Path]:
     "The table of recipes and the figure by time, with what to beware of"
     mine = needed(rows, 'the recipes', stage='trial', study='recipes')
-    t, curves = trial_table(mine), curves_by_trial(mine)
-    scale, table = mine[0]['scale'], comparison_table(t, tasks_of_rows(mine), curves)
+    t, curves, scale = trial_table(mine), curves_by_trial(mine), mine[0]['scale']
+    whole = curves_by_trial([r for r in mine if not r['stopped']])
+    table = comparison_table(t, tasks_of_rows(mine), whole)
     tried = (f'Every recipe has the best settings of {get_scale(scale).comparison.tries} tries of its own, '
-             'the recipe as it is among them. The table of the search has them, and what else was tuned than '
-             'peak rate, batch and warm-up.')
+             'the recipe as it is among them. The table of the search has them, and what was tuned besides '
+             'peak rate, batch and warm-up, where a recipe has more.')
     if t.trial.str.endswith(', not tuned').any():
         tried += ' *Not tuned* is the recipe as it is at this scale.'
     ends = whole_runs(t).groupby('trial', sort=False).validation_loss.mean()
-    notes = [f'{seeds_and_seconds(t)}. Mean ± standard deviation over seeds. {VALIDATION}', tried,
+    about = seeds_and_seconds(t, get_scale(scale).comparison.seeds)
+    notes = [f'{about}. Mean ± standard deviation over seeds. {VALIDATION}', tried,
              *by_hand(list(dict.fromkeys(t.recipe)), scale),
              *on_plateau(ends, t.unigram_entropy[0], 'in the end'),
              'Times are parts of the budget: median over seeds, lowest and highest in parentheses. A seed '
@@ -494,7 +500,10 @@ def write_tuning(
     each = [f'{axis} {listed}' + ('' if len(names) == recipes else f' ({", ".join(names)})')
             for (axis, listed), names in searched.items()]
     lowest = t.groupby('recipe', sort=False).tuning_loss.min()  # of the half that is for choices, as all here
-    notes = [f'As many tries for each recipe, one seed, {seconds} s each (median), as steps timed '
+    tries = get_scale(mine[0]['scale']).comparison.tries
+    fewer = [f'{name}: {n}' for name, n in t.groupby('recipe', sort=False).size().items() if n < tries]
+    lacks = f' (**not finished**: so far {"; ".join(fewer)})' if fewer else ''
+    notes = [f'As many tries for each recipe{lacks}, one seed, {seconds} s each (median), as steps timed '
              'beforehand. Losses are of the half of the held-out text that is for choices; only '
              'the unigram baseline is of the other half.', f'Space: {"; ".join(each)}.',
              *by_hand(list(lowest.index), mine[0]['scale']),
@@ -518,19 +527,31 @@ def ablation_table(
     return pd.DataFrame(lines).T
 
 def about_steps(
-    trials: set[str],  # names of the ablation's trials
+    rows: list[dict],  # of the ablation
 ) -> list[str]:        # a note
     "What comes along with a step"
+    settings = {r['trial']: set(r['settings']) for r in rows}
+    def new(trial, path):
+        versus = next((r['versus'] for r in rows if r['trial'] == trial), '')
+        found = settings.get(trial, set()) - settings.get(versus, set())
+        return any(setting.startswith(f'{path}=') for setting in found)
     notes = ['A step is all settings that belong together.']
-    counts = '+ a start from counts' in trials
-    if '+ rotary positions' in trials:
+    counts = '+ a start from counts' in settings
+    if '+ rotary positions' in settings:
         heads = ', and without them a start from counts has no heads that look at neighbours'*counts
         notes.append(f'*Rotary positions* bring local attention where a recipe has it{heads}.')
     if counts: notes.append('The times of a step have a part of the counting before the first one in them.')
-    if '+ Muon' in trials: notes.append('*Muon* brings another rate for AdamW.')
-    if '+ batch' in trials:
+    if new('+ Muon', 'optim.lr'): notes.append('*Muon* brings another rate for AdamW.')
+    if new('+ batch', 'batch.micro_batch_size'):
         notes.append('*Batch* brings another micro-batch, which alone changes the time of a step.')
     return [' '.join(notes)]
+
+def ends_of(
+    t: pd.DataFrame,  # of the ablation, as `trial_table` gives it
+) -> list[str]:       # recipes
+    "The recipes between which the ablation goes, as far as its trials name them"
+    whole = {name.split(' without ')[0] for name in t.trial}  # but for one step, and the one to begin with
+    return [name for name in RECIPES if name in whole]
 
 def write_ablation(
     rows: list[dict],  # of the ablation
@@ -539,12 +560,11 @@ def write_ablation(
     "The ablation as a table, with what to beware of"
     mine = needed(rows, 'the ablation', stage='trial', study='ablation')
     t = trial_table(mine)
-    notes = [f'{seeds_and_seconds(t)}. Mean ± standard deviation over seeds. A negative change is a gain '
+    about = seeds_and_seconds(t, get_scale(mine[0]['scale']).comparison.ablation_seeds)
+    notes = [f'{about}. Mean ± standard deviation over seeds. A negative change is a gain '
              f'over what it is compared with. {VALIDATION}', SIGNIFICANCE,
              'Learning rates are those of the two recipes at this scale; nothing in between was tuned.',
-             *about_steps(set(t.trial)),
-             *by_hand([name for name in RECIPES if t.trial.str.startswith(f'{name} without ').any()],
-                      mine[0]['scale']),
+             *about_steps(mine), *by_hand(ends_of(t), mine[0]['scale']),
              *on_plateau(whole_runs(t).groupby('trial', sort=False).validation_loss.mean(),
                          t.unigram_entropy[0], 'in the end'), *not_compared(t), *stopped_early(t)]
     caption = f"What each change does in the same time, scale {mine[0]['scale']}."

@@ -125,7 +125,7 @@ def glue(
     glue_dir: str = '',       # local copy of GLUE, parquet or TSV; default: the hub
     tasks: str = '',          # a,b: only these; default: all of the suite
     seeds: int = 0,           # seeds a configuration; default: the scale's
-    scale: str = '',          # whose fine-tuning: tiny | laptop | … | paper; default: laptop; of glue: paper
+    scale: str = '',          # whose fine-tuning: tiny | laptop | … | paper; default: laptop, for GLUE paper
     protocol: str = '',       # plain | paper: MRPC, STS-B, RTE from MNLI's network too; default: the scale's
     submit: str = '',         # zip of answers to write for the GLUE server; only all of the suite glue
     out: Needed = None,       # folder for predictions and rows; finished jobs there are not run again

@@ -434,9 +434,10 @@ def _so_far(
     ws: Workspace,
     lacking: dict[str, str],  # stages that came to nothing, and why
 ) -> Iterator[tuple[str, str, float, str]]:  # stage, recipe, seconds, and why it is not done
-    "Every stage that was begun with these recipes"
+    "Every stage that was begun at this scale with these recipes"
     for stage, recipe in _tasks(ws):
         note = _note(ws.folder(stage, recipe))
+        if note.get('scale', ws.scale) != ws.scale: continue
         if not _same(note.get('question', {}), _question(ws, stage, recipe)): continue
         why = lacking.get(_label(stage, recipe), '' if note['done'] else 'unfinished').partition('\n')[0]
         yield stage, recipe, note['seconds'], why
@@ -507,7 +508,8 @@ def _expected(ws: Workspace, stage: str, recipe: str) -> float|None:
     names = ws.recipes if of.recipes == 'each' else ['']
     questions = [_question(ws, stage, name) for name in names]
     folders = [*(ws.folder(stage, name) for name in names), *(ws.out/'superseded').glob(f'{stage}_*')]
-    took = [n['seconds'] for n in map(_note, folders) if n.get('done') and n['question'] in questions]
+    notes = [n for n in map(_note, folders) if n.get('scale', ws.scale) == ws.scale]
+    took = [n['seconds'] for n in notes if n.get('done') and n['question'] in questions]
     if took: return sum(took)/len(took)
     if stage == 'pretrain' and not scale.steps: return scale.budget
     return 60*of.minutes if of.minutes and ws.scale == 'laptop' else None
