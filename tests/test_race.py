@@ -151,7 +151,8 @@ def test_a_race_has_rows_of_every_seed_and_a_clock(small):
         assert {r['seed'] for r in mine if 'seed' in r} == set(SEEDS)
         assert all('commit' in r and 'hardware' in r for r in mine)
     kept = read_json_lines(small['out']/'tiny'/'rows.jsonl')
-    assert {r['trial'] for r in kept} == {'1_first', '2_second'} and not list(small['out'].rglob('superseded'))
+    assert {r['trial'] for r in kept} == {'1_first', '2_second'}
+    assert not list(small['out'].rglob('superseded'))
     clock = {(r['entry'], r['metric']): r for r in rows if r.get('kind') == 'calibrated'}
     assert len(clock) == 4 and clock['1_first', 'seconds_per_step']['turns'] == [3/4]*2  # by definition
     none, counts = (clock[name, 'seconds_before']['turns'] for name in ('1_first', '2_second'))
