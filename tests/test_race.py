@@ -170,9 +170,9 @@ def test_the_stock_model_has_the_loss_that_was_trained(small, monkeypatch):
 
 def test_a_seed_that_diverged_is_judged_and_does_not_end_the_race(small, monkeypatch):
     real = speedrun.run_trials
-    def some_diverge(*args):
+    def some_diverge(*args, **more):
         return [r | dict(value=None) if 'loss' in r['metric'] and r.get('seed') in lost else r
-                for r in real(*args)]
+                for r in real(*args, **more)]
     monkeypatch.setattr(speedrun, 'run_trials', some_diverge)
     for lost in (SEEDS[:1], SEEDS):
         rows = speedrun.run_entry(small['entries'][1], small['out']/'tiny')
