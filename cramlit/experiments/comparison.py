@@ -234,6 +234,7 @@ def recipes_to_compare(
     if len(names) == 1: names = ['24hbert', 'modern'] if names == ['modern'] else [*names, 'modern']
     return list(dict.fromkeys([*names, *(get_scale(scale).comparison.recipes if scale else ())]))
 
+# %% ../../nbs/experiments/61_comparison.ipynb #a448fe1c
 def run_tuning(
     names: list[str],  # recipes
     scale: str,        # name of a scale
@@ -294,6 +295,7 @@ def budget_trials(
             trials.append(Trial(f'{name}, {span}', name, scale, settings, get_recipe(name, scale).seed + i))
     return trials
 
+# %% ../../nbs/experiments/61_comparison.ipynb #61e1001c
 def untrained(
     trial: Trial,  # with its text
     folder: Path,  # where the network goes
@@ -330,6 +332,7 @@ def from_scratch(
     for i, result in enumerate(asked): rows += pair_rows(result, ids | dict(seed=i, precision='float32'))
     return rows
 
+# %% ../../nbs/experiments/61_comparison.ipynb #61e1002c
 def without_network(
     scale: str,    # name of a scale
     data: Path,    # prepared text, for counts
@@ -375,6 +378,7 @@ def beside_pretraining(
              partial(from_scratch, trial, tasks, out, ids))
     return found
 
+# %% ../../nbs/experiments/61_comparison.ipynb #61e1003c
 def run_budgets(
     names: list[str],    # recipes
     scale: str,          # name of a scale

@@ -230,6 +230,7 @@ def _time_steps(trials: dict[str, Trial], study: Study, turns: int) -> list[dict
     if device.type == 'cuda': torch.cuda.empty_cache()  # the trials are other processes
     return rows
 
+# %% ../../nbs/experiments/60_search.ipynb #5c1e0b1c
 CALIBRATION = 'calibration.jsonl'  # beside the texts: studies of the same texts share it
 
 def calibrate(
@@ -282,6 +283,7 @@ def train_trial(
     if not has_stock(recipe.model): options.append('--bare')
     return pretrain_in(study.nproc, options, recipe, data, run, **how)
 
+# %% ../../nbs/experiments/60_search.ipynb #a61f0c1c
 def calibrated_rows(
     rows: list[dict],  # of pretraining
     trial: Trial,      # with its number of steps
@@ -313,6 +315,7 @@ def learning_curve(
     points = [[when(line), line['validation_loss']] for line in known]
     return Curve(budget or max((seconds for seconds, _ in points), default=0.), points)
 
+# %% ../../nbs/experiments/60_search.ipynb #a61f0c2c
 def first_seed(
     trial: Trial,
     study: Study,
@@ -355,6 +358,7 @@ def trial_rows(
     asked, = pair_results([(model, None)], t.pairs, folder)
     return rows + pair_rows(asked, found[0] | ids | dict(precision='float32'))
 
+# %% ../../nbs/experiments/60_search.ipynb #a61f0c3c
 def trial_key(
     trial: Trial,
     study: Study,
@@ -427,6 +431,7 @@ def restore(
         with atomic(file) as f: json.dump(about, f)
     return len(whole)
 
+# %% ../../nbs/experiments/60_search.ipynb #82855a1c
 def keep_rows(
     path: Path,        # a study's rows.jsonl
     rows: list[dict],  # of all that is finished
@@ -438,6 +443,7 @@ def keep_rows(
     if lost: note(f'{path} had rows of other trials as well: it is now in {set_aside([path], path.parent)}')
     write_rows(path, rows)
 
+# %% ../../nbs/experiments/60_search.ipynb #82855a2c
 class Plan(NamedTuple):
     "What trials will be, before any of them is run"
     study: Study
@@ -472,6 +478,7 @@ def finished_rows(
         rows += signed([row | ids for row in find_result(out/'trials', key)[1].get('rows', ())], key)
     return rows
 
+# %% ../../nbs/experiments/60_search.ipynb #82855a3c
 def run_trials(
     trials: list[Trial],
     name: str,      # of the study, as `plan_trials` has it

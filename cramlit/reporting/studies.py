@@ -357,6 +357,7 @@ def with_average(
     means = [np.mean(list(of_tasks), axis=0) for of_tasks in t.loc[known, draws].itertuples(index=False)]
     return t.assign(**{'average, draws': pd.Series(means, t.index[known], dtype=object)})
 
+# %% ../../nbs/reporting/75_studies.ipynb #492ba11c
 def final_loss(
     t: pd.DataFrame,  # as `trial_table` gives it
     trial: str,       # its name
@@ -397,6 +398,7 @@ def unigram_baselines(
     "The unigram baseline of each trial's text"
     return t.groupby('trial', sort=False).unigram_entropy.first().to_dict()
 
+# %% ../../nbs/reporting/75_studies.ipynb #492ba12c
 @matplotlib.rc_context(STYLE)
 def figure_by_time(
     curves: dict[str, list[Curve]],  # recipe → one a seed
@@ -423,6 +425,7 @@ def figure_by_time(
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
+# %% ../../nbs/reporting/75_studies.ipynb #492ba13c
 def write_comparison(
     rows: list[dict],  # of the comparison
     folder: Path,      # where the files go
@@ -589,6 +592,7 @@ def _pretrained(t: pd.DataFrame) -> pd.DataFrame:
 
 _PAIRS = dict(minimal_pairs='minimal pairs', minimal_pairs_order='order', minimal_pairs_agreement='agreement')
 
+# %% ../../nbs/reporting/75_studies.ipynb #75e1001c
 def budgets_table(
     t: pd.DataFrame,   # of the budgets, as `trial_table` gives it
     tasks: list[str],  # columns of it
@@ -614,6 +618,7 @@ def budgets_table(
         lines[name] = line
     return pd.DataFrame(lines).T
 
+# %% ../../nbs/reporting/75_studies.ipynb #75e1002c
 def budget_gains(
     t: pd.DataFrame,   # of the budgets, as `trial_table` gives it
     tasks: list[str],  # columns of it
@@ -628,6 +633,7 @@ def budget_gains(
     if 'minimal_pairs' in t: found = against(t, pairs, 'average', 'minimal_pairs')
     return found.dropna(subset='change')  # a bag of words judges no pairs, and trigrams no tasks
 
+# %% ../../nbs/reporting/75_studies.ipynb #75e1003c
 def reference_scores(
     rows: list[dict],  # of fine-tuning the reference encoder; may be none
     tasks: list[str],
@@ -691,6 +697,7 @@ PAIRS_NOTE = ('Minimal pairs: in how many percent of them a network, as it is af
               'in 50 %; bigrams and trigrams are tables of two and three neighbouring tokens, counted in all '
               'of the training text, and not tuned. From scratch is here the network with random weights.')
 
+# %% ../../nbs/reporting/75_studies.ipynb #75e1004c
 def write_budgets(
     rows: list[dict],       # as `run_budgets` gives them, of some budgets or of all
     folder: Path,           # where the files go
