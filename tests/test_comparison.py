@@ -322,6 +322,9 @@ def test_a_budget_that_lacks_seeds_is_shown_and_nothing_is_claimed_of_it(small_s
     assert '1 of 2 budgets have been run' in text and '| modern, 10 steps ' in text
     assert 'modern, 10 steps: 1 of 2 seeds so far, and nothing is claimed.' in text
     assert 'modern, 4 steps against' in gains and 'modern, 10 steps against' not in gains
+    none = [r for r in fewer if (r['trial'], r['seed']) != ('modern, 4 steps', 43)]
+    with pytest.raises(CramlitError, match='no budget has been run with all its 2 seeds yet'):
+        write_budgets(none, tmp_path/'none', [])
 
 
 def test_others_are_compared_with_the_first_recipe_whichever_of_its_tries_diverged():

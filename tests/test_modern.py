@@ -48,6 +48,8 @@ def test_it_is_fine_tuned_by_stock_classes(modern, tmp_path):
     pair = AutoTokenizer.from_pretrained(folder)('the river walks', 'a stone house', return_tensors='pt')
     classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     assert set(pair) == {'input_ids', 'attention_mask'} and classifier(**pair).logits.shape == (1, 3)
+    about = json.loads((folder/'tokenizer_config.json').read_text())  # what transformers 4 goes by
+    assert about['model_input_names'] == ['input_ids', 'attention_mask']
     masked_lm = AutoModelForMaskedLM.from_pretrained(folder)
     a, b = (m.model.layers[0].attn.Wqkv.weight for m in (classifier, masked_lm))
     assert torch.equal(a, b)

@@ -64,6 +64,7 @@ class Tokenizer:
     strip_accents: str = limited('auto', among=('auto', 'true', 'false'))  # auto = if lowercase, as BERT does
     path: str = ''            # an existing tokenizer folder to use instead of training one
 
+# %% ../../nbs/core/00_recipes.ipynb #d049361f
 @dataclass(frozen=True)
 class Packing:
     "How documents become sequences of equal length"
@@ -158,6 +159,7 @@ class Checkpoint:
     milestones: tuple[float, ...] = limited((), above=0, below=1)
     # fractions of the budget at which the weights are kept for good, to be fine-tuned
 
+# %% ../../nbs/core/00_recipes.ipynb #ef0ba3f0
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what is trained"
@@ -304,6 +306,7 @@ def _replace_at(obj, path: str, value):
     head, _, rest = path.partition('.')
     return replace(obj, **{head: _replace_at(getattr(obj, head), rest, value) if rest else value})
 
+# %% ../../nbs/core/00_recipes.ipynb #f6243681
 Overrides = str|Iterable[str]|Mapping[str, Any]  # `optim.lr=1e-3`, several of them, or {'optim.lr': 1e-3}
 
 def setting_text(

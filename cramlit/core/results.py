@@ -37,6 +37,7 @@ def _is_cached(path: Path) -> bool:
     try: return path.is_relative_to(cache_dir())
     except CramlitError: return False
 
+# %% ../../nbs/core/02_results.ipynb #837b985e
 def _dangles(path: str|Path) -> bool: return os.path.islink(path) and not os.path.exists(path)
 
 def cannot_write(
@@ -74,6 +75,7 @@ def sync_folder(
     except OSError: pass  # some network file systems cannot; the file itself has been written
     finally: os.close(fd)
 
+# %% ../../nbs/core/02_results.ipynb #533ecabd
 @contextmanager
 def atomic(
     path: str|Path,   # where the file shall be
@@ -132,6 +134,7 @@ def locked(
         (folder/'.lock').unlink(missing_ok=True)
         lock.release()
 
+# %% ../../nbs/core/02_results.ipynb #4d260795
 def set_aside(
     paths: Iterable[Path],  # in this order; all in the folder
     folder: Path,
@@ -146,6 +149,7 @@ def set_aside(
     except OSError as e: raise cannot_write(folder/'superseded', e) from None
     return place
 
+# %% ../../nbs/core/02_results.ipynb #42a8fd46
 def refuse_run(
     out: str|Path,  # where result rows are to be written
 ):
@@ -218,6 +222,7 @@ def write_rows(
     with atomic(path) as f:
         for row in rows: f.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + '\n')
 
+# %% ../../nbs/core/02_results.ipynb #7ac3a428
 def read_json_lines(
     path: str|Path,   # UTF-8, one JSON object a line
     growing: bool = False,  # leave out a last line that is still being written
@@ -237,6 +242,7 @@ def read_json_lines(
             rows.append(row)
     return rows
 
+# %% ../../nbs/core/02_results.ipynb #9909ad4e
 LEFT_OUT = frozenset(('trials', 'superseded', 'poolings'))  # the last repeats rows of other stages
 
 def read_rows(

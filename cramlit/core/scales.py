@@ -20,6 +20,7 @@ class Grid:
     batch_sizes: tuple[int, ...]
     lrs: tuple[float, ...]
 
+# %% ../../nbs/core/01_scales.ipynb #ed9940e3
 @dataclass(frozen=True)
 class Finetune:
     "The grid each task is fine-tuned on; every combination is run with every seed"

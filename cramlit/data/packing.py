@@ -130,6 +130,7 @@ def _open_shard(path: Path, shape: tuple[int, int]) -> np.ndarray:
     if a.shape == shape: return a
     raise CramlitError(f'the shard {path} has shape {a.shape}, its manifest says {shape}: {advice}')
 
+# %% ../../nbs/data/12_packing.ipynb #c33f38f4
 class Rows:
     "The rows of several shards under one numbering; nothing is read until it is asked for"
     def __init__(
@@ -211,6 +212,7 @@ def _read_manifest(folder: Path) -> dict:
                            'or run `cramlit prepare` into a new folder')
     return m
 
+# %% ../../nbs/data/12_packing.ipynb #6c4e428b
 def open_data(
     folder: str|Path,  # made by `prepare`
 ) -> Data:
@@ -233,6 +235,7 @@ def open_data(
     if 'ruler' not in m: ruler = _ruler_of_older(folder, m)
     return Data(folder, m, train, validation, ruler)
 
+# %% ../../nbs/data/12_packing.ipynb #6704ea7f
 def verify(
     data: Data,
 ):
@@ -391,6 +394,7 @@ def half_of_holdout(
         if unequal: yield _in_two(d)[number]
         elif _key(d) % 2 == number: yield d
 
+# %% ../../nbs/data/12_packing.ipynb #53d2c424
 def ruler_rows(
     pieces: list[list[int]],  # the token ids of a document's sentences
     seq_len: int,             # tokens a sequence, [CLS] and [SEP] included
@@ -406,6 +410,7 @@ def ruler_rows(
         start, with_a_sentence = start + full, not with_a_sentence
         if with_a_sentence and start < len(ids): start = beginnings[bisect_left(beginnings, start)]
 
+# %% ../../nbs/data/12_packing.ipynb #61fe9d8e
 def ruler_sequences(
     folder: Path,   # with a file holdout.jsonl.gz
     half: str,      # tune | report
@@ -547,6 +552,7 @@ def unlike(
             return f'{part}.{name}={have}, the recipe has {want}'
     return ''
 
+# %% ../../nbs/data/12_packing.ipynb #16590daf
 def _set_by_hand(recipe: Recipe) -> set[str]:
     "The settings in which a recipe differs, at every scale, from the one of its name"
     known = [get_recipe(recipe.name, scale) for scale in SCALES] if recipe.name in RECIPES else [Recipe()]
@@ -607,6 +613,7 @@ def _move(work: Path, out: Path):
     sync_folder(out)
     work.rmdir()
 
+# %% ../../nbs/data/12_packing.ipynb #a2625410
 def _fill(recipe: Recipe, out: Path) -> dict:
     "Make prepared data in a folder that this process has for itself, in place of data that is there"
     work, there = out/'.prepare', (out/'manifest.json').exists()

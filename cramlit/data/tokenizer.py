@@ -35,6 +35,7 @@ def _first(texts: Iterable[str], limit: int) -> Iterator[str]:
         limit -= len(t)
         yield t
 
+# %% ../../nbs/data/11_tokenizer.ipynb #57d6e417
 def _strip_accents(cfg: TokenizerConfig) -> bool|None:
     return {'auto': None, 'true': True, 'false': False}[cfg.strip_accents]  # None: as `lowercase` is
 
@@ -51,6 +52,7 @@ def _alphabet(texts: Iterable[str], cfg: TokenizerConfig) -> list[str]:
     enough = bisect_right(list(accumulate(counts[c] for c in alphabet)), COVERED*counts.total()) + 1
     return alphabet[:max(ALPHABET, min(enough, int(ROOM*cfg.vocab_size)))]
 
+# %% ../../nbs/data/11_tokenizer.ipynb #066ebeb7
 def _learnable(text: str, normalize: Callable[[str], str]) -> str:
     "The text without words that are too long to be learned from"
     words = text.split()
@@ -78,6 +80,7 @@ def _train_wordpiece(
     vocab = wordpiece.get_vocab()
     return sorted(vocab, key=vocab.get)
 
+# %% ../../nbs/data/11_tokenizer.ipynb #552cd910
 def _fitting(alphabet: list[str], characters: set[str], room: int) -> list[str]:
     "The most frequent characters whose pieces, each with and without ##, fit into the vocabulary"
     pieces = Counter(c[-1] for c in characters)
@@ -162,6 +165,7 @@ def load_tokenizer(
                            'as well: give it one of its own')
     return tok
 
+# %% ../../nbs/data/11_tokenizer.ipynb #bf174d48
 def vocabulary_size(
     tok,       # a tokenizer
 ) -> int:      # one more than the highest id
@@ -196,6 +200,7 @@ def _end(first: str) -> re.Pattern:
 
 _END, _END_WITHOUT_CAPITALS = _end(r'[^\W_a-z]'), _end(r'[^\W_]')
 
+# %% ../../nbs/data/11_tokenizer.ipynb #623c143f
 def _has_capitals(text: str) -> bool:
     "Is one letter in 200 a capital, or is there no letter that could be one?"
     beginning = text[:4000]
@@ -207,6 +212,7 @@ def _abbreviated(piece: str) -> bool:
     word = piece[-12:-1].replace('(', ' ').split(' ')[-1].lower()
     return word in _ABBREVIATIONS or len(word) == 1 and 'a' <= word <= 'z'
 
+# %% ../../nbs/data/11_tokenizer.ipynb #50cc1576
 def sentence_spans(
     text: str,                 # paragraphs separated by newlines
 ) -> list[tuple[int, int]]:    # where each begins and ends, white space not included
@@ -246,6 +252,7 @@ def plain_tokenizer(
     rust.encode_special_tokens = True  # as text
     return rust
 
+# %% ../../nbs/data/11_tokenizer.ipynb #b28480e4
 def split_at(
     ids: list[int],
     ends: list[int],                # where in the text each token ends
@@ -255,6 +262,7 @@ def split_at(
     cuts = [bisect_right(ends, start) for start, _ in spans[1:]]
     return [ids[i:j] for i, j in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
 
+# %% ../../nbs/data/11_tokenizer.ipynb #fe146ef3
 def _some(docs: Iterator[Document], characters: int = 1 << 20) -> list[Document]:
     "The next documents, up to so many characters or 128 of them"
     some = list[Document]()

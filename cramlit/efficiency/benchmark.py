@@ -83,6 +83,7 @@ def make_setup(
     optimizer, grads = make_optimizer(model, recipe.optim), Gradients(model)
     return Setup(recipe, model, optimizer, grads, choose_precision(device))
 
+# %% ../../nbs/efficiency/51_benchmark.ipynb #1023a48a
 def our_step(
     setup: Setup,
     data: Data|None,  # what the batches are made from
@@ -122,6 +123,7 @@ def uncut(
         keys = make_key(recipe.seed, epochs[part], rows[part])
         yield _whole_batch(data.train[rows[part]], keys, data, recipe)
 
+# %% ../../nbs/efficiency/51_benchmark.ipynb #786951db
 def stock_step(
     model: nn.Module,  # of transformers, compiled or not
     optimizer: torch.optim.Optimizer,
@@ -188,6 +190,7 @@ def seconds(
     timer = Timer('work()', globals=dict(work=work), num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=least).median
 
+# %% ../../nbs/efficiency/51_benchmark.ipynb #01e84eba
 def devices() -> int:  # GPUs, or one CPU
     "How many devices train together"
     return max(1, torch.cuda.device_count())
@@ -220,6 +223,7 @@ class Timing:
         "Was such a step timed as it stands?"
         return 'measured' if self.timed == self.sequences(batch) and devices() == 1 else 'projected'
 
+# %% ../../nbs/efficiency/51_benchmark.ipynb #00a34a53
 def time_step(
     contender: Contender,
     device: torch.device,
@@ -288,6 +292,7 @@ def _part_of(event) -> str:
         outer = outer.cpu_parent
     return next((part for part, pattern in PARTS.items() if re.search(pattern, event.name, re.I)), 'other')
 
+# %% ../../nbs/efficiency/51_benchmark.ipynb #6e46cf8a
 def profiled(
     contender: Contender,
     device: torch.device,
@@ -565,6 +570,7 @@ def random_batch(
     positions = torch.arange(int(count_predictions(S, recipe.masking))).repeat(B, 1)
     return Batch(ids, text if padded else None, positions, ids.gather(1, positions))
 
+# %% ../../nbs/efficiency/51_benchmark.ipynb #dca685b7
 def measured_step(
     recipe: Recipe,
     vocab_size: int,  # rows of the embedding matrix
@@ -579,6 +585,7 @@ def measured_step(
     t = time_step(our_step(make_setup(one, vocab_size, device), None, lambda *step: [batch]), device)
     return B*S/(t.micro + t.update), torch.cuda.max_memory_allocated(device) if cuda else None
 
+# %% ../../nbs/efficiency/51_benchmark.ipynb #ba4ab95e
 def check_plan(
     recipe: Recipe,
     rows: list[dict],      # of `plan`

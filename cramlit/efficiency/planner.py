@@ -71,6 +71,7 @@ GPUS = {g.name: g for g in (
     GPU('h100', 80, 79.14, 989.4, 700, 'NVIDIA H100 datasheet (SXM), 2022'),
     GPU('h200', 141, 139.72, 989.4, 700, 'NVIDIA H200 datasheet (SXM), 2023'))}
 
+# %% ../../nbs/efficiency/50_planner.ipynb #52adf89d
 def get_gpu(
     name: str,  # such as 'titan-v'
 ) -> GPU:
@@ -106,6 +107,7 @@ def measured_rate(
     raise UsageError(f'{path} was measured with {", ".join(others)}, the plan is for {recipe.name} '
                      f'({recipe_hash(recipe)}): give the same --recipe, --scale and -o')
 
+# %% ../../nbs/efficiency/50_planner.ipynb #71b07490
 def measured_ceiling(
     path: str|Path,  # rows of `tests/gpu_check.py`
 ) -> float:          # FLOP/s
@@ -115,6 +117,7 @@ def measured_ceiling(
     if not known: raise CramlitError(f'{path} holds no ceiling: give the rows.jsonl of tests/gpu_check.py')
     return max(known)
 
+# %% ../../nbs/efficiency/50_planner.ipynb #1b0484d2
 def needs(
     recipe: Recipe,
     vocab_size: int,        # rows of the embedding matrix

@@ -65,6 +65,7 @@ class Classifier(nn.Module):
             pooled = (states*weights).sum(1)/weights.sum(1)
         return self.out(self.dropout(torch.tanh(self.dense(pooled))))
 
+# %% ../../nbs/evaluation/42_finetuning.ipynb #54d1dea5
 def classification_loss(
     logits: torch.Tensor,   # [batch, classes], or scores [batch, 1]
     targets: torch.Tensor,  # [batch], classes or scores
@@ -144,6 +145,7 @@ def encode(
         _kept[key] = _tokenize(tok, examples, max_length)
     return _kept[key]
 
+# %% ../../nbs/evaluation/42_finetuning.ipynb #62493dfb
 def make_batches(
     features: list[dict],           # as `encode` gives them
     batch_size: int,
@@ -220,6 +222,7 @@ def train_classifier(
         losses.append(loss.detach())  # no .item(): a GPU would have to be waited for
     return torch.stack(losses).tolist()
 
+# %% ../../nbs/evaluation/42_finetuning.ipynb #088a24a1
 def logits(
     model: Classifier,
     features: list[dict],  # as `encode` gives them

@@ -96,6 +96,7 @@ def always_the_same(
     "A predictor that says `constant` whatever it is asked"
     return lambda e: np.full(len(e), constant(task))
 
+# %% ../../nbs/evaluation/40_glue.ipynb #b5e50a93
 def linear_model(
     task: Task,
     max_train: int,  # training examples; 0 = all
@@ -120,6 +121,7 @@ def linear_model(
     linear.fit(features(train), train.labels)
     return lambda e: linear.predict(features(e))
 
+# %% ../../nbs/evaluation/40_glue.ipynb #45ffc2e0
 def majority(
     task: Task,
     max_eval: int,  # validation examples; 0 = all
@@ -303,6 +305,7 @@ def _parquet_table(path: Path):
     except (OSError, pyarrow.ArrowException) as e:
         raise CramlitError(f'cannot read {path}: {_why(e)}') from None
 
+# %% ../../nbs/evaluation/40_glue.ipynb #0de6bfa0
 def _hub_table(name: str, split: str):
     "A split from the hub as a pyarrow table; raises `CramlitError`"
     try:
@@ -315,6 +318,7 @@ def _hub_table(name: str, split: str):
         raise CramlitError(f'cannot read {name} from the hub (nyu-mll/glue): {_why(e)}. {advice}, '
                            'or give a local copy with --glue-dir') from None
 
+# %% ../../nbs/evaluation/40_glue.ipynb #cda71ec2
 def _table_rows(table, src: Source, where: str, labelled: bool) -> Iterator[Row]:
     "The rows of a table in the hub's columns"
     wanted = [*src.hub, 'label'] if labelled else [*src.hub]
@@ -354,6 +358,7 @@ def _read_hub(name: str, split: str, src: Source) -> Examples:
     rows = _table_rows(_hub_table(name, split), src, where, labelled)
     return _gather(rows, src, where, 'rows have a null', labelled, numbers=True)
 
+# %% ../../nbs/evaluation/40_glue.ipynb #b7a0e020
 def _task_folder(root: Path, name: str, folder: str) -> Path:
     "Where a task's files are; raises `UsageError` for no folder, `CramlitError` for one that is not GLUE"
     if not root.exists(): raise UsageError(f'--glue-dir {root} does not exist')
@@ -365,6 +370,7 @@ def _task_folder(root: Path, name: str, folder: str) -> Path:
         raise CramlitError(f'{root} has neither {folder}/ (TSV files) nor {name}/ (parquet files){here}')
     return next((p for p in places if _files(p, 'train')), places[0])
 
+# %% ../../nbs/evaluation/40_glue.ipynb #717420e3
 def load_glue(
     name: str,            # cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli
     folder: str = '',     # with cola/train-*.parquet or CoLA/train.tsv and so on; empty: the hub
@@ -382,6 +388,7 @@ def load_glue(
     test = {t: read(t) for t in test_sets if not place or _files(place, t)}
     return Task(name, len(src.classes) or 1, src.metrics, train, validation, test)
 
+# %% ../../nbs/evaluation/40_glue.ipynb #fc7e8101
 def load_ax(
     folder: str = '',  # with diagnostic.tsv, diagnostic/diagnostic.tsv or ax/test-*.parquet; empty: the hub
 ) -> Examples:

@@ -35,6 +35,7 @@ class Pair(NamedTuple):
     right: str  # a sentence as it was written
     wrong: str  # the same, damaged in one place
 
+# %% ../../nbs/evaluation/45_minimal_pairs.ipynb #d218962c
 def _changed(pair: Pair) -> tuple[str, str]:
     "The words in which two sentences of the same length differ first"
     return next((a, b) for a, b in zip(pair.right.split(), pair.wrong.split(), strict=True) if a != b)
@@ -48,6 +49,7 @@ def _balanced(pairs: list[Pair], n: int) -> list[Pair]:
     chosen = np.random.default_rng(4).permutation(len(both))[:n//2]
     return list(chain.from_iterable(both[i] for i in chosen))
 
+# %% ../../nbs/evaluation/45_minimal_pairs.ipynb #3458a19b
 def minimal_pairs(
     n: int,         # of each kind, even; the same pairs every time
 ) -> list[Pair]:    # those of order first
@@ -85,6 +87,7 @@ def pseudo_log_likelihood(
         total += float(logits[each, masked].float().cpu().log_softmax(-1)[each, tokens].sum())
     return total
 
+# %% ../../nbs/evaluation/45_minimal_pairs.ipynb #5c19552a
 def masked_lm(
     folder: str|Path,        # a stock transformers model with its tokenizer
     seed: int|None = None,   # of random weights; None = the weights that are there
@@ -110,6 +113,7 @@ def masked_lm(
                            'missing): a pretrained model is needed, not one that has been fine-tuned')
     return model.to(device).eval(), tok
 
+# %% ../../nbs/evaluation/45_minimal_pairs.ipynb #73392587
 def _choice(right: float, wrong: float) -> float:
     "1 = the right one has the higher score, 0 = the wrong one, 0.5 = neither, or NaN"
     return .5 if np.isnan(right - wrong) else (float(np.sign(right - wrong)) + 1)/2
@@ -130,6 +134,7 @@ def choices(
 NGRAMS = dict(bigrams=2, trigrams=3)  # tokens that are counted together
 KAPPA = 5.                            # occurrences that a shorter run's probability is worth
 
+# %% ../../nbs/evaluation/45_minimal_pairs.ipynb #67871651
 def count_ngrams(
     data: Data,         # prepared text, all of whose training sequences are counted
     asked: np.ndarray,  # int64 [m, k], runs of k tokens, none of them special
@@ -148,6 +153,7 @@ def count_ngrams(
         total += len(found)
     return counts[places], total
 
+# %% ../../nbs/evaluation/45_minimal_pairs.ipynb #bb5c5cb4
 def ngram_log_likelihoods(
     data: Data,
     sentences: list[str],
@@ -169,6 +175,7 @@ def ngram_log_likelihoods(
             known[n-1:] = (a + KAPPA*known[n-1:])/(b + KAPPA)
     return [float(np.log(probabilities).sum()) for probabilities in p]
 
+# %% ../../nbs/evaluation/45_minimal_pairs.ipynb #2e11623e
 def ngram_choices(
     data: Data,
     pairs: list[Pair],
@@ -204,6 +211,7 @@ def pair_results(
     if calls: run_parallel(calls, len(models), 'minimal pairs')
     return [find_result(place, key)[1] for key in keys]
 
+# %% ../../nbs/evaluation/45_minimal_pairs.ipynb #7640ac46
 def ngram_result(
     data: Data,
     n: int,      # pairs of each kind
@@ -217,6 +225,7 @@ def ngram_result(
     kept = find_result(out/'pairs', key)[1]
     return kept or save_result(out/'pairs', key, lambda: dict(choices=ngram_choices(data, pairs, k)))
 
+# %% ../../nbs/evaluation/45_minimal_pairs.ipynb #47ce2d4f
 def pair_rows(
     result: dict,     # as `pair_results` gives it: half of the choices are of order
     about: dict,      # a row of the network's, whose description the new ones share

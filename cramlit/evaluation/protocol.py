@@ -72,6 +72,7 @@ def with_retry(
             failed = f'{name}: {type(e).__name__}: {e}'
     return failed
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #747902c8
 @contextmanager
 def local_workers() -> Iterator[None]:
     "One process for each GPU, or one single-threaded process for each core; a backend the caller chose stays"
@@ -83,6 +84,7 @@ def local_workers() -> Iterator[None]:
     idle = dict(idle_worker_timeout=10)  # idle ones hold gigabytes
     with parallel_config('loky', n_jobs=n_jobs, inner_max_num_threads=1, **idle): yield
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #9c4870cd
 def on_free_gpu(
     locks: str,      # the folder of `take_gpu`
     work: Callable,  # what to do
@@ -98,6 +100,7 @@ def on_free_gpu(
             gc.collect()
             torch.cuda.empty_cache()
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #4d9d7c43
 def run_parallel(
     calls: list[tuple],  # of joblib's `delayed`; each returns '' or why it failed
     total: int,          # how many there are with those that were done before
@@ -135,6 +138,7 @@ def model_files(
     files = {p.name: p for pattern in patterns for p in Path(folder).glob(pattern)}
     return {name: sha256(files[name]) for name in sorted(files)}
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #a220c2f0
 def find_result(
     folder: Path,
     key: dict,           # everything that decides the result, as JSON has it
@@ -150,6 +154,7 @@ def find_result(
         path = folder/f'{name}-{n}.json'
     return path, {}
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #88e106e7
 def save_result(
     folder: Path,
     key: dict,
@@ -173,6 +178,7 @@ def run_and_save(
     def work(): save_result(out, key, lambda: run_job(job, folder, task))
     return with_retry(f'{job.task}, {job.variant}, {job.config}, seed {job.seed}', work)
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #f11c077b
 def check_writable(
     folder: Path,
 ):
@@ -182,6 +188,7 @@ def check_writable(
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as e: raise cannot_write(folder, e) from None
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #9577fc29
 def job_keys(
     folder: Path,       # a stock transformers model with its tokenizer
     tasks: list[Task],
@@ -197,6 +204,7 @@ def job_keys(
     data = {t.name: _sha256_of(asdict(t)) for t in tasks}
     return [common | dict(job=asdict(job), data=data[job.task]) for job in work]
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #cc3c7af1
 def job_results(
     folder: Path,       # a stock transformers model with its tokenizer
     tasks: list[Task],
@@ -259,6 +267,7 @@ def resampled(
 MNLI_FIRST = ('mrpc', 'stsb', 'rte')
 PROTOCOLS = ('plain', 'paper')
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #dcff2a16
 def median_run(
     runs: list[dict],  # as `run_job` gives them, of one task and one variant
 ) -> dict:             # one of them
@@ -269,6 +278,7 @@ def median_run(
     task = best[0]['job']['task']
     raise CramlitError(f'the fine-tunings on {task} diverged: there is nothing to go on with')
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #f338aee9
 def _train_and_keep(job: Job, folder: Path, task: Task, place: Path) -> str:
     return with_retry('the network of MNLI', lambda: run_job(job, folder, task, keep=place))
 
@@ -289,6 +299,7 @@ def mnli_model(
         with atomic(place/'job.json') as f: json.dump(key, f)
     return place
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #0cf77587
 def check_protocol(
     protocol: str,     # plain | paper
     names: list[str],  # of the tasks
@@ -336,6 +347,7 @@ def common_provenance(
                 versions={p: each(s['versions'].get(p) for s in stamps) for p in packages},
                 hardware=each(s['hardware'] for s in stamps))
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #0f874e6c
 def summary(
     task: Task,
     variant: str,
@@ -358,6 +370,7 @@ def summary(
     if 'job' in runs[0]: draws |= dict(seed_values=headlines)  # a baseline has no seeds
     return [*rows, row('headline', headlines, 'all') | draws]
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #55a40a99
 def task_rows(
     task: Task,
     runs: list[dict],  # of all its jobs, as `job_results` gives them
@@ -376,6 +389,7 @@ def task_rows(
         rows += summary(task, variant, best, ids)
     return rows
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #2a9a79f3
 def average(
     rows: list[dict],  # summaries of all tasks and variants
     ids: dict,
@@ -413,6 +427,7 @@ def baseline(
         return dict(diverged=False, scores=scores, predictions={n: a.tolist() for n, a in answers.items()})
     return find_result(out/'baselines', key)[1] or save_result(out/'baselines', key, measure)
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #43fcdcd0
 def run_grid(
     folder: Path,       # a stock transformers model with its tokenizer
     tasks: list[Task],
@@ -426,6 +441,7 @@ def run_grid(
     for t in tasks: rows += task_rows(t, [r for r in results if r['job']['task'] == t.name], ids)
     return rows
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #c4f7dc7a
 def replace_rows(
     path: Path,        # a .jsonl file
     rows: list[dict],
@@ -442,6 +458,7 @@ def replace_rows(
         print(f'{path} held rows of other models or tasks: they are now in {aside}', file=sys.stderr)
     write_rows(path, rows)
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #29ffd216
 def _mnli_first(folder: Path, tasks: list[Task], grid: Finetune, seeds: int, out: Path, ids: dict,
                 rows: list[dict]) -> list[dict]:
     "Rows of the variant mnli-first: three tasks of its own, the others those of the pretrained network"
@@ -453,6 +470,7 @@ def _mnli_first(folder: Path, tasks: list[Task], grid: Finetune, seeds: int, out
     return [*run_grid(mnli_model(folder, mnli, grid, seeds, out), later, work, out, ids),
             *(r | dict(variant='mnli-first') for r in others)]
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #95052866
 def run_suite(
     folder: str|Path,   # a stock transformers model with its tokenizer
     tasks: list[Task],
@@ -501,6 +519,7 @@ def load_tasks(
     if suite == 'surrogate': return [load_surrogate(n) for n in names]
     return [load_glue(n, glue_dir, tests=False) for n in names]
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #ce8dcf6c
 def model_ids(
     model: str|Path,  # a stock transformers folder
     scale: Scale,     # whose grid
@@ -516,6 +535,7 @@ def model_ids(
                 recipe_hash=info.get('recipe_hash', ''), pretraining_seed=info.get('seed'),
                 weights=weights_digest(model), pooling=scale.finetune.pooling)
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #bc5d7824
 def note_seen_text(
     model: str|Path,  # a stock transformers folder
     suite: str,       # surrogate | glue
@@ -529,6 +549,7 @@ def note_seen_text(
         note(f'{model} was pretrained on {source} with {kept:.1%} held out: articles of the tasks '
              'continuation and acceptability may be among its text, and it may gain less on other text')
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #cf5f4b63
 def _seeds(seeds: int, scale: Scale) -> int:
     "How many seeds a configuration gets"
     if seeds < 0: raise UsageError(f'--seeds {seeds}: expected a number above zero')
@@ -581,6 +602,7 @@ def reference_encoder(
                            'again') from None
     return folder
 
+# %% ../../nbs/evaluation/43_protocol.ipynb #66dc3c8c
 def evaluate_reference(
     out: str|Path,       # for the model, results and rows
     scale: Scale,        # whose grid

@@ -31,6 +31,7 @@ def _seed_variance(a: pd.Series, b: pd.Series|float) -> tuple[float, float]:  # 
     df = (of_a + of_b)**2/(of_a**2/(len(a) - 1) + of_b**2/(len(b) - 1))
     return of_a + of_b, df
 
+# %% ../../nbs/evaluation/44_statistics.ipynb #bdb00085
 def difference(
     a: pd.Series,           # a value a seed, with the seeds as its index
     b: pd.Series|float,     # the same of the other side, or a number that has no seeds

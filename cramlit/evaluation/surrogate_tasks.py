@@ -64,12 +64,14 @@ def rated_sentences(
                 number, rating, text = line.split('\t', 2)
                 yield f'{kind} {number}', float(rating), ' '.join(text.split())
 
+# %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #67f91595
 def only_words(
     text: str,
 ) -> str:  # its words in lower case
     "What copies of a text with other punctuation or capitals have in common"
     return ' '.join(re.findall(r'\w+', text.lower()))
 
+# %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #2e990904
 def review_polarity() -> Task:
     "Is a snippet of a film review for or against the film?"
     rows: dict[str, Example] = {}
@@ -102,6 +104,7 @@ def bible_verses(
     text, start, end = (ast.literal_eval(a) for a in call.args[1:4])
     return {v: ' '.join(text[start[v]:end[v]].replace('<p>', ' ').split()) for v in start if v in end}
 
+# %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #7336cbc9
 def word_overlap(
     a: str,    # a sentence
     b: str,    # another
@@ -110,6 +113,7 @@ def word_overlap(
     words_a, words_b = set(re.findall(r'\w+', a.lower())), set(re.findall(r'\w+', b.lower()))
     return len(words_a & words_b)/max(1, len(words_a | words_b))
 
+# %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #a04b124f
 def verse_match() -> Task:
     "Are these the same verse in two versions?"
     web, asv = bible_verses('web'), bible_verses('asv')
@@ -150,6 +154,7 @@ def _cached(name: str, make: Callable):
         with atomic(path) as f: json.dump(make(), f)
     return json.loads(path.read_text('utf-8'))
 
+# %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #827e8904
 def place_sentences(
     text: str,         # paragraphs separated by newlines
 ) -> list[Placed]:
@@ -162,6 +167,7 @@ def place_sentences(
         place += 1
     return found
 
+# %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #adb9598e
 def _held_out_sentences() -> list[list[Placed]]:
     "The sentences of held-out Wikipedia articles, article by article"
     print('cleaning enwik8 for the surrogate tasks …', file=sys.stderr)
@@ -176,6 +182,7 @@ def _editorials() -> list[list[Placed]]:
         texts.setdefault(text, []).append((int(place), sentence))
     return list(texts.values())
 
+# %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #08a51972
 def continuations(
     texts: list[list[Placed]],  # sentences in order, text by text
     prefix: str,                # of the names of the groups
@@ -231,6 +238,7 @@ def damage(
     else: w[i] = _AGREEMENT[w[i]]
     return ' '.join(w)
 
+# %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #bba438cb
 def whole_sentences() -> Iterator[tuple[str, str]]:  # article, sentence
     "The sentences of held-out Wikipedia that begin with a capital and end with a full stop"
     for n, text in enumerate(_cached('held-out', _held_out_sentences)):

@@ -49,6 +49,8 @@ def shared_validation(
             'validation.stop_loss=0')
 
 SELDOM = 'validation.every=0.5'  # where only the end counts: twenty evaluations take half of a short run
+
+# %% ../../nbs/experiments/61_comparison.ipynb #0de9f4f3
 AXES = 'peak LR', 'batch', 'warm-up', 'Muon over AdamW', 'window'
 ASIDE = 1000  # added to the seed of a search, so that no reported run has it
 
@@ -63,6 +65,7 @@ def axes(
     windows = tuple(max(2, round(k*r.model.window/2)*2) for k in (.5, 1, 2)) if r.model.window else ()
     return {name: values for name, values in zip(AXES, (*shared, ratios, windows), strict=True) if values}
 
+# %% ../../nbs/experiments/61_comparison.ipynb #277e0fc7
 def drawn_settings(
     recipe: Recipe,             # at a scale
     point: dict[str, float],    # axis → value
@@ -75,6 +78,7 @@ def drawn_settings(
     if 'window' in point: settings.append(f"model.window={int(point['window'])}")
     return tuple(settings)
 
+# %% ../../nbs/experiments/61_comparison.ipynb #44199f31
 def tuning_trials(
     names: Iterable[str],  # recipes
     scale: str,            # name of a scale
@@ -98,6 +102,7 @@ def tuning_trials(
         found.append(list(mine.values()))
     return [trial for turn in zip(*found, strict=True) for trial in turn]
 
+# %% ../../nbs/experiments/61_comparison.ipynb #7bf94bc0
 def recipe_trials(
     tuned: dict[str, tuple[str, ...]],  # recipe → its settings; the others are compared with the first
     scale: str,                         # name of a scale
@@ -216,6 +221,7 @@ def with_data(
                            f'leave {CALIBRATION}, with which trials keep their numbers of steps')
     return found
 
+# %% ../../nbs/experiments/61_comparison.ipynb #88ae8126
 def trial_settings(
     scale: str,           # name of a scale
     part: float = 1.,     # of the comparison's budget
@@ -254,6 +260,7 @@ def run_tuning(
     keep_rows(out/'rows.jsonl', rows + space)
     return rows + space
 
+# %% ../../nbs/experiments/61_comparison.ipynb #0f4a4714
 def compare_recipes(
     tuned: dict[str, tuple[str, ...]],  # recipe → its settings; the others are compared with the first
     scale: str,         # name of a scale
@@ -309,6 +316,7 @@ def untrained(
     save_stock(model, cfg, load_tokenizer(data.folder/'tokenizer'), folder)
     return folder
 
+# %% ../../nbs/experiments/61_comparison.ipynb #4270d173
 def from_scratch(
     trial: Trial,  # of the recipe, with its text
     tasks: list[Task],
@@ -351,6 +359,7 @@ def without_network(
         rows += pair_rows(result, ids | dict(trial=name))
     return rows
 
+# %% ../../nbs/experiments/61_comparison.ipynb #6e55afe0
 def beside_pretraining(
     trials: list[Trial],  # of a budget, with their texts
     keys: list[dict],     # those of the trials

@@ -61,6 +61,7 @@ def multiplied(
     parts = count_parameters(m, vocab_size)
     return sum(parts.values()) - parts['positions and segments']
 
+# %% ../../nbs/experiments/62_scaling.ipynb #c95ff0e9
 def compute_rows(
     rows: list[dict],     # of trials
     trials: list[Trial],  # with their text
@@ -78,6 +79,7 @@ def compute_rows(
                   r | dict(metric='epochs', value=tokens/text, unit='times')]
     return found
 
+# %% ../../nbs/experiments/62_scaling.ipynb #6550f356
 def run_scaling(
     base: str,   # name of a recipe
     scale: str,  # name of a scale

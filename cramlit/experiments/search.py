@@ -135,6 +135,7 @@ def choices(
         'base instead of large': smaller,
         'sequences cut at one end': ('packing.mode=document',) if recipe.packing.mode == 'paper' else ()}
 
+# %% ../../nbs/experiments/60_search.ipynb #cf3ae250
 def choice_trials(
     base: str,     # name of a recipe
     scale: str,    # name of a scale
@@ -170,6 +171,7 @@ def has_stock(
     try: return bool(family(m))
     except UsageError: return False
 
+# %% ../../nbs/experiments/60_search.ipynb #796efdbf
 def trial_ids(
     trial: Trial,
     study: Study,
@@ -194,6 +196,7 @@ def _contestant(trial: Trial, study: Study) -> str:
                device.type, str(choose_precision(device).dtype))
     return digest(decides) + (f'-{study.nproc}' if study.nproc > 1 else '')
 
+# %% ../../nbs/experiments/60_search.ipynb #45815308
 def seconds_before(
     trial: Trial,
     folder: Path,   # of its text
@@ -205,6 +208,7 @@ def seconds_before(
     begin(run, MaskedLM(recipe.model, data.padded_vocab_size).to(pick_device()))
     return run.clock.spent
 
+# %% ../../nbs/experiments/60_search.ipynb #e8670d48
 def _time_steps(trials: dict[str, Trial], study: Study, turns: int) -> list[dict]:
     "Rows with the seconds that a step of each contender takes, and those before its first step"
     device = pick_device()
@@ -324,6 +328,7 @@ def first_seed(
     ours = get_recipe(trial.base, trial.scale).seed
     return (trial.seed - ours)*study.trials.finetune.seeds
 
+# %% ../../nbs/experiments/60_search.ipynb #80957e17
 def trial_rows(
     trial: Trial,
     study: Study,
@@ -380,6 +385,7 @@ def trial_key(
         if t.pairs: key['finetune']['pairs'] = [t.pairs, PAIRS_VERSION]
     return json.loads(json.dumps(key))  # lists for tuples
 
+# %% ../../nbs/experiments/60_search.ipynb #fc76d8a1
 def tidy(
     folder: Path,  # of a finished trial
 ):
@@ -467,6 +473,7 @@ def plan_trials(
     tasks = load_tasks(suite, list(t.tasks), glue_dir) if t.tasks else []
     return Plan(study, trials, [trial_key(trial, study, tasks) for trial in trials])
 
+# %% ../../nbs/experiments/60_search.ipynb #43d92818
 def finished_rows(
     plan: Plan,
     out: Path,     # the study's folder
@@ -529,6 +536,7 @@ def trial_table(
         if 'resampled' in r: line[f'{name}, draws'] = r['resampled']
     return pd.DataFrame(list(lines.values()))
 
+# %% ../../nbs/experiments/60_search.ipynb #2bf8a560
 def over_seeds(
     table: pd.DataFrame,  # as `trial_table` gives it
 ) -> pd.DataFrame:        # a line for each trial's name, with means over its seeds
@@ -539,6 +547,7 @@ def over_seeds(
     if 'stopped' in table: found['stopped'] = lines.stopped.max()
     return found.reset_index()
 
+# %% ../../nbs/experiments/60_search.ipynb #de825ac0
 def best(
     table: pd.DataFrame,  # as `trial_table` gives it
     task: str,            # the one that judges

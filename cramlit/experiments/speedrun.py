@@ -77,6 +77,7 @@ class Entry:
         "A name for all that decides its losses but the seed"
         return digest([self.track, recipe_hash(self.trial().recipe), self.steps])
 
+# %% ../../nbs/experiments/64_speedrun.ipynb #d9601c3b
 def _is_fine(name: str, value) -> bool:
     "Has a field of an entry a value that it can have?"
     kind = _FIELDS[name]
@@ -86,6 +87,7 @@ def _is_fine(name: str, value) -> bool:
     try: return date.fromisoformat(value).isoformat() == value  # dates are sorted as texts
     except (TypeError, ValueError): return False
 
+# %% ../../nbs/experiments/64_speedrun.ipynb #50e9a915
 def _read(path: Path) -> Entry:
     try: found = json.loads(path.read_text('utf-8'))
     except OSError as e: raise UsageError(e.strerror or str(e)) from None
@@ -134,6 +136,7 @@ def stock_loss(
         n += int((labels != IGNORE).sum())
     return total/n
 
+# %% ../../nbs/experiments/64_speedrun.ipynb #bbef1015
 EQUAL = 1e-3  # nats
 _KEPT = 'validation_loss', 'tuning_loss', 'tokens'
 
@@ -200,6 +203,7 @@ def below(
     if pd.isna(d.p): return 1.
     return d.p/2 if d.change < 0 else 1 - d.p/2
 
+# %% ../../nbs/experiments/64_speedrun.ipynb #f6840ff9
 def _values(rows: list[dict], metric: str) -> list:
     return [r['value'] for r in rows if r['metric'] == metric]
 
@@ -220,6 +224,7 @@ def target(
     if None not in losses: return round(mean(losses), 2)
     raise CramlitError('a seed of the first entry diverged, and its mean is the target: lower its rate')
 
+# %% ../../nbs/experiments/64_speedrun.ipynb #cfa9931f
 def judge(
     entries: list[Entry],  # of a track, in order; those that have no rows yet are left out
     rows: list[dict],      # of all of them
@@ -268,6 +273,7 @@ def _rows_of(page: Path, track: str) -> list[dict]:
     path = page/f'{track}.jsonl'
     return read_json_lines(path) if path.exists() else []
 
+# %% ../../nbs/experiments/64_speedrun.ipynb #87af56e6
 def _add(page: Path, track: str, new: list[dict]) -> list[dict]:
     "Add rows to those of the page as they are now, a clock in place of the old one; returns them all"
     again = {r['id'] for r in new if r.get('kind') == 'calibrated'}
@@ -278,6 +284,7 @@ def _add(page: Path, track: str, new: list[dict]) -> list[dict]:
         write_rows(page/f'{track}.jsonl', rows)
     return rows
 
+# %% ../../nbs/experiments/64_speedrun.ipynb #731592ca
 def _enter(entry: Entry, path: Path, page: Path):
     "Put an entry with the others; a name is taken once, so is what it runs, and the first one stays"
     others = read_entries(page, entry.track)
@@ -293,6 +300,7 @@ def _enter(entry: Entry, path: Path, page: Path):
                          f'give it a date of at least {least}')
     with atomic(to) as f: f.write(path.read_text('utf-8'))
 
+# %% ../../nbs/experiments/64_speedrun.ipynb #65c54117
 def _compare_digits(entry: Entry, new: list[dict], old: list[dict]):
     "Say whether a repetition found the losses of the page"
     a, b = ({r['seed']: r['value'] for r in rows if r['metric'] == 'validation_loss'} for rows in (new, old))
@@ -300,6 +308,7 @@ def _compare_digits(entry: Entry, new: list[dict], old: list[dict]):
     what = f'differ with the seeds {apart}; the page keeps its own' if apart else 'are those of the page'
     note(f'{entry.name}: the losses {what}')
 
+# %% ../../nbs/experiments/64_speedrun.ipynb #2524f7c3
 def run_race(
     files: Iterable[str],  # entries to run; none: those of the track that have no rows
     track: str,             # laptop | gpu | tiny

@@ -93,6 +93,7 @@ def look_at_neighbours(
         q[D//2:D//2 + few, _MASK] = side*strength/mark*sin
         k[:few, _WORD] = strength
 
+# %% ../../nbs/model/23_cooccurrence.ipynb #ea869745
 @torch.no_grad()
 def begin_with_counts(
     model: MaskedLM,  # as it was made; changed in place

@@ -87,6 +87,7 @@ class AttentionContext(NamedTuple):
     query_rotary: Tensor|None  # [2, Q, D/2] or [2, B, 1, Q, D/2]; None = positions are in the embeddings
     key_rotary: Tensor|None    # [2, S, D/2]
 
+# %% ../../nbs/model/21_encoder.ipynb #58dfba84
 class ContextBuilder(nn.Module):
     "Makes the context of local and of global layers"
     def __init__(

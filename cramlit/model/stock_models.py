@@ -72,6 +72,8 @@ _ROBERTA = {ours: theirs.replace('bert.', 'roberta_prelayernorm.', 1) for ours, 
     'blocks.{i}.ffn_norm': 'roberta_prelayernorm.encoder.layer.{i}.intermediate.LayerNorm',
     'final_norm': 'roberta_prelayernorm.LayerNorm',
     'head.transform': 'lm_head.dense', 'head.norm': 'lm_head.layer_norm', 'head': 'lm_head'}
+
+# %% ../../nbs/model/22_stock_models.ipynb #75539c10
 _MODERNBERT = {
     'embeddings.word': 'model.embeddings.tok_embeddings', 'embeddings.norm': 'model.embeddings.norm',
     'blocks.{i}.attention_norm': 'model.layers.{i}.attn_norm',
@@ -84,6 +86,7 @@ _MODERNBERT = {
 _NAMES = {'bert': _BERT, 'megatron-bert': _MEGATRON, 'roberta-prelayernorm': _ROBERTA,
           'modernbert': _MODERNBERT}
 
+# %% ../../nbs/model/22_stock_models.ipynb #c032622d
 def name_map(
     cfg: ModelConfig,       # shape of the network
 ) -> dict[str, list[str]]:  # our weight → the stock weight, or those of query, key and value
@@ -124,6 +127,7 @@ def stock_state(
         out[decoder] = state['embeddings.word.weight'].new_zeros(len(state['embeddings.word.weight']))
     return out
 
+# %% ../../nbs/model/22_stock_models.ipynb #f8d3bb8c
 def our_state(
     state: dict[str, Tensor],  # of a stock model
     cfg: ModelConfig,          # the shape of ours
@@ -153,6 +157,7 @@ def _settings(cfg: ModelConfig, pad: int) -> dict[str, Any]:
                 layer_types=['sliding_attention' if x else 'full_attention' for x in local],
                 rope_parameters={k: dict(rope_type='default', rope_theta=x) for k, x in thetas.items()})
 
+# %% ../../nbs/model/22_stock_models.ipynb #73c3c126
 def stock_config(
     cfg: ModelConfig,         # shape of the network
     vocab_size: int,          # rows of the embedding matrix
@@ -171,6 +176,7 @@ def stock_config(
         initializer_range=cfg.initializer_range, tie_word_embeddings=True,
         pad_token_id=pad, bos_token_id=cls, eos_token_id=sep, **settings)
 
+# %% ../../nbs/model/22_stock_models.ipynb #317c5615
 def _from_modernbert(stock) -> dict[str, Any]:
     "Our settings in a ModernBERT configuration"
     local, rope = 'sliding_attention' in stock.layer_types, stock.rope_parameters
@@ -242,6 +248,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         logging.enable_progress_bar()
 
+# %% ../../nbs/model/22_stock_models.ipynb #30ecbdfb
 def _first_line(e: Exception) -> str:
     return next(iter(str(e).splitlines()), type(e).__name__)
 
@@ -255,6 +262,7 @@ def _check_file(path: Path):
     if path.suffix == '.safetensors': safe_open(path, 'pt').keys()
     else: torch.load(path, map_location='meta', weights_only=True)
 
+# %% ../../nbs/model/22_stock_models.ipynb #8616808d
 def load_parts(
     folder: str|Path,  # a stock transformers model with its tokenizer
 ) -> tuple:            # its configuration, its tokenizer
@@ -287,6 +295,7 @@ def load_parts(
                            f'{config.vocab_size} tokens: they do not belong together')
     return config, tok
 
+# %% ../../nbs/model/22_stock_models.ipynb #57770175
 def weights_digest(
     folder: str|Path,  # a stock transformers model
 ) -> str:              # eight hexadecimal digits
@@ -315,6 +324,7 @@ def recipe_from(
             raise UsageError(f'model.{name}={wanted} is not possible: the model in {folder} has {given}')
     return validate(r)
 
+# %% ../../nbs/model/22_stock_models.ipynb #9a862d39
 def check_vocabulary(
     data: Data,
     folder: str|Path,  # a stock transformers model with its tokenizer
@@ -334,6 +344,7 @@ def _resize(w: Tensor, rows: int, fill: float) -> Tensor:
     new = w.new_full((max(0, rows - len(w)), *w.shape[1:]), fill)
     return torch.cat([w[:rows], new])
 
+# %% ../../nbs/model/22_stock_models.ipynb #49c53c89
 def load_weights(
     folder: str|Path,    # a stock transformers model
     rows: int,           # of the embedding matrix
@@ -366,6 +377,7 @@ def load_weights(
     state['head.bias'] = _resize(state['head.bias'], rows, -100.)  # e^-100: a new row is never predicted
     return state
 
+# %% ../../nbs/model/22_stock_models.ipynb #ca4028e1
 def init_from(
     folder: str|Path,         # a stock transformers model with its tokenizer
     data: str|Path,           # prepared with the same tokenizer

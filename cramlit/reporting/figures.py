@@ -75,6 +75,7 @@ def draw_unigram(
         ax.axhline(x, ls='--', color='0.4' if same else colours[name], lw=1, label=label)
         if same: break
 
+# %% ../../nbs/reporting/71_figures.ipynb #738a401b
 def figure_loss(
     runs: dict[str, Path],  # name → run folder
     entropies: dict[str, float],  # their unigram baselines, nats; those that are not known yet are missing

@@ -45,6 +45,7 @@ def public_recipe(
     source, tokenizer = os.pathsep.join(public_source(r.corpus.source)), Path(r.tokenizer.path).name
     return replace(r, corpus=replace(r.corpus, source=source), tokenizer=replace(r.tokenizer, path=tokenizer))
 
+# %% ../../nbs/reporting/73_model_card.ipynb #25526f3b
 def describe_source(
     source: str,  # as `corpus.source` has it
 ) -> tuple[str, list[str], str|None]:  # in words with its licence, data sets on the hub, language
@@ -90,6 +91,7 @@ def find_scores(
                            f'run `cramlit glue --model {run}/model` first')
     return list(found.values())
 
+# %% ../../nbs/reporting/73_model_card.ipynb #421da1f2
 def score_tables(
     scores: list[dict],  # as `find_scores` gives them
 ) -> list[dict]:         # suite, scale, seeds, grid and a Markdown table of each suite and scale
@@ -98,7 +100,7 @@ def score_tables(
     for suite, scale in dict.fromkeys((r['suite'], r['scale']) for r in scores):
         mine = [r for r in scores if (r['suite'], r['scale']) == (suite, scale)]
         t = pd.DataFrame(mine).assign(cell=[shown(r, 1) for r in mine])
-        for k in keys: t[k] = t.get(k, pd.Series(dtype=object)).fillna('')
+        for k in keys: t[k] = t[k].fillna('') if k in t else ''
         wide = t.pivot_table('cell', keys, 'variant', 'first', sort=False, fill_value='').reset_index()
         tables.append(dict(suite=suite, scale=scale, seeds=max(r.get('seeds', 0) for r in mine),
                            grid=SCALES[scale].finetune, pooling=mine[0].get('pooling', 'cls'),
@@ -204,8 +206,13 @@ combinations of epochs ({{ listed(f.epochs) }}), batch ({{ listed(f.batch_sizes)
 {{ 'at most ' + number(f.max_train) if f.max_train else 'all' }} training examples.
 The classifier, BERT's, sees
 {{ 'the mean of all states' if t.pooling == 'mean' else 'the state of the first token' }}.
-Shown is the median over seeds of the best configuration, chosen on the same validation set, with the
-lowest and the highest seed. *from-scratch* is the same network without pretraining, under the same protocol.
+Shown is the median over seeds, with the lowest and the highest seed in parentheses.
+{% if f.epochs|length * f.batch_sizes|length * f.lrs|length > 1 -%}
+It is that of the best configuration, chosen on the same validation set.
+{% else -%}
+The one configuration of this scale was chosen by hand, on validation sets like these.
+{% endif -%}
+*from-scratch* is the same network without pretraining, under the same protocol.
 
 {{ t.table }}
 {% if t.suite != 'glue' %}
@@ -241,6 +248,7 @@ def _in_words(recipe: Recipe, init: str) -> dict[str, str]:
                 pooling='the mean of all states' if modern
                         else 'the state of the first token, through a layer that was not pretrained')
 
+# %% ../../nbs/reporting/73_model_card.ipynb #84a213a2
 def model_card(
     name: str,            # of the model, as others will load it
     info: dict,           # what run.json says
@@ -284,6 +292,7 @@ def add_card(
     public = info | dict(recipe=asdict(public_recipe(recipe_from_dict(info['recipe']))))
     (folder/'cramlit.json').write_text(json.dumps(public, indent=1), encoding='utf-8')
 
+# %% ../../nbs/reporting/73_model_card.ipynb #30d65d57
 def export_with_card(
     run: str|Path,      # a finished run of `cramlit pretrain`
     to: str|Path,       # the folder to make
@@ -320,6 +329,7 @@ def _reason(e: Exception) -> str:
     if status: return _REASONS.get(status, f'the hub answered with status {status}')
     return f'the hub cannot be reached, or answers as no hub does ({type(e).__name__}): check the network'
 
+# %% ../../nbs/reporting/73_model_card.ipynb #bc9bb856
 def push(
     folder: str|Path,      # made by `export_with_card`
     repo: str,             # OWNER/NAME

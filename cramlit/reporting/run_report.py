@@ -47,6 +47,7 @@ class Snapshot:
         "The value of a result row; None until the run is over"
         return next((r['value'] for r in self.rows if r['metric'] == metric), None)
 
+# %% ../../nbs/reporting/72_run_report.ipynb #d74e494a
 def _lines(path: Path, *keys: str) -> list[dict]:
     "The complete lines of a file that may be growing, or not be there yet"
     try: return read_json_lines(path, True, keys)
@@ -57,6 +58,7 @@ def _written(path: Path) -> float|None:
     try: return path.stat().st_mtime
     except FileNotFoundError: return None
 
+# %% ../../nbs/reporting/72_run_report.ipynb #f8ac0c78
 def read_run(
     folder: str|Path,  # a run's folder
 ) -> Snapshot:
@@ -135,6 +137,7 @@ def state_rows(
             *(row(key, run.last(key), unit) for key, unit in logged.items()),
             row('checkpoints', len(run.saved), 'checkpoints')]
 
+# %% ../../nbs/reporting/72_run_report.ipynb #79480e7d
 def numbers(
     run: Snapshot,
 ) -> dict[str, str]:  # name → text
@@ -327,6 +330,7 @@ def spelled(
     "The text with the letters of file names that this locale cannot spell, which Python keeps as bytes"
     return text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
 
+# %% ../../nbs/reporting/72_run_report.ipynb #312ae0b8
 def report_html(
     run: Snapshot,
 ) -> str:  # HTML

@@ -83,6 +83,7 @@ def planned_days(
     return result_row('days_for_256m_samples', hours/24, 'days', **ids, stage='speed', recipe=network,
                       kind='planned')
 
+# %% ../../nbs/reporting/74_speed.ipynb #7944b1db
 def table1(
     rows: list[dict],  # of `speed_rows`
 ) -> pd.DataFrame:     # texts: network and batch × stock, cramlit, published
@@ -105,6 +106,7 @@ def table1(
             'published optimised, days': days(f'{name} optimised {G}')}
     return pd.DataFrame(lines).T
 
+# %% ../../nbs/reporting/74_speed.ipynb #af7284ab
 def write_table1(
     rows: list[dict],  # of `speed_rows`
     folder: Path,      # where the files go
@@ -129,6 +131,7 @@ def write_table1(
     caption = f"Table 1. Speed on the hardware at hand, and days on GPUs, scale {mine[0]['scale']}."
     return write_table(table1(mine), folder/'table1_time', caption, notes, mine)
 
+# %% ../../nbs/reporting/74_speed.ipynb #eb723b50
 def rate_of(
     rows: list[dict],  # of `speed_rows`
     network: str,      # bert-base | bert-large
@@ -151,6 +154,7 @@ def _hours(recipe: Recipe, sequences: float, gpu: GPU, gpus: int) -> float:
     flops = sequences*recipe.packing.seq_len*training_flops(recipe, V)
     return flops/(gpus*MFU*gpu.tflops*1e12)/3600
 
+# %% ../../nbs/reporting/74_speed.ipynb #dfc31e7b
 def same_work_rows(
     recipe: Recipe,    # what is trained
     sequences: float,  # how many
@@ -169,6 +173,7 @@ def same_work(
     for r in rows: lines.setdefault(r['gpu'], {})[f"{r['gpus']} ×, hours"] = shown(r, 1)
     return pd.DataFrame(lines).T
 
+# %% ../../nbs/reporting/74_speed.ipynb #d8a1f09e
 def hardware(
     rows: list[dict],  # of plans, each with the name of a GPU
 ) -> pd.DataFrame:     # texts: a line for each GPU
@@ -211,6 +216,7 @@ def best_stock(
     stock = [r for r in rows if r['metric'] == 'time_of_ours' and r['variant'].startswith('stock')]
     return min(stock, key=lambda r: r['value'])
 
+# %% ../../nbs/reporting/74_speed.ipynb #d5fe2499
 def figure_bench(
     rows: list[dict],  # of `bench_rows`
 ) -> Figure:
@@ -230,6 +236,7 @@ def figure_bench(
         ax.legend(ncols=4, loc='upper center', bbox_to_anchor=(.5, -.3), fontsize=7)
     return fig
 
+# %% ../../nbs/reporting/74_speed.ipynb #8ae09482
 def write_bench(
     rows: list[dict],  # of `bench_rows`
     folder: Path,      # where the files go
@@ -312,6 +319,7 @@ def bench_steps(
     for path in write_bench(rows, out): print(path, file=sys.stderr)
     return rows
 
+# %% ../../nbs/reporting/74_speed.ipynb #76dea2dc
 def bench_finetuning(
     model: str,  # a stock transformers folder
     turns: int,  # seeds

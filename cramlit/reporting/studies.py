@@ -56,6 +56,7 @@ def median_and_range(
     between = f' ({v.min():.{digits}f}–{v.max():.{digits}f})' if len(v) > 1 else ''
     return f'{v.median():.{digits}f}{between}'
 
+# %% ../../nbs/reporting/75_studies.ipynb #d360c011
 TIMED = 'as steps timed beforehand, at the pace of the quickest of several turns'
 
 def seeds_and_seconds(
@@ -93,6 +94,7 @@ def about_rates(
     return [f'A score is that of the best of the rates {told}, chosen by the score itself, for each network '
             'and task; majority and bag of words have no such choice.']
 
+# %% ../../nbs/reporting/75_studies.ipynb #97aa6bac
 def on_plateau(
     losses: pd.Series,  # nats, by name
     unigram: float,     # nats
@@ -106,6 +108,7 @@ def on_plateau(
             f'{", ".join(names)}**. Differences between these say little, and those from them say who has '
             'left the plateau from which all set out.']
 
+# %% ../../nbs/reporting/75_studies.ipynb #30c54a5f
 def first_trial(
     t: pd.DataFrame,  # as `trial_table` gives it
 ) -> str:             # its name
@@ -144,6 +147,7 @@ def stopped_early(
                      'code, and not that of the table.')
     return notes
 
+# %% ../../nbs/reporting/75_studies.ipynb #b4ac523c
 def same_seeds(
     rows: list[dict],  # of trials
     trials: list[str]|None = None,  # those to speak of; None = all
@@ -160,6 +164,7 @@ def same_seeds(
     return [f'All seeds of pretraining{of} were fine-tuned with the same seeds, whose error is in no '
             'interval.']
 
+# %% ../../nbs/reporting/75_studies.ipynb #e0678480
 def whole_runs(
     t: pd.DataFrame,  # as `trial_table` gives it
 ) -> pd.DataFrame:    # its lines of trials of which every seed came to its end
@@ -215,6 +220,7 @@ def figure_grid(
     fig.colorbar(image, ax=fig.axes, label='MLM loss, nats')
     return fig
 
+# %% ../../nbs/reporting/75_studies.ipynb #04b1a2c0
 def write_search(
     rows: list[dict],  # of the grid
     task: str,         # the one that judges
@@ -283,6 +289,7 @@ def figure_choices(
     fig.supylabel('validation loss, nats', fontsize=9)
     return fig
 
+# %% ../../nbs/reporting/75_studies.ipynb #8e8cd6a3
 @matplotlib.rc_context(STYLE)
 def figure_schedules(
     t: pd.DataFrame,  # of the choices, as `trial_table` gives it
@@ -300,6 +307,7 @@ def figure_schedules(
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
+# %% ../../nbs/reporting/75_studies.ipynb #86777f53
 @matplotlib.rc_context(STYLE)
 def figure_loss_task(
     table: pd.DataFrame,  # as `trial_table` gives it
@@ -320,6 +328,7 @@ def figure_loss_task(
         ax.set_title(title, fontsize=8, loc='right')
     return fig
 
+# %% ../../nbs/reporting/75_studies.ipynb #987982e2
 def write_choices(
     rows: list[dict],  # of the choices
     folder: Path,      # where the files go
@@ -365,6 +374,7 @@ def final_loss(
     "Where the curves of a trial end, by the same half of the held-out text; the mean over its whole runs"
     return t.tuning_loss[(t.trial == trial) & (t.stopped == '')].mean()
 
+# %% ../../nbs/reporting/75_studies.ipynb #5e4b448c
 def comparison_table(
     t: pd.DataFrame,   # of the recipes, as `trial_table` gives it
     tasks: list[str],  # columns of it
@@ -392,6 +402,7 @@ def comparison_table(
         lines[name] = line | difference_cells(by_average, name, 1, ', average')
     return pd.DataFrame(lines).T
 
+# %% ../../nbs/reporting/75_studies.ipynb #6fe42811
 def unigram_baselines(
     t: pd.DataFrame,    # as `trial_table` gives it
 ) -> dict[str, float]:  # trial → nats
@@ -471,6 +482,7 @@ def tuning_table(
                        'as it is, nats': mean_and_deviation(plain, 3)}
     return pd.DataFrame(lines).T
 
+# %% ../../nbs/reporting/75_studies.ipynb #ace908ff
 def at_edge(
     t: pd.DataFrame,      # a recipe's tries, as `trial_table` gives it
     axis: str,            # of the search
@@ -485,6 +497,7 @@ def at_edge(
     inside = min(values) < value < max(values) or value == 0  # there is nothing below zero
     return [] if inside else [f'{best.recipe} ({axis} {value:g})']
 
+# %% ../../nbs/reporting/75_studies.ipynb #7aa13124
 def write_tuning(
     rows: list[dict],  # as `run_tuning` gives them
     folder: Path,      # where the files go
@@ -529,6 +542,7 @@ def ablation_table(
                        'tokens/s': f'{group.tokens_per_second.mean():,.0f}'}
     return pd.DataFrame(lines).T
 
+# %% ../../nbs/reporting/75_studies.ipynb #dc738b9a
 def about_steps(
     rows: list[dict],  # of the ablation
 ) -> list[str]:        # a note
@@ -549,6 +563,7 @@ def about_steps(
         notes.append('*Batch* brings another micro-batch, which alone changes the time of a step.')
     return [' '.join(notes)]
 
+# %% ../../nbs/reporting/75_studies.ipynb #14083367
 def ends_of(
     t: pd.DataFrame,  # of the ablation, as `trial_table` gives it
 ) -> list[str]:       # recipes
@@ -556,6 +571,7 @@ def ends_of(
     whole = {name.split(' without ')[0] for name in t.trial}  # but for one step, and the one to begin with
     return [name for name in RECIPES if name in whole]
 
+# %% ../../nbs/reporting/75_studies.ipynb #f2a981d5
 def write_ablation(
     rows: list[dict],  # of the ablation
     folder: Path,      # where the files go
@@ -644,6 +660,7 @@ def reference_scores(
     if not set(tasks) <= set(found): return {}
     return found | dict(average=float(np.mean([found[task] for task in tasks])))
 
+# %% ../../nbs/reporting/75_studies.ipynb #27d82758
 def _mean_line(ax, values: pd.Series, label: str, **how):
     "The mean over seeds as a horizontal line, its interval as a band"
     mean = difference(values, 0.)
@@ -691,6 +708,7 @@ def figure_budgets(
     fig.legend(shown.values(), shown, loc='outside lower center', ncols=3, fontsize=8)
     return fig
 
+# %% ../../nbs/reporting/75_studies.ipynb #30aaeb41
 PAIRS_NOTE = ('Minimal pairs: in how many percent of them a network, as it is after pretraining, holds a '
               'sentence of held-out Wikipedia to be likelier than the same with two words swapped (order) '
               'or an agreement broken (agreement). Chance, and any judge by single words alone, are right '
@@ -711,7 +729,9 @@ def write_budgets(
     if trained.empty: raise CramlitError(f'no budget has been run to its end with every seed. {early[0]}')
     seeds = get_scale(scale).comparison.budget_seeds
     runs = trained.groupby(['budget', 'recipe']).seed.nunique().unstack(fill_value=0)
-    whole = list(runs.index[runs.isin((0, seeds)).all(axis=1)]) or list(runs.index)  # 0: was stopped early
+    whole = list(runs.index[runs.isin((0, seeds)).all(axis=1)])  # 0: was stopped early
+    if not whole:
+        raise CramlitError(f'no budget has been run with all its {seeds} seeds yet: run the stage again')
     partial = [f'**{len(whole)} of {len(planned)} budgets have been run**, the shortest first.']
     for name, group in trained[~trained.budget.isin(whole)].groupby('trial', sort=False):
         partial.append(f'{name}: {group.seed.nunique()} of {seeds} seeds so far, and nothing is claimed.')
@@ -764,6 +784,7 @@ def scaling_table(
                           'loss by the law, nats': fitted, 'epochs': _number(r.epochs)}
     return pd.DataFrame(lines).T
 
+# %% ../../nbs/reporting/75_studies.ipynb #e1eab028
 @matplotlib.rc_context(STYLE)
 def figure_by_compute(
     t: pd.DataFrame,  # of the runs that have a loss, as `trial_table` gives it
@@ -788,6 +809,7 @@ def figure_by_compute(
     if fit.scatter > POOR: ax.set_title(f'the law fits poorly: scatter {fit.scatter:.0%}', fontsize=9)
     return fig
 
+# %% ../../nbs/reporting/75_studies.ipynb #d8302d86
 def write_scaling(
     rows: list[dict],  # as `run_scaling` gives them
     folder: Path,      # where the files go
@@ -843,6 +865,7 @@ def race_tables(
         lines[bool(v.record)][f'[{e.name}](entries/{e.track}/{e.name}.json)'] = line
     return tuple(pd.DataFrame(part).T for part in (lines[True], lines[False]))
 
+# %% ../../nbs/reporting/75_studies.ipynb #2a3c60cd
 @matplotlib.rc_context(STYLE)
 def figure_race(
     entries: list[Entry],   # those that shall be shown
@@ -862,6 +885,7 @@ def figure_race(
     ax.set_xlabel('seconds to the target')
     return fig
 
+# %% ../../nbs/reporting/75_studies.ipynb #8a520720
 def write_race(
     entries: list[Entry],  # of a track
     rows: list[dict],      # theirs

@@ -106,6 +106,7 @@ def _latex(
     for character, command in _IN_LATEX.items(): text = text.replace(character, command)
     return ''.join(f'% {line}\n' for line in comments.splitlines()) + text
 
+# %% ../../nbs/reporting/70_tables.ipynb #db4bfe7c
 _NUMBER = re.compile(r'(≈ |plan |[<+−])?\d')  # how it begins
 
 def markdown_table(
@@ -117,6 +118,7 @@ def markdown_table(
     sides = ['right' if texts and all(map(_NUMBER.match, texts)) else 'left' for texts in filled]
     return body.to_markdown(index=False, disable_numparse=True, colalign=sides if len(body) else None)
 
+# %% ../../nbs/reporting/70_tables.ipynb #9233bb37
 def write_table(
     table: pd.DataFrame,  # of texts, as they shall be read; '' where nothing was measured
     path: Path,           # without a suffix
@@ -163,6 +165,7 @@ def _line_name(row: dict, chance: Collection[str]) -> str:
     split = row['split'].removeprefix('validation').strip('_')
     return ' '.join(part for part in (task, split, row['metric']) if part)
 
+# %% ../../nbs/reporting/70_tables.ipynb #22275e7f
 def _model(row: dict) -> tuple: return row['recipe'], row.get('pretraining_seed'), row.get('weights')
 
 def model_names(
@@ -179,6 +182,7 @@ def model_names(
         names[model] = f"{recipe} ({', '.join(parts)})" if parts else recipe
     return names
 
+# %% ../../nbs/reporting/70_tables.ipynb #da6b7b70
 def table4(
     rows: list[dict],  # of fine-tuning, summaries among them
     submitted: pd.DataFrame|None = None,  # test scores of our models, as `published` gives them
@@ -226,6 +230,7 @@ def difference_cells(
     interval = '' if pd.isna(d.low) else f'{d.low:+.{digits}f} to {d.high:+.{digits}f}'
     return dict(zip(names, (f'{d.change:+.{digits}f}', interval, p_text(d.p)), strict=True))
 
+# %% ../../nbs/reporting/70_tables.ipynb #e356b975
 def gains(
     rows: list[dict],  # of fine-tuning, summaries among them
 ) -> pd.DataFrame:     # model, versus, task, change, low, high, p; corrected for all lines together
@@ -249,6 +254,7 @@ def gains(
     found = pd.DataFrame(lines, columns=('model', 'versus', 'task', *Difference._fields))
     return found.assign(p=holm(found.p))
 
+# %% ../../nbs/reporting/70_tables.ipynb #11827397
 def gain_from_pretraining(
     found: pd.DataFrame,  # as `gains` gives it
     model: str,           # its name, as in `model_names`
@@ -270,6 +276,7 @@ def at_chance(
     mine = found[(found.versus == 'majority') & (found.task != 'average') & found.p.notna()]
     return set(mine.task[~((mine.p < .05) & (mine.change > 0))])
 
+# %% ../../nbs/reporting/70_tables.ipynb #c82fb662
 def gains_table(
     found: pd.DataFrame,  # as `gains` gives it
 ) -> pd.DataFrame:        # texts: model, other side and task × difference, interval, p
@@ -277,6 +284,7 @@ def gains_table(
     named = found.set_index(found.model + ' against ' + found.versus + ', ' + found.task)
     return pd.DataFrame({name: difference_cells(named, name, 1) for name in named.index}).T
 
+# %% ../../nbs/reporting/70_tables.ipynb #9a06c10c
 def standard_errors(
     rows: list[dict],  # of fine-tuning, summaries among them
 ) -> str:              # a sentence; empty where no row has draws
@@ -310,6 +318,7 @@ _ABOUT_GAINS = ('Change: difference of the means over seeds of fine-tuning, by p
                 "Holm's correction for all lines of this table.")
 _GLUE = 'The average leaves WNLI out. Validation sets, not the test server.'
 
+# %% ../../nbs/reporting/70_tables.ipynb #3023c722
 def _diverged(rows: list[dict]) -> list[str]:
     "A sentence on the seeds that diverged, where there are any"
     names = model_names(rows)
@@ -319,6 +328,7 @@ def _diverged(rows: list[dict]) -> list[str]:
             for r in wild]
     return [f"‡ Seeds that diverged count with the score of the majority class: {'; '.join(each)}."]
 
+# %% ../../nbs/reporting/70_tables.ipynb #d4c175a3
 _POOLED = {'cls': 'the state of the first token', 'mean': 'the mean over all tokens'}
 
 def _one_pooling(rows: list[dict]) -> list[str]:
@@ -338,6 +348,7 @@ def _one_suite(rows: list[dict]) -> str:
                          'give the rows of one')
     return suites[0]
 
+# %% ../../nbs/reporting/70_tables.ipynb #50022d89
 def about_lengths(
     recipes: Collection[str],
     scale: str,
@@ -355,6 +366,7 @@ def about_lengths(
     if absolute: said += f' In {", ".join(absolute)} the embeddings of later positions were not trained.'
     return [*notes, said]
 
+# %% ../../nbs/reporting/70_tables.ipynb #3b05d6b4
 def _about_reference(rows: list[dict]) -> list[str]:
     "What the reference encoder is, where there is one"
     return [REFERENCE_NOTE] if any(r.get('reference') for r in rows) else []
@@ -416,6 +428,7 @@ def poolings(
     found = pd.DataFrame(lines, columns=('model', 'variant', 'task', *Difference._fields))
     return found.assign(p=holm(found.p))
 
+# %% ../../nbs/reporting/70_tables.ipynb #58f3aa00
 def write_poolings(
     rows: list[dict],  # of fine-tuning with both poolings
     folder: Path,      # where the files go
@@ -448,6 +461,7 @@ def pretraining_grid(
     return pd.DataFrame({f'{recipe.name} at {scale.name}': column(recipe, scale),
                          f'{paper_recipe.name}, the paper': column(paper_recipe, paper_scale)})
 
+# %% ../../nbs/reporting/70_tables.ipynb #d97f5873
 def _finetuning_settings(f: Finetune) -> dict[str, str]:
     "The values of the large tasks, of all others, and what they have in common"
     large = {f'{", ".join(LARGE_TASKS)}: {k}': _text(v) for k, v in asdict(f.grid(LARGE_TASKS[0])).items()}

@@ -51,6 +51,7 @@ def prepare(
 class StoppedEarly(CramlitError):
     "A run ended before its budget: what there is of it has been saved"
 
+# %% ../../nbs/running/81_command.ipynb #6bc13659
 def _verdict(rows: list[dict]) -> str:
     "What a run has learned, in words"
     found = {r.get('metric'): r.get('value') for r in rows}
@@ -61,6 +62,7 @@ def _verdict(rows: list[dict]) -> str:
     if loss < baseline - .1: return f'{text}: {baseline - loss:.2f} nats below the unigram baseline'
     return f'{text}: not yet more than how frequent tokens are, which gives {baseline:.3f}'
 
+# %% ../../nbs/running/81_command.ipynb #4a86855e
 def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
     "Write a run's stock model and its report; raises `StoppedEarly` when the run was"
     from cramlit.training.checkpoints import export_all
@@ -75,6 +77,7 @@ def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
     if why: raise StoppedEarly(f'the run stopped early: {why}. What there is of it is in {out}')
     return rows
 
+# %% ../../nbs/running/81_command.ipynb #815fbab1
 def pretrain(
     recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper
@@ -139,6 +142,7 @@ def glue(
     names = [t.strip() for t in tasks.split(',') if t.strip()]
     return evaluate(model, out, how, suite, glue_dir, names, seeds, protocol)
 
+# %% ../../nbs/running/81_command.ipynb #5f20f3b9
 def export(
     run: Needed = None,     # folder of a finished run
     to: Needed = None,      # folder to make: stock files, tokenizer, model card
@@ -185,6 +189,7 @@ def reproduce(
     print(f'All tables and figures on one page: {os.path.relpath(ws.figures/"README.md")}', file=sys.stderr)
     return rows
 
+# %% ../../nbs/running/81_command.ipynb #e2a5a271
 def report(
     runs: Needed = None,      # folder with result rows, such as `cramlit reproduce` leaves
     out: Needed = None,       # folder for tables and figures
@@ -204,6 +209,7 @@ def config(
     print(*(f'{path}={setting_text(value)}' for path, value in settings.items()), sep='\n')
     return []
 
+# %% ../../nbs/running/81_command.ipynb #3957e805
 def _finetuning_work(r: Recipe, planned: list[dict], scale: str) -> list[dict]:
     "What fine-tuning on GLUE takes at a scale, at the plan's rate; nothing for surrogate tasks"
     from cramlit.data.tokenizer import padded_vocab
@@ -224,6 +230,7 @@ def _finetuning_work(r: Recipe, planned: list[dict], scale: str) -> list[dict]:
             result_row('finetuning_steps', total['steps'], 'steps', **ids, kind='computed'),
             result_row('finetuning_gpu_hours', hours, 'GPU-hours', **ids, kind='planned', rests_on=why)]
 
+# %% ../../nbs/running/81_command.ipynb #08bd1012
 def plan(
     recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'paper',     # tiny | laptop | evening | gpu | paper
@@ -251,6 +258,7 @@ def plan(
     from cramlit.efficiency.benchmark import check_plan
     return rows + check_plan(r, rows, pick_device())
 
+# %% ../../nbs/running/81_command.ipynb #20760117
 def search(
     recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper
@@ -269,6 +277,7 @@ def search(
     print(*draw(out, out), sep='\n', file=sys.stderr)
     return rows
 
+# %% ../../nbs/running/81_command.ipynb #954c644e
 def bench(
     shape: str = 'laptop',    # tiny | laptop | base | large
     turns: int = 5,           # steps that each way takes
@@ -284,6 +293,7 @@ def bench(
     if model: return bench_finetuning(model, turns, Path(out))
     return bench_steps(shape, turns, brief, data, Path(out), list(Override or []))
 
+# %% ../../nbs/running/81_command.ipynb #490729bd
 def race(
     entry: Annotated[str, {'opt': False, 'nargs': '*'}] = None,  # files to run; default: all without rows
     track: str = 'laptop',    # laptop | gpu | tiny
@@ -301,6 +311,7 @@ def race(
                        p_target=v.p_target, p_faster=v.p_faster)
             for v in judge(entries, rows).itertuples()]
 
+# %% ../../nbs/running/81_command.ipynb #fd3f61cc
 def watch(
     folder: str,          # a run's folder
     once: bool = False,   # print one frame and end; so it is in a pipe
@@ -321,6 +332,7 @@ def verify(
     from cramlit.training.checkpoints import verify_folder
     return verify_folder(folder)
 
+# %% ../../nbs/running/81_command.ipynb #d1fb68c2
 COMMANDS = {f.__name__: f for f in
             (prepare, pretrain, glue, export, reproduce, report, config, plan, search, bench, race, watch,
              verify)}
@@ -340,6 +352,7 @@ def _for_people(value: float|None, unit: str) -> tuple[str, str]:
     if isinstance(value, int): return f'{value:,}', unit
     return f'{value:,.4g}' if abs(value) < 1000 else f'{float(f"{value:.3g}"):,.0f}', unit
 
+# %% ../../nbs/running/81_command.ipynb #fc096e0f
 def _rows_table(rows: list[dict]):
     "Rows as a table; what they have in common is its first heading"
     from rich.table import Table
@@ -353,6 +366,7 @@ def _rows_table(rows: list[dict]):
         table.add_row(_about(r, apart), what, value, unit)
     return table
 
+# %% ../../nbs/running/81_command.ipynb #31b791ef
 def _of_many(row: dict) -> bool:
     "Is it the result of one seed, which a summary stands for?"
     return row.get('seed') is not None and row.get('stage') in ('glue', 'trial')
@@ -370,6 +384,7 @@ def _tasks_table(rows: list[dict]):
         table.add_row(task, *cells)
     return table
 
+# %% ../../nbs/running/81_command.ipynb #276470b2
 def _show(rows: list[dict], as_json: bool):
     "Results on standard output: JSON lines on demand, a table on a terminal, lines with tabs in a pipe"
     rows = rows if as_json else [r for r in rows if not _of_many(r)]
@@ -447,6 +462,7 @@ def _parser(
             needed._group_actions.append(action)
     return parser
 
+# %% ../../nbs/running/81_command.ipynb #553ac98d
 def _no_such_option(name: str, option: str, parser: argparse.ArgumentParser) -> UsageError:
     "What an option that does not exist was meant to be: a setting of the recipe, or another option"
     word = option.lstrip('-').partition('=')[0].replace('-', '_')
@@ -515,6 +531,7 @@ class _MayBeLost:
         try: act(*args)
         except OSError: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
+# %% ../../nbs/running/81_command.ipynb #75f1a4bb
 _GO_ON = 'glue', 'pretrain', 'race', 'reproduce', 'search'  # commands that keep what they have finished
 
 def _main(argv: list[str]) -> int:
@@ -549,6 +566,7 @@ def _main(argv: list[str]) -> int:
     print(f'cramlit: {why}', file=sys.stderr)
     return code
 
+# %% ../../nbs/running/81_command.ipynb #1517c426
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     "SIGTERM, as `kill` and batch systems send it, counts as Ctrl-C: or its workers would go on"
@@ -560,6 +578,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
+# %% ../../nbs/running/81_command.ipynb #f5b58788
 def main(
     argv: list[str]|None = None,  # arguments; None = those of the process
 ) -> int:                         # 0 done, 1 failed, 2 misused, 75 stopped and saved

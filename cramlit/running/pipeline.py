@@ -49,6 +49,7 @@ def _stopped_in_order() -> Iterator[Callable]:  # to be called before each cell,
         finally:
             if signals: raise KeyboardInterrupt from None  # whatever it was that ended
 
+# %% ../../nbs/running/80_pipeline.ipynb #a16dbbe0
 def run_notebook(
     notebook: str|Path,  # what to run
     output: str|Path,    # where the executed copy goes; its folder is the notebook's working directory
@@ -199,6 +200,7 @@ class Workspace:
             _run_stage(self, stage, recipe)
         return self.folder(stage, recipe)
 
+# %% ../../nbs/running/80_pipeline.ipynb #7703d043
 def workspace(
     scale: str,                # tiny | laptop | evening | gpu | paper
     out: str|Path = '',        # empty: runs/SCALE in the current folder
@@ -230,6 +232,7 @@ def _question(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
     if STAGES[stage].timed: asked['hardware'] = provenance()['hardware']
     return asked
 
+# %% ../../nbs/running/80_pipeline.ipynb #ae970c31
 def _listing(folder: str) -> str:
     "A digest of the names, sizes and times of a folder's files"
     files = [Path(place)/name for place, _, names in os.walk(folder, followlinks=True) for name in names]
@@ -253,6 +256,7 @@ def _depends(ws: Workspace, stage: str, recipe: str = '') -> dict[str, str]:
         if reference.exists(): found['reference'] = sha256(reference)
     return found
 
+# %% ../../nbs/running/80_pipeline.ipynb #046bd7cf
 def _same(a: dict, b: dict) -> bool:
     "Are these equal, with the recipes in one order? The first one is what the others are compared with"
     recipes = [[name for name in x if name.startswith('recipe ')] for x in (a, b)]
@@ -301,6 +305,7 @@ def _move_known_aside(ws: Workspace, stage: str):
     known.rename(place/known.name)
     print(f'{stage}: the rows that were known are now in {place}', file=sys.stderr)
 
+# %% ../../nbs/running/80_pipeline.ipynb #ffd3371d
 def _run_stage(ws: Workspace, stage: str, recipe: str = ''):
     "Run a stage's notebook, on top of what earlier runs of the same question, or a study's, have finished"
     folder, asked, needs = ws.folder(stage, recipe), _question(ws, stage, recipe), _depends(ws, stage, recipe)
@@ -383,6 +388,7 @@ def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage
             f'each time. A copy of `rows` as `runs/{ws.scale}/{KNOWN}` spares studies the trials that it has '
             'with their keys.')
 
+# %% ../../nbs/running/80_pipeline.ipynb #ffd0f61d
 def page_origin(
     rows_of: dict[str, list[dict]],  # stage → its rows
 ) -> list[str]:                      # paragraphs
@@ -430,6 +436,7 @@ def _section(ws: Workspace, stage: Stage, lacking: dict[str, str]) -> list[str]:
         else: parts.append(f'![{heading}: {name.replace("_", " ")}]({path.name})')
     return parts
 
+# %% ../../nbs/running/80_pipeline.ipynb #90cface5
 def _so_far(
     ws: Workspace,
     lacking: dict[str, str],  # stages that came to nothing, and why
@@ -456,6 +463,7 @@ def timetable(
         table.add_row(_label(stage, recipe), f'{seconds/60:.1f}', made)
     return table
 
+# %% ../../nbs/running/80_pipeline.ipynb #f962e3bc
 _HEADING = '# Results at scale'
 
 def _check_figures(ws: Workspace):
@@ -464,6 +472,7 @@ def _check_figures(ws: Workspace):
     if page.exists() and not page.read_text(encoding='utf-8', errors='replace').startswith(_HEADING):
         raise UsageError(f'{page} is not a page of results: choose another --figures')
 
+# %% ../../nbs/running/80_pipeline.ipynb #f9cd9bfc
 def write_index(
     ws: Workspace,
     lacking: dict[str, str],  # stages that came to nothing, and why
@@ -555,6 +564,7 @@ def _attempt(
     if why: print(f'[{number}] {label}: {why}', file=sys.stderr)
     return why
 
+# %% ../../nbs/running/80_pipeline.ipynb #b47f4735
 def _with_dependents(stage: str) -> list[str]:
     "A stage, and all that need it, directly or through others"
     found = [stage]
@@ -571,6 +581,7 @@ def _wanted(ws: Workspace, only: str, headline: bool) -> list[tuple[str, str]]:
     stages = _with_needs(only) if only else [s.name for s in STAGES.values() if not s.optional]
     return [task for task in _tasks(ws) if task[0] in stages and (not headline or STAGES[task[0]].headline)]
 
+# %% ../../nbs/running/80_pipeline.ipynb #a31d12c2
 def reproduce(
     ws: Workspace,
     only: str = '',   # run this stage alone, with what it needs
@@ -630,6 +641,7 @@ def pretraining_of(
         case 'budgets': return [part(len(ws.recipes)*c.budget_seeds, x) for x in sorted(c.budgets)]
     return []
 
+# %% ../../nbs/running/80_pipeline.ipynb #94ba3a7d
 def planned(
     ws: Workspace,
     only: str = '',          # this stage alone, with what it needs

@@ -55,6 +55,7 @@ def tensors_of(
     if optimizer: files['optimizer'] = optimizer_tensors(optimizer)
     return files
 
+# %% ../../nbs/training/33_checkpoints.ipynb #5032add8
 def checkpoints(
     folder: str|Path,  # where the checkpoints of a run are
 ) -> list[Path]:       # oldest first; empty when there are none
@@ -62,6 +63,7 @@ def checkpoints(
     found = (p for p in Path(folder).glob('step-*') if re.fullmatch(r'step-\d{8,}(\.new)?', p.name))
     return sorted(p for p in found if p.is_dir())
 
+# %% ../../nbs/training/33_checkpoints.ipynb #f006ae0c
 def _os_error(e: Exception) -> OSError|None:
     "A failed write as an `OSError`: safetensors and tokenizers, written in Rust, raise their own kinds"
     if isinstance(e, OSError): return e
@@ -90,6 +92,7 @@ def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict):
         checksums[path.name] = sha256(path)
     with atomic(folder/'state.json') as f: json.dump(dict(state=state, files=checksums), f, indent=1)
 
+# %% ../../nbs/training/33_checkpoints.ipynb #68b4e999
 _PARTS = r'(model|optimizer)\.safetensors|state\.json|\.state\.json\..*|\.tmp\w*'
 
 def _only_ours(folder: Path) -> bool:
@@ -115,6 +118,7 @@ def remove_checkpoints(
     for path in checkpoints(folder): _remove(path)
     if not any(Path(folder).iterdir()): Path(folder).rmdir()
 
+# %% ../../nbs/training/33_checkpoints.ipynb #1bb13fa7
 def settle(
     folder: str|Path,  # where the checkpoints of a run are
 ):
@@ -127,6 +131,7 @@ def settle(
         if new.with_suffix('').exists(): _remove(new.with_suffix(''))
         os.replace(new, new.with_suffix(''))
 
+# %% ../../nbs/training/33_checkpoints.ipynb #cf526f40
 def write_checkpoint(
     folder: str|Path,    # where the checkpoints of a run are
     tensors: dict[str, dict[str, Tensor]],  # as `tensors_of` gave them
@@ -207,6 +212,7 @@ def find_damage(
         if found != digest: return f'{path}/{name} does not match its checksum'
     return ''
 
+# %% ../../nbs/training/33_checkpoints.ipynb #f902a352
 def newest_whole(
     folder: str|Path,  # where the checkpoints of a run are
 ) -> Path|None:        # None when there is no checkpoint at all
@@ -219,6 +225,7 @@ def newest_whole(
     if found: raise CramlitError(f'every checkpoint in {folder} is damaged: delete the folder to start anew')
     return None
 
+# %% ../../nbs/training/33_checkpoints.ipynb #47fcc565
 def read_checkpoint(
     path: Path,         # a whole checkpoint
     model: nn.Module,   # changed in place
@@ -298,6 +305,7 @@ def _contents(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir()
                   if not p.name.startswith('.') and p.name not in ('lost+found', 'superseded'))
 
+# %% ../../nbs/training/33_checkpoints.ipynb #3856822b
 def _move(entries: list[Path], to: Path):
     "Move files and folders into a folder: all, or none when one cannot be moved"
     done = list[Path]()
@@ -334,11 +342,13 @@ def save_stock(
     "Write a network and its tokenizer as the files of a stock transformers folder"
     tok.model_max_length = cfg.max_positions
     for how_loaded in ('is_local', 'local_files_only'): tok.init_kwargs.pop(how_loaded, None)
-    if cfg.position == 'rotary': tok.model_input_names = ['input_ids', 'attention_mask']  # no segments
+    if cfg.position == 'rotary':  # no segments; the file says so too, as transformers 4 goes by the class
+        tok.model_input_names = tok.init_kwargs['model_input_names'] = ['input_ids', 'attention_mask']
     special = dict(pad=tok.pad_token_id, cls=tok.cls_token_id, sep=tok.sep_token_id)
     with quiet(): to_stock(model, cfg, special).save_pretrained(folder)
     tok.save_pretrained(folder)
 
+# %% ../../nbs/training/33_checkpoints.ipynb #ea452e58
 def export_run(
     run: str|Path,              # a finished run's folder
     tokenizer: str|Path,        # the tokenizer's folder

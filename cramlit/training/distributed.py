@@ -54,6 +54,7 @@ class World:
         x = torch.tensor(value if self.main else 0., dtype=torch.float64, device=self.device)
         return self.all_reduce(x).item()
 
+# %% ../../nbs/training/32_distributed.ipynb #f4f042f6
 def processes(
     wanted: int,            # processes on this machine; 0 = one for each GPU, one on a CPU
 ) -> tuple[int|None, int]:  # this process's rank, and of how many; rank None = they are still to be started
@@ -78,6 +79,7 @@ def _number(variable: str, default: int|None = None, at_most: float = float('inf
     if text.isascii() and text.isdecimal() and int(text) <= at_most: return int(text)
     raise _does_not_fit(variable)
 
+# %% ../../nbs/training/32_distributed.ipynb #f906ffca
 def _rendezvous_store() -> dist.Store:
     "Where the processes look for one another's addresses"
     for variable in ('MASTER_ADDR', 'MASTER_PORT'):
@@ -93,6 +95,7 @@ def _rendezvous_store() -> dist.Store:
     attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_machine else ''
     return dist.PrefixStore(f'attempt {attempt}', store)
 
+# %% ../../nbs/training/32_distributed.ipynb #df4a594a
 @contextmanager
 def join_world() -> Iterator[World]:
     "Join torchrun's processes: by NCCL on GPUs, by gloo on CPUs or one shared GPU; else one is alone"
@@ -256,6 +259,7 @@ def keep_share(
         if grads.owns(bucket): continue
         for p in bucket.params: optimizer.state.pop(p, None)
 
+# %% ../../nbs/training/32_distributed.ipynb #999db543
 @contextmanager
 def whole_state(
     grads: Gradients,
@@ -305,6 +309,7 @@ def usable_cpus() -> int:
     if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
+# %% ../../nbs/training/32_distributed.ipynb #e56c12ec
 AFTERWARDS = 'The same command goes on with what comes afterwards'
 
 def kill_all(
@@ -317,6 +322,7 @@ def kill_all(
         for process in [first, *first.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess): process.kill()
 
+# %% ../../nbs/training/32_distributed.ipynb #12e4b2ba
 def launch(
     nproc: int,            # processes on this machine
     arguments: list[str],  # of `cramlit pretrain`, without --nproc

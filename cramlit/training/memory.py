@@ -38,6 +38,7 @@ class ByteDropout(nn.Dropout):
     "Dropout as GPUs do it: what is kept for the backward pass is one byte for each value"
     def forward(self, x): return torch.native_dropout(x, self.p, self.training)[0]
 
+# %% ../../nbs/training/35_memory.ipynb #0f147ae5
 PARTS = dict(PARAM='parameters', GRAD='gradients', OPT='optimiser state', ACT='activations', TEMP='temporary',
              BUFFER='buffers', OTH='other')
 
@@ -68,6 +69,7 @@ def step_memory(
     peak, = tracker.get_tracker_snapshot('peak').values()
     return {PARTS[part.name]: size for part, size in peak.items() if part != 'Total'}
 
+# %% ../../nbs/training/35_memory.ipynb #6e979a8b
 FEW = (3, 6)  # layers
 
 def peak_memory(
@@ -100,6 +102,7 @@ def largest_share(
     for bucket in share_out(model.parameters(), gpus): load[bucket.owner] += bucket.numel
     return max(load), sum(load)
 
+# %% ../../nbs/training/35_memory.ipynb #a514fbae
 def gpu_memory(
     recipe: Recipe,
     vocab_size: int,        # rows of the embedding matrix
@@ -116,6 +119,7 @@ def gpu_memory(
         parts |= dict(exchange=max(0, in_exchange - in_passes) if training else 0, NCCL=NCCL)
     return parts | dict(context=int(RESERVED))
 
+# %% ../../nbs/training/35_memory.ipynb #eb640afa
 def phases(
     recipe: Recipe,
     vocab_size: int,        # rows of the embedding matrix
@@ -128,6 +132,7 @@ def phases(
     fresh = sum(step.values()) - step['optimiser state']
     return {'first step': fresh, 'resumed': sum(step.values()), 'validation': sum(validation.values())}
 
+# %% ../../nbs/training/35_memory.ipynb #67501079
 def room_for(
     recipe: Recipe,
     vocab_size: int,  # rows of the embedding matrix
@@ -164,6 +169,7 @@ def free_memory(
     torch.cuda.empty_cache()  # what torch keeps for later counts as free
     return torch.cuda.mem_get_info(device)[0]
 
+# %% ../../nbs/training/35_memory.ipynb #268b3246
 def choose_micro_batch(
     recipe: Recipe,
     vocab_size: int,   # rows of the embedding matrix

@@ -168,6 +168,7 @@ def _masked_sentences(data: Data, recipe: Recipe, tok: Tokenizer) -> Batch|None:
     m = mask_rows(ids, keys, masking, special, data.manifest['vocab_size'])
     return Batch(*map(torch.from_numpy, (m.input_ids, ids != special['pad'], m.positions, m.labels)))
 
+# %% ../../nbs/training/34_tracking.ipynb #127fdc43
 @torch.no_grad()
 def predict(
     model: nn.Module,

@@ -91,6 +91,7 @@ class Run:
         append_lines(self.out/'metrics.jsonl', [line])
         for listen in self.listeners: listen(line)
 
+# %% ../../nbs/training/36_training.ipynb #b839e75f
 def fingerprint(
     weights: dict[str, Tensor],  # by name
 ) -> str:                        # sixteen hexadecimal digits
@@ -133,6 +134,7 @@ def acquire_run_dir(
                              'choose another --out, or delete the folder')
     if theirs != json.loads(json.dumps(run.identity())): _write_identity(run)
 
+# %% ../../nbs/training/36_training.ipynb #f9c110c9
 def check_run(
     run: Run,
 ):
@@ -213,6 +215,7 @@ def program_shapes(
     half = min(S, -(-S//2//WIDTH)*WIDTH)
     return list(dict.fromkeys([(S, True), (S, False), (half, True)]))
 
+# %% ../../nbs/training/36_training.ipynb #c5e46560
 def compile_model(
     model: nn.Module,  # called with the tensors of a `Batch`
     widths: set[int],  # tokens; batches with padding are widened to one of them
@@ -229,6 +232,7 @@ def compile_model(
         return program(input_ids, attention_mask, *predictions)
     return forward
 
+# %% ../../nbs/training/36_training.ipynb #09212a4c
 def micro_step(
     model: nn.Module,
     recipe: Recipe,       # of how many micro-batches a step is made
@@ -253,6 +257,7 @@ def micro_step(
         grads.totals[:2] += torch.stack([part.detach(), count/slots])
     return micro
 
+# %% ../../nbs/training/36_training.ipynb #1a14bc34
 def accumulate(
     micro: Callable[[Batch], None],  # of `micro_step`
     batches: Iterable[Batch],  # this process's micro-batches of one step
@@ -318,6 +323,7 @@ def _save_checkpoint(run: Run, model: nn.Module, optimizer: torch.optim.Optimize
         state |= dict(spent=run.clock.seconds, reserve=run.clock.reserve, scaler=scaler.state_dict())
         run.saver.save(run.out/'checkpoints', model, optimizer, state, run.recipe.checkpoint.keep)
 
+# %% ../../nbs/training/36_training.ipynb #5c39b088
 def _choose_checkpoint(run: Run) -> Path|None:
     "The checkpoint from which all processes go on: the main one chooses, and the others must have the same"
     folder, step = run.out/'checkpoints', -1
@@ -335,6 +341,7 @@ def _choose_checkpoint(run: Run) -> Path|None:
                            'Do all machines see the same folder?')
     return path
 
+# %% ../../nbs/training/36_training.ipynb #8dbf1bbc
 def resume(
     run: Run,           # changed in place
     model: nn.Module,   # changed in place
@@ -357,6 +364,7 @@ def resume(
         lines = read_json_lines(path, True, ['step']) if state else []  # a kill may have cut the last one
         write_rows(path, (line for line in lines if line['step'] <= run.step))
 
+# %% ../../nbs/training/36_training.ipynb #125426c2
 def _save_milestones(run: Run, model: nn.Module, fraction: float):
     "Keep the weights at each fraction of `checkpoint.milestones` that was passed since the last time"
     for milestone in run.recipe.checkpoint.milestones if run.world.main else ():
@@ -592,6 +600,7 @@ def result_rows(
         result_row('skipped_steps', run.skipped, 'steps', **ids),
         result_row('seconds', seconds, 's', **ids)]
 
+# %% ../../nbs/training/36_training.ipynb #43829500
 def pretrain(
     recipe: Recipe,       # text, tokenizer and packing are those of the data
     data: str|Path,       # folder made by `prepare`
@@ -618,6 +627,7 @@ def pretrain(
             try: return go_on(run, track, weights, hook)
             finally: run.saver.join()  # nothing is being written when others may train here
 
+# %% ../../nbs/training/36_training.ipynb #97f1d961
 def shared_precision(
     world: World,
 ) -> Precision:
@@ -626,6 +636,7 @@ def shared_precision(
     said = formats[int(world.broadcast(formats.index(mine.dtype)))]
     return mine if mine.dtype == said else Precision(said, 'rank 0 has chosen it')
 
+# %% ../../nbs/training/36_training.ipynb #f144e6ea
 def begin(
     run: Run,         # a new one; its clock is set forward by what this takes
     model: MaskedLM,  # changed in place
@@ -638,6 +649,7 @@ def begin(
         run.world.all_reduce(p.data)
     run.clock.spent = run.world.broadcast(run.clock.spent + run.clock.now() - began)
 
+# %% ../../nbs/training/36_training.ipynb #e16c9b27
 def go_on(
     run: Run,             # its folder is its own
     track: str,           # as `pretrain` takes them, and what follows too
