@@ -465,12 +465,13 @@ def _parser(
 # %% ../../nbs/running/81_command.ipynb #553ac98d
 def _no_such_option(name: str, option: str, parser: argparse.ArgumentParser) -> UsageError:
     "What an option that does not exist was meant to be: a setting of the recipe, or another option"
-    word = option.lstrip('-').partition('=')[0].replace('-', '_')
-    options = [text for action in parser._actions for text in action.option_strings]
-    settings = [path for path in settings_of(get_recipe('24hbert', 'tiny')) if path.endswith(f'.{word}')]
-    if settings and '--override' in options:
+    word = option.lstrip('-').partition('=')[0]
+    options = {text.lstrip('-'): text for action in parser._actions for text in action.option_strings}
+    ending = '.' + word.replace('-', '_')
+    settings = [path for path in settings_of(get_recipe('24hbert', 'tiny')) if path.endswith(ending)]
+    if settings and 'override' in options:
         advice = f'Give it as {" or ".join(f"-o {path}=…" for path in settings)}'
-    elif close := get_close_matches(option, options, n=1): advice = f'Did you mean {close[0]}?'
+    elif close := get_close_matches(word, options, n=1): advice = f'Did you mean {options[close[0]]}?'
     else: advice = f'cramlit {name} --help lists what there is'
     return UsageError(f'{name} has no option {option}. {advice}')
 
