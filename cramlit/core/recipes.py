@@ -299,7 +299,8 @@ def _convert(text: str, like, path: str):
         if isinstance(like, tuple): return tuple(float(x) for x in text.split(',') if x)
         return type(like)(text)
     except (KeyError, ValueError):
-        raise UsageError(f"{path}={text}: expected {_KINDS[type(like)]}, as in {path}={like}") from None
+        example = f'{path}={setting_text(like)}'
+        raise UsageError(f'{path}={text}: expected {_KINDS[type(like)]}, as in {example}') from None
 
 def _replace_at(obj, path: str, value):
     "The same tree of dataclasses with one field replaced"

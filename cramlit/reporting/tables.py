@@ -96,24 +96,26 @@ _IN_LATEX = {'≈': r'$\approx$', 'ρ': r'$\rho$', '−': '$-$', '–': '--', '�
              '§': r'\S{}',
              '×': r'$\times$', '±': r'$\pm$', '<': '$<$', '>': '$>$'}
 
+def _with_minus(text: str) -> str: return re.sub(r'(?<![\w.–-])-(?=\d)', '−', text)
+
 def _latex(
     body: pd.DataFrame,  # of texts
     comments: str,       # lines above the table
 ) -> str:
     "A table for LaTeX with booktabs"
     columns = 'l' + 'r'*(len(body.columns) - 1)
-    text = body.to_latex(index=False, escape=True, column_format=columns)
+    text = body.map(_with_minus).to_latex(index=False, escape=True, column_format=columns)
     for character, command in _IN_LATEX.items(): text = text.replace(character, command)
     return ''.join(f'% {line}\n' for line in comments.splitlines()) + text
 
 # %% ../../nbs/reporting/70_tables.ipynb #db4bfe7c
-_NUMBER = re.compile(r'(≈ |plan |[<+−])?\d')  # how it begins
+_NUMBER = re.compile(r'(≈ |plan |< ?|[+−])?\d')  # how it begins
 
 def markdown_table(
     body: pd.DataFrame,  # of texts
 ) -> str:
     "A table for Markdown, with columns of numbers to the right and minus signs for hyphens"
-    body = body.map(lambda text: re.sub(r'(?<![\w.–-])-(?=\d)', '−', text))
+    body = body.map(_with_minus)
     filled = [[text for text in body.iloc[:, k] if text] for k in range(body.shape[1])]
     sides = ['right' if texts and all(map(_NUMBER.match, texts)) else 'left' for texts in filled]
     return body.to_markdown(index=False, disable_numparse=True, colalign=sides if len(body) else None)

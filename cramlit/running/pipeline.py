@@ -431,7 +431,7 @@ def _section(ws: Workspace, stage: Stage, lacking: dict[str, str]) -> list[str]:
     for name in stage.makes:
         path = ws.made(name)
         if stage.name in lacking: parts.append(f'**{name} is missing**: {lacking[stage.name]}')
-        elif not path: parts.append(f'**{name} is missing**: the stage did not come to it')
+        elif not path: parts.append(f'**{name} is missing**: its stage has not made it, or must run again')
         elif path.suffix == '.md': parts.append(path.read_text(encoding='utf-8').strip())
         else: parts.append(f'![{heading}: {name.replace("_", " ")}]({path.name})')
     return parts
@@ -501,7 +501,8 @@ def write_index(
     not_run = []
     for s in STAGES.values():
         if not s.makes: continue
-        if s.name in lacking or any(map(ws.made, s.makes)): parts += _section(ws, s, lacking)
+        if s.name in lacking or s.name in known or any(map(ws.made, s.makes)):
+            parts += _section(ws, s, lacking)
         elif not s.optional: not_run.append(s.name)
     if not_run:
         parts.append(f'**Not run**: {", ".join(not_run)}. `cramlit reproduce --scale {ws.scale}` without '
@@ -642,6 +643,12 @@ def pretraining_of(
     return []
 
 # %% ../../nbs/running/80_pipeline.ipynb #94ba3a7d
+def _at_a_time(ws: Workspace) -> int:
+    "Runs of a study that are made side by side on this machine"
+    import torch  # here: nothing else of a pipeline needs it
+    if get_scale(ws.scale).processes != 1: return 1
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
 def planned(
     ws: Workspace,
     only: str = '',          # this stage alone, with what it needs
@@ -649,18 +656,17 @@ def planned(
 ) -> list[dict]:  # a row for each stage that is not done, in hours, or in steps where these are counted
     "What is still to be run, and the pretraining in it; fine-tuning and evaluations are not counted"
     if only and only not in STAGES: raise unknown('stage', only, STAGES)
-    rows, cores = list[dict](), os.cpu_count() or 1
+    rows, together = list[dict](), _at_a_time(ws)
     for stage, recipe in _wanted(ws, only, headline):
         if _is_done(ws, stage, recipe): continue
         runs = pretraining_of(ws, stage)
-        together = 1 if stage == 'pretrain' else cores  # it takes all cores for one run
         ids = dict(stage='planned', part=_label(stage, recipe), scale=ws.scale, kind='planned',
                    runs=sum(n for n, *_ in runs))
         if any(steps for *_, steps in runs):
             rows.append(result_row('steps', sum(n*steps for n, _, steps in runs), 'steps', **ids))
         else:
-            seconds = sum(n*each for n, each, _ in runs)/together
+            seconds = sum(n*each for n, each, _ in runs)/(1 if stage == 'pretrain' else together)
             rows.append(result_row('pretraining', round(seconds/3600, 2), 'hours', **ids))
     total = sum(r['value'] for r in rows if r['unit'] == 'hours')
-    everything = dict(stage='planned', part='all', scale=ws.scale, kind='planned', cores=cores)
+    everything = dict(stage='planned', part='all', scale=ws.scale, kind='planned', at_a_time=together)
     return [*rows, result_row('pretraining', round(total, 2), 'hours', **everything)]

@@ -104,7 +104,7 @@ def fingerprint(
 
 # %% ../../nbs/training/36_training.ipynb #16dc412a
 def _difference(mine: dict, theirs: dict, begun: bool) -> str:
-    "In which setting run.json is another run's, '' = in none; one that has not begun may be given more time"
+    "In which setting run.json is another run's, '' = in none; one that has not begun may have another budget"
     if theirs.get('format', 1) > RUN_FORMAT: raise UsageError('it is of a newer version of cramlit')
     a, b = recipe_from_dict(theirs['recipe']), recipe_from_dict(mine['recipe'])  # defaults where one is older
     if a.name != b.name: return f'recipe ({a.name})'
