@@ -525,13 +525,16 @@ def test_the_plan_of_a_scale_runs_nothing_and_counts_all_pretraining(tmp_path, c
     rows = {r['part']: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
     assert set(rows) == {s.name for s in STAGES.values() if s.recipes != 'each'} | {'all'} | {
         f'{s} {r}' for s in EACH for r in ('24hbert', 'modern')}
-    cores = rows['all']['cores']
+    cores = rows['all']['at_a_time']
     assert rows['pretrain modern']['value'] == round(960/3600, 2)  # one run, by the clock
     assert rows['comparison']['runs'] == 30 and rows['comparison']['value'] == round(30*240/cores/3600, 2)
     assert rows['all']['value']*cores < 16  # an evening and a night of two cores
     assert main([*command, '--only', 'budgets']) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[0])
     assert last['part'] == 'budgets' and last['value'] == round(6*85*60/cores/3600, 2)
+    assert main(['reproduce', '--scale', 'paper', '--out', str(tmp_path/'out'), '--dry-run', '--json']) == 0
+    rows = {r['part']: r for r in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert rows['table3_search']['value'] == 24*rows['table3_search']['runs'], 'each has the whole machine'
 
 
 AT_WORK = '''
