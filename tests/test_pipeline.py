@@ -21,7 +21,14 @@ from cramlit.core.results import locked, provenance, read_json_lines, result_row
 from cramlit.running import pipeline
 from cramlit.running.command import main
 from cramlit.running.pipeline import STAGES as ALL_STAGES
-from cramlit.running.pipeline import Workspace, code_of, page_origin, paper_notebook, workspace
+from cramlit.running.pipeline import (
+    Workspace,
+    _publish_notebook,
+    code_of,
+    page_origin,
+    paper_notebook,
+    workspace,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,6 +173,17 @@ def test_executed_notebooks_are_there_to_be_read(finished):
     given = ''.join(json.loads(copies['pretrain_modern'].read_text())['cells'][2]['source'])
     assert 'out = "runs/tiny"' in given and 'recipe = "modern"' in given
     assert 'image/svg+xml' in copies['figure_pretraining'].read_text()
+
+
+def test_a_page_drawn_in_another_place_names_no_folder_of_the_machine_where_it_ran(tmp_path):
+    ws, there = workspace('tiny', tmp_path/'out', tmp_path/'figures'), '/home/me/runs/tiny'
+    given = dict(out=there, figures=f'{there}/paper_figures', glue_dir='/home/me/labels')
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(repr(given))])
+    nb.metadata = dict(kernelspec={}, papermill=dict(parameters=given))
+    ws.folder('scaling').mkdir(parents=True)
+    nbformat.write(nb, ws.folder('scaling')/'scaling.ipynb')
+    text = _publish_notebook(ws, 'scaling').read_text()
+    assert '/home/me' not in text and 'runs/tiny' in text and 'paper_figures/tiny' in text
 
 
 def test_the_kinds_of_numbers_are_told_apart(finished):

@@ -354,8 +354,11 @@ def is_noise(
 def _publish_notebook(ws: Workspace, stage: str, recipe: str = '') -> Path:
     "Copy a stage's executed notebook without noise, and with the usual folders in place of this machine's"
     text = (ws.folder(stage, recipe)/f'{stage}.ipynb').read_text(encoding='utf-8')
-    for here, usual in ((ws.figures, f'paper_figures/{ws.scale}'), (ws.out, f'runs/{ws.scale}')):
-        text = text.replace(json.dumps(str(here), ensure_ascii=False)[1:-1], usual)
+    ran = json.loads(text)['metadata'].get('papermill', {}).get('parameters', {})  # it may have run elsewhere
+    folders = dict(figures=f'paper_figures/{ws.scale}', out=f'runs/{ws.scale}', glue_dir='glue')
+    for name, usual in folders.items():
+        for here in filter(None, (str(getattr(ws, name)), ran.get(name))):
+            text = text.replace(json.dumps(here, ensure_ascii=False)[1:-1], usual)
     text = text.replace('](../', '](../../../nbs/')  # links to chapters, from paper_figures/SCALE/notebooks
     nb = json.loads(text)
     nb['metadata'] = dict(kernelspec=nb['metadata']['kernelspec'])
