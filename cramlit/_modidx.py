@@ -324,6 +324,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'cramlit/efficiency/benchmark.py'),
                                               'cramlit.efficiency.benchmark.devices': ( 'efficiency/benchmark.html#devices',
                                                                                         'cramlit/efficiency/benchmark.py'),
+                                              'cramlit.efficiency.benchmark.hours_gained': ( 'efficiency/benchmark.html#hours_gained',
+                                                                                             'cramlit/efficiency/benchmark.py'),
                                               'cramlit.efficiency.benchmark.lengthen': ( 'efficiency/benchmark.html#lengthen',
                                                                                          'cramlit/efficiency/benchmark.py'),
                                               'cramlit.efficiency.benchmark.make_setup': ( 'efficiency/benchmark.html#make_setup',

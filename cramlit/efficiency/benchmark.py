@@ -6,8 +6,8 @@
 __all__ = ['DOCUMENTED', 'FULL', 'INSIDE', 'PARTS', 'WITHOUT', 'WITH', 'SAMPLES', 'BATCHES', 'Contender', 'Setup', 'make_setup',
            'our_step', 'uncut', 'stock_step', 'stock_steps', 'seconds', 'devices', 'Timing', 'time_step', 'take_turns',
            'ceiling', 'profiled', 'OtherLoss', 'dense_head', 'whole_last_layer', 'PlainAttention', 'plain_scores',
-           'plain_kernels', 'lengthen', 'text_batches', 'our_steps', 'step_rows', 'bench_rows', 'speed_rows',
-           'validation_row', 'random_batch', 'measured_step', 'check_plan']
+           'plain_kernels', 'lengthen', 'text_batches', 'our_steps', 'step_rows', 'hours_gained', 'bench_rows',
+           'speed_rows', 'validation_row', 'random_batch', 'measured_step', 'check_plan']
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #88c2c5dc
 import re, sys
@@ -469,6 +469,14 @@ def step_rows(
                  _row('days_for_256m_samples', days, 'days', **about | dict(kind='projected'))]
     return rows
 
+# %% ../../nbs/efficiency/51_benchmark.ipynb #6b1f02c4
+def hours_gained(
+    ratio: float,  # time of a step before a change, over that after it
+) -> float:        # of 24; below 0 where the change made steps slower
+    "Hours' worth of a day's work that the slower of two steps would not have done"
+    return 24*(1 - 1/ratio) if ratio > 1 else -24*(1 - ratio)
+
+
 # %% ../../nbs/efficiency/51_benchmark.ipynb #0e439a78
 def bench_rows(
     contenders: dict[str, Callable[[], Contender]],  # name → makes it; `ours` among them
@@ -502,7 +510,7 @@ def bench_rows(
         if name == 'ours': continue
         times = [o.rate()/t.rate() for o, t in zip(ours, mine, strict=True)]
         rows.append(_row('time_of_ours', times, 'times', **ids))
-        hours = [24*(1 - x) if name.startswith(WITH) else 24*(1 - 1/x) for x in times]
+        hours = [hours_gained(1/x if name.startswith(WITH) else x) for x in times]
         if not name.startswith('stock'): rows.append(_row('hours_of_24', hours, 'hours', **ids))
     return rows
 

@@ -96,14 +96,16 @@ def about_rates(
 
 # %% ../../nbs/reporting/75_studies.ipynb #97aa6bac
 def on_plateau(
-    losses: pd.Series,  # nats, by name
+    losses: pd.Series,  # nats, by name; a name with several seeds has one line for each
     unigram: float,     # nats
     what: str,          # what the names have come to
 ) -> list[str]:         # a note, or none
-    "Who has hardly left the plateau"
-    names = [str(name) for name, loss in losses.items() if loss > unigram - NEAR]
-    if not names: return []
-    if len(names) == len(losses) > 1: names = ['all']
+    "Who has hardly left the plateau, seed by seed: a mean of seeds can lie where none of them is"
+    near = (losses > unigram - NEAR).groupby(level=0, sort=False).agg(['sum', 'size'])
+    found = [(str(name), n, seeds) for name, n, seeds in near.itertuples() if n]
+    if not found: return []
+    names = [name if n == seeds else f'{name} ({n} of {seeds} seeds)' for name, n, seeds in found]
+    if len(near) > 1 and near['sum'].sum() == len(losses): names = ['all']
     return [f'**Within {NEAR:g} nats of the unigram baseline, {unigram:.2f} nats, {what}: '
             f'{", ".join(names)}**. Differences between these say little, and those from them say who has '
             'left the plateau from which all set out.']
@@ -238,7 +240,7 @@ def write_search(
     about = f'{len(t)} combinations, {seeds_and_seconds(each, seeds)}; {stopped}. '
     about += 'Means over the seeds.' if seeds > 1 else 'One seed each, so small differences mean little.'
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
-    ends = t.set_index('trial').validation_loss
+    ends = each.set_index('trial').validation_loss
     scored = [f'The best by {task} is the highest of all scores of its line, and no estimate of what it '
               'would have on other examples.', *same_seeds(mine), *about_rates(mine),
               *about_lengths(recipes, first['scale'])] if task in t else []
@@ -286,7 +288,7 @@ def figure_choices(
         ax.set_title(name, fontsize=8, loc='left')
     for ax in axes[len(others):]: ax.set_axis_off()
     fig.supxlabel(f'time, {unit}', fontsize=9)
-    fig.supylabel('validation loss, nats', fontsize=9)
+    fig.supylabel('loss of the half for choices, nats', fontsize=9)
     return fig
 
 # %% ../../nbs/reporting/75_studies.ipynb #8e8cd6a3
@@ -336,7 +338,7 @@ def write_choices(
     "Table 5, the schedules, the panels of the choices, and loss against task"
     mine = needed(rows, 'the choices', stage='trial', study='choices')
     t, tasks, first = trial_table(mine), tasks_of_rows(mine), mine[0]
-    ends = whole_runs(t).groupby('trial', sort=False).validation_loss.mean()
+    ends = whole_runs(t).set_index('trial').validation_loss
     about = seeds_and_seconds(t, get_scale(first['scale']).trials.seeds)
     notes = [f'One change at a time, {about}. Median over seeds, lowest and highest in '
              'parentheses. Base instead of large takes half the layers and three quarters of the width.',
@@ -432,7 +434,8 @@ def figure_by_time(
     draw_unigram(ax, entropies, dict(zip(curves, cycle(COLOURS), strict=False)))
     low = min(loss for _, loss in points) - .1
     high = max(*entropies.values(), 0 if math.isnan(mark) else mark) + .3
-    ax.set(xlabel=f'time, {unit}', ylabel='validation loss, nats', ylim=(low, high))  # above: first seconds
+    ax.set(xlabel=f'time, {unit}', ylabel='loss of the half for choices, nats',
+           ylim=(low, high))  # above: first seconds
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
@@ -451,7 +454,7 @@ def write_comparison(
              'peak rate, batch and warm-up, where a recipe has more.')
     if t.trial.str.endswith(', not tuned').any():
         tried += ' *Not tuned* is the recipe as it is at this scale.'
-    ends = whole_runs(t).groupby('trial', sort=False).validation_loss.mean()
+    ends = whole_runs(t).set_index('trial').validation_loss
     about = seeds_and_seconds(t, get_scale(scale).comparison.seeds)
     notes = [f'{about}. Mean ± standard deviation over seeds. {VALIDATION}', tried,
              *by_hand(list(dict.fromkeys(t.recipe)), scale),
@@ -584,8 +587,8 @@ def write_ablation(
              f'over what it is compared with. {VALIDATION}', SIGNIFICANCE,
              'Learning rates are those of the two recipes at this scale; nothing in between was tuned.',
              *about_steps(mine), *by_hand(ends_of(t), mine[0]['scale']),
-             *on_plateau(whole_runs(t).groupby('trial', sort=False).validation_loss.mean(),
-                         t.unigram_entropy[0], 'in the end'), *not_compared(t), *stopped_early(t)]
+             *on_plateau(whole_runs(t).set_index('trial').validation_loss, t.unigram_entropy[0],
+                         'in the end'), *not_compared(t), *stopped_early(t)]
     caption = f"What each change does in the same time, scale {mine[0]['scale']}."
     return write_table(ablation_table(t), folder/'ablation', caption, notes, mine)
 

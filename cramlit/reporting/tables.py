@@ -358,7 +358,8 @@ def about_lengths(
     "What of an example networks and the bag of words see, and where pretraining had shorter sequences"
     longest = get_scale(scale).finetune.max_length
     notes = [f'Networks see at most {longest} tokens of an example; of two sentences the longer is cut. The '
-             'bag of words, a linear model of single words and of pairs of neighbours, sees all of it.']
+             'bag of words, a linear model of single words and of pairs of neighbours, sees all of it; of '
+             'two sentences it also has the products and differences of the weights of their words.']
     known = {name: get_recipe(name, scale) for name in recipes if name in RECIPES}
     short = {name: r for name, r in known.items() if r.packing.seq_len < longest}
     if not short: return notes
