@@ -508,8 +508,8 @@ def write_index(
             parts += _section(ws, s, lacking)
         elif not s.optional: not_run.append(s.name)
     if not_run:
-        parts.append(f'**Not run**: {", ".join(not_run)}. `cramlit reproduce --scale {ws.scale}` without '
-                     '--headline and --only runs them.')
+        parts.append(f'**Not run**: {", ".join(not_run)}. `cramlit reproduce --scale {ws.scale} '
+                     '--out FOLDER` runs them, without --headline and --only.')
     parts += ['## Time spent', '\n'.join(lines)]
     with atomic(ws.figures/'README.md') as f: f.write('\n\n'.join(parts) + '\n')
     return ws.figures/'README.md'
