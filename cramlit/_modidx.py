@@ -1168,6 +1168,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'cramlit/reporting/studies.py'),
                                            'cramlit.reporting.studies.with_average': ( 'reporting/studies.html#with_average',
                                                                                        'cramlit/reporting/studies.py'),
+                                           'cramlit.reporting.studies.with_reference': ( 'reporting/studies.html#with_reference',
+                                                                                         'cramlit/reporting/studies.py'),
                                            'cramlit.reporting.studies.write_ablation': ( 'reporting/studies.html#write_ablation',
                                                                                          'cramlit/reporting/studies.py'),
                                            'cramlit.reporting.studies.write_budgets': ( 'reporting/studies.html#write_budgets',

@@ -583,8 +583,7 @@ _REFERENCE_FILES = ('config.json', 'model.safetensors', 'tokenizer.json', 'token
                     'special_tokens_map.json')
 REFERENCE_NOTE = ('all-MiniLM-L6-v2 (Apache-2.0) is a reference and no peer: six layers of 384, distilled '
                   'from a larger network and trained on a billion sentence pairs, here with learning rates '
-                  'of its own. § marks tasks on which it is not better than the majority class: they tell '
-                  'nothing about an encoder.')
+                  'of its own.')
 REFERENCE_LRS = 5e-5, 1e-4, 2e-4  # those for much smaller networks would undo what it has learned
 
 def reference_encoder(

@@ -9,9 +9,9 @@ __all__ = ['TIMED', 'NEAR', 'SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARK
            'write_search', 'tasks_of_rows', 'choices_table', 'figure_choices', 'figure_schedules', 'figure_loss_task',
            'write_choices', 'with_average', 'final_loss', 'comparison_table', 'unigram_baselines', 'figure_by_time',
            'write_comparison', 'tuning_table', 'at_edge', 'write_tuning', 'ablation_table', 'about_steps', 'ends_of',
-           'write_ablation', 'against', 'budgets_table', 'budget_gains', 'reference_scores', 'figure_budgets',
-           'write_budgets', 'scaling_table', 'figure_by_compute', 'write_scaling', 'race_tables', 'figure_race',
-           'write_race']
+           'write_ablation', 'against', 'budgets_table', 'budget_gains', 'reference_scores', 'with_reference',
+           'figure_budgets', 'write_budgets', 'scaling_table', 'figure_by_compute', 'write_scaling', 'race_tables',
+           'figure_race', 'write_race']
 
 # %% ../../nbs/reporting/75_studies.ipynb #1996b438
 import math, re
@@ -27,6 +27,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from ..core.recipes import RECIPES, CramlitError, UsageError
 from ..core.results import atomic
 from ..core.scales import get_scale
+from ..evaluation.protocol import REFERENCE_NOTE
 from ..evaluation.statistics import difference, median_text
 from ..experiments.comparison import compare, curves_by_trial, reached
 from ..experiments.scaling import RESAMPLES, Fit, fit_runs
@@ -663,6 +664,18 @@ def reference_scores(
     if not set(tasks) <= set(found): return {}
     return found | dict(average=float(np.mean([found[task] for task in tasks])))
 
+# %% ../../nbs/reporting/75_studies.ipynb #75e1003d
+def with_reference(
+    table: pd.DataFrame,       # as `budgets_table` gives it
+    scores: dict[str, float],  # as `reference_scores` gives it
+) -> pd.DataFrame:             # the same, with a first line where there are scores
+    "The reference encoder above all others; it has seen too much text for a loss beside theirs"
+    if not scores: return table
+    line = {f'{name}, %': f'{x:.1f}' for name, x in scores.items()}
+    first = pd.DataFrame([line], index=['reference encoder'])
+    return pd.concat([first, table]).reindex(columns=table.columns).fillna('')
+
+
 # %% ../../nbs/reporting/75_studies.ipynb #27d82758
 def _mean_line(ax, values: pd.Series, label: str, **how):
     "The mean over seeds as a horizontal line, its interval as a band"
@@ -757,11 +770,14 @@ def write_budgets(
         of = _PAIRS.get(value, 'average of the tasks')
         told |= {f'{of}: {name}': difference_cells(lines, name, 1) for name in lines.index}
     if 'minimal_pairs' in t: notes.insert(-1, PAIRS_NOTE)
-    fig = figure_budgets(t, tasks, reference_scores(reference, tasks))
+    scores = reference_scores(reference, tasks)
+    table, fig = with_reference(budgets_table(t, tasks), scores), figure_budgets(t, tasks, scores)
+    if scores: notes.insert(-1, REFERENCE_NOTE)
+    sources = [*mine, *(r for r in reference if r['metric'] == 'headline')] if scores else mine
     caption, gained = f'What a budget buys, scale {scale}.', 'What the longest budget gained, points.'
-    return [*write_table(budgets_table(t, tasks), folder/'budgets', caption, notes, mine),
+    return [*write_table(table, folder/'budgets', caption, notes, sources),
             *write_table(pd.DataFrame(told).T, folder/'budgets_gains', gained, claims, mine),
-            *write_figure(fig, folder/'what_a_budget_buys', mine)]
+            *write_figure(fig, folder/'what_a_budget_buys', sources)]
 
 # %% ../../nbs/reporting/75_studies.ipynb #28f67705
 POOR = .03    # standard deviation of log L above which a law is said to fit poorly

@@ -372,7 +372,9 @@ def about_lengths(
 # %% ../../nbs/reporting/70_tables.ipynb #3b05d6b4
 def _about_reference(rows: list[dict]) -> list[str]:
     "What the reference encoder is, where there is one"
-    return [REFERENCE_NOTE] if any(r.get('reference') for r in rows) else []
+    if not any(r.get('reference') for r in rows): return []
+    return [f'{REFERENCE_NOTE} § marks tasks on which it is not better than the majority class: they tell '
+            'nothing about an encoder.']
 
 def write_table4(
     rows: list[dict],  # of fine-tuning
