@@ -33,13 +33,14 @@ def check_build(
         if made_for <= capability and same_or_portable: return
         built_for.append(made_for)
     if not built_for: return  # not CUDA
-    oldest, advice = min(built_for), 'take a newer torch'
-    if capability < oldest:
+    advice = 'take a newer torch'
+    if capability < min(built_for):
         advice = ('take the build for CUDA 12.6, with make env TORCH=cu126, '
                   'or pip install torch --index-url https://download.pytorch.org/whl/cu126')
     name, (major, minor) = torch.cuda.get_device_name(device), capability
+    known = ', '.join(f'{a}.{b}' for a, b in sorted(set(built_for)))
     raise CramlitError(f'{name} has compute capability {major}.{minor}, and torch {torch.__version__} '
-                       f'is built for {oldest[0]}.{oldest[1]} and newer: {advice}')
+                       f'is built for {known}: {advice}')
 
 # %% ../../nbs/core/04_devices.ipynb #4283decf
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def choose_precision(
         major, minor = torch.cuda.get_device_capability(device)
         capability = f'compute capability {major}.{minor}'
         if major >= 8: return Precision(torch.bfloat16, f'{capability} has bfloat16 tensor cores')
-        if major == 7: return Precision(torch.float16, f'{capability} has float16 tensor cores only')
+        if major == 7: return Precision(torch.float16, f'{capability} multiplies float16 and no bfloat16')
         return Precision(torch.float32, f'{capability} has no tensor cores')
     has = torch.cpu.get_capabilities()
     for flag, name in (('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX512-BF16')):

@@ -110,7 +110,7 @@ class Model:
     decoder_bias: bool = True    # of the scores, one for each token
     window: int = limited(0, at_least=0)       # tokens a local layer attends to, half on each side; 0 = all
     global_every: int = limited(3, at_least=1) # with a window: layers 0, n, 2n … attend to all the same
-    rope_theta: float = limited(160_000., above=1)  # rotary: the slowest rotation takes about 2π·theta tokens
+    rope_theta: float = limited(160_000., above=1)  # rotary: no rotation takes 2π·theta tokens or more
     local_rope_theta: float = limited(10_000., above=1)  # the same in local layers
     cooccurrence: float = limited(0., at_least=0)  # begin with what counts of neighbours tell, the
     # embeddings having this standard deviation in `initializer_range`s; 0 = begin at random
@@ -346,8 +346,10 @@ def differences(
     b: Recipe,
 ) -> dict[str, Any]:  # path → the value in `b`
     "Every setting in which two recipes differ, their names aside"
-    old = settings_of(a)
-    return {path: value for path, value in settings_of(b).items() if value != old[path]}
+    old, fields = settings_of(a), flat_fields(b)
+    kinds = {path: limits['kind'] for path, (_, limits) in fields.items()}
+    return {path: float(value) if kinds[path] is float else value  # 1 is 1.0 where a number may have a point
+            for path, (value, _) in fields.items() if value != old[path]}
 
 def recipe_hash(
     r: Recipe,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENWIK8', 'SPACED_ENDS', 'LONE_ENDS', 'CLOSING', 'MIN_WORDS', 'MAX_DOCUMENT', 'FEW_FILES', 'Document', 'fetch_member',
-           'open_unpacked', 'reading', 'install_enwik8', 'enwik8', 'pages', 'is_prose', 'clean', 'wikipedia',
-           'file_kind', 'source_files', 'record_text', 'parts_of', 'guess_split', 'files', 'hub', 'split_source',
-           'same_source', 'source_state', 'documents', 'Seen', 'unique', 'holdout_position']
+           'open_unpacked', 'reading', 'install_enwik8', 'enwik8', 'pages', 'has_spaces', 'count_words', 'is_prose',
+           'clean', 'wikipedia', 'file_kind', 'source_files', 'record_text', 'parts_of', 'guess_split', 'files', 'hub',
+           'split_source', 'same_source', 'source_state', 'documents', 'Seen', 'unique', 'holdout_position']
 
 # %% ../../nbs/data/10_corpus.ipynb #773182c8
 import bz2, codecs, errno, gzip, hashlib, html, io, json, lzma, os, re
@@ -226,6 +226,9 @@ def pages(
                     if latest is not None and _is_article(title, namespace, redirects, latest, counts):
                         yield title, latest
                     latest = None
+        except (LookupError, ValueError) as e:  # unknown, or of several bytes
+            raise CramlitError(f'{path} is XML in an encoding that cannot be read ({e}): '
+                               'convert it to UTF-8') from None
         except ElementTree.ParseError as e:
             if e.code not in _CUT_OFF:
                 raise CramlitError(f'{path} is damaged XML ({e}): fetch it again, or leave it out') from None
@@ -264,9 +267,10 @@ CLOSING = '"\'”’“‘»«›‹)]}」』）】》〉'  # quotes and bracket
 # %% ../../nbs/data/10_corpus.ipynb #3094899f
 _REMOVED = {name: re.compile(pattern, flags) for name, pattern, flags in (
     ('comments', r'<!--.*?-->', re.S),
-    ('references', r'<ref[^>/]*/>|<ref[^>]*>.*?</ref>', re.S | re.I),
+    # what closes itself, such as <ref name="a/b"/>, opens nothing that has to be closed
+    ('references', r'<ref\b[^>]*/>|<ref\b[^>]*>.*?</ref>', re.S | re.I),
     ('formulas, code and galleries',
-     r'<(math|nowiki|pre|code|gallery|timeline|source)\b[^>]*>.*?</\1>', re.S | re.I),
+     r'<(math|nowiki|pre|code|gallery|timeline|source)\b(?![^>]*/>)[^>]*>.*?</\1>', re.S | re.I),
     ('templates', r'\{\{[^{}]*\}\}', 0),              # the innermost ones
     ('tables', r'\{\|(?:(?!\{\|).)*?\|\}', re.S),     # likewise
     ('pictures, categories and other languages',
@@ -292,11 +296,26 @@ _REPLACED = [(re.compile(pattern, flags), new) for pattern, new, flags in (
 )]
 
 # %% ../../nbs/data/10_corpus.ipynb #a919a6a6
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese, which have no spaces between words
+_UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]')
+
+def has_spaces(text: str) -> bool:  # two thirds of it, at least
+    "Is a text written with spaces between its words?"
+    return 3*len(_UNSPACED.findall(text)) < len(text)
+
+def count_words(
+    text: str,
+    spaces: bool,  # as `has_spaces` says of the text that it belongs to
+) -> int:
+    "Words between spaces; without spaces two characters are taken for one"
+    return len(text.split()) if spaces else len(text)//2
+
 def is_prose(
-    line: str,  # without markup
+    line: str,            # without markup
+    spaces: bool = True,  # as `has_spaces` says of the text that it belongs to
 ) -> bool:
     "Does a line end like a sentence, or is it too long for an entry of a list?"
-    words = len(line.split())
+    words = count_words(line, spaces)
     return words > 3 and (words > 12 or line.rstrip(CLOSING)[-1:] in SPACED_ENDS + LONE_ENDS)
 
 def _remove(text: str, name: str) -> tuple[str, int]:
@@ -319,7 +338,8 @@ def clean(
         counts[name] += n
     for pattern, new in _REPLACED: text = pattern.sub(new, text)
     lines = [l.strip() for l in html.unescape(text).splitlines() if l.strip()]
-    prose = [l for l in lines if is_prose(l)]
+    spaces = has_spaces(''.join(lines))
+    prose = [l for l in lines if is_prose(l, spaces)]
     counts['lines that are no prose'] += len(lines) - len(prose)
     return '\n'.join(prose)
 
@@ -334,7 +354,7 @@ def wikipedia(
     counts = Counter() if counts is None else counts
     for title, wikitext in pages(path, counts):
         text = clean(wikitext, counts)
-        if len(text.split()) < MIN_WORDS: counts[f'articles under {MIN_WORDS} words'] += 1
+        if count_words(text, has_spaces(text)) < MIN_WORDS: counts[f'articles under {MIN_WORDS} words'] += 1
         else: yield Document(title, text)
 
 # %% ../../nbs/data/10_corpus.ipynb #a5876428
@@ -425,16 +445,18 @@ def record_text(
     raise CramlitError(f'no field "{field}" with a string, only {found}: name the field that holds the text, '
                        'say with -o corpus.text_field=NAME')
 
+_ONE_ARRAY = "not JSON lines but one array: write a record a line, say with jq -c '.[]'"
+
 def _json_text(line: bytes|str, field: str) -> str:
     "The text of one JSON line; raises `CramlitError` saying what is wrong with the line"
     try: record = json.loads(line)
     except UnicodeDecodeError as e:
         raise CramlitError(f'not UTF-8 at byte {e.start} of the line: convert the file') from None
     except (ValueError, RecursionError) as e:
-        if line.strip()[:1] in ('[', b'['):
-            raise CramlitError('not JSON lines but one array: write a record a line, '
-                               "say with jq -c '.[]'") from None
+        if line.strip()[:1] in ('[', b'['): raise CramlitError(_ONE_ARRAY) from None
         raise CramlitError(f'not JSON ({getattr(e, "msg", e)}): mend or remove the line') from None
+    if isinstance(record, list): raise CramlitError(_ONE_ARRAY)
+    if isinstance(record, str): raise CramlitError('a text without a field: write {"text": …} a line')
     return record_text(record, field)
 
 # %% ../../nbs/data/10_corpus.ipynb #766660c1

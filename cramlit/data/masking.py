@@ -37,7 +37,7 @@ def sample_positions(
     cfg: Masking,
     special: dict[str, int],  # ids that are never chosen
 ) -> tuple[np.ndarray, np.ndarray]:  # positions [B, K], and which of these slots are in use
-    "The positions to predict, the same number in each full sequence"
+    "The positions to predict, the same number in each full sequence that has so many tokens to choose from"
     usable = ~np.isin(rows, list(special.values()))
     K = int(count_predictions(rows.shape[1], cfg))
     n = np.minimum(count_predictions((rows != special['pad']).sum(1), cfg), usable.sum(1))

@@ -119,8 +119,9 @@ def lost_accents(
     texts: Iterable[str],
 ) -> tuple[float, float, str]:  # share of characters, share of different words, an example or nothing
     "What stripping takes from a text: its marks, and the words that become another one"
-    from tokenizers.normalizers import StripAccents, NFD, Sequence
-    strip = Sequence([NFD(), StripAccents()]).normalize_str
+    from tokenizers.normalizers import BertNormalizer  # spares marks with a width of their own, as in Hindi
+    strip = BertNormalizer(clean_text=False, handle_chinese_chars=False, strip_accents=True,
+                           lowercase=False).normalize_str
     words = Counter[str]()
     for t in _first(texts, SAMPLE): words.update(w.strip(CLOSING + ',;:.!?()[]') for w in t.lower().split())
     total, marks, groups = 0, 0, dict[str, list[str]]()
@@ -176,7 +177,7 @@ def padded_vocab(
     n: int,        # entries of the vocabulary
     to: int = 64,  # a multiple of this; the paper has 8
 ) -> int:
-    "The rows of the embedding matrix: matrix products are faster when their sizes are round"
+    "The rows of the embedding matrix: multiples of 8 or 64 are what matrix units take"
     return -(-n // to) * to
 
 # %% ../../nbs/data/11_tokenizer.ipynb #823ab863

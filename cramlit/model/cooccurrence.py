@@ -16,7 +16,7 @@ from ..data.packing import Data, Rows
 from .encoder import MaskedLM
 
 # %% ../../nbs/model/23_cooccurrence.ipynb #23c00007
-COUNTED = 4_000_000  # tokens of the sample
+COUNTED = 4_000_000  # tokens of the sample, or up to twice as many
 
 def count_pairs(
     rows: Rows,               # sequences on disk

@@ -63,7 +63,7 @@ class Embeddings(nn.Module):
 # %% ../../nbs/model/21_encoder.ipynb #a5c26e9f
 def rotary_table(
     cfg: ModelConfig,  # shape of the network
-    theta: float,      # the slowest pair makes one turn in about 2π·theta tokens
+    theta: float,      # the slowest pair makes one turn in 2π·theta^(1-2/D) tokens
 ) -> Tensor:           # float32 [2, max_positions, D/2]: cosines and sines
     "Cosine and sine of the angle of each pair of elements at each position"
     D = cfg.hidden_size//cfg.num_heads
@@ -77,7 +77,7 @@ def rotate(
 ) -> Tensor:        # [B, A, Q, D]
     "Rotate each pair (element i, element i + D/2) by its angle"
     first, second = x.chunk(2, -1)
-    cos, sin = table.type_as(x)  # a product of two formats would take twice as long
+    cos, sin = table.type_as(x)  # a product of two formats would have 32 bits, and so would what follows
     return torch.cat([first*cos - second*sin, second*cos + first*sin], -1)
 
 # %% ../../nbs/model/21_encoder.ipynb #246efe91

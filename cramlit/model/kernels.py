@@ -18,7 +18,7 @@ def dropout_factors(
     p: float,            # probability of a zero, rounded to a multiple of 2^-16
     dtype: torch.dtype,
 ) -> Tensor:             # 0 or 1/(1-p), on the CPU, from torch's global generator
-    "Independent factors of mean 1, four of them for each random number of 64 bits"
+    "Independent factors of mean 1 but for rounding, four of them for each random number of 64 bits"
     n = math.prod(shape)
     draws = torch.empty(-(-n//4), dtype=torch.int64).random_(-2**63, None)
     u = draws.view(torch.int16)[:n].view(shape)  # uniform in -2^15 … 2^15 - 1
