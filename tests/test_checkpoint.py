@@ -58,6 +58,28 @@ def test_damage_is_named_and_the_one_before_is_used(parts, tmp_path, capsys, har
     assert str(newest) in capsys.readouterr().err
 
 
+def test_a_changed_number_in_the_state_is_damage(parts, tmp_path, capsys):
+    state = dict(spent=70., seeds={10: (1, 2), 9: ()})
+    for n in (1, 2): write_checkpoint(tmp_path, tensors_of(*parts), state | dict(step=n))
+    assert load_checkpoint(tmp_path, *parts)['step'] == 2
+    newest = checkpoints(tmp_path)[-1]
+    (newest/'state.json').write_text((newest/'state.json').read_text().replace('70.0', '60.0'))
+    assert load_checkpoint(tmp_path, *parts)['step'] == 1
+    assert 'state.json does not match its checksum' in capsys.readouterr().err
+    whole = json.loads((newest/'state.json').read_text())
+    del whole['state_sha256']  # as before there was one
+    (newest/'state.json').write_text(json.dumps(whole))
+    assert load_checkpoint(tmp_path, *parts)['spent'] == 60.
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(parts, tmp_path):
+    for n in (1, 2): write_checkpoint(tmp_path, tensors_of(*parts), {'step': n})
+    (checkpoints(tmp_path)[-1]/'model.safetensors').write_bytes(b'')
+    write_checkpoint(tmp_path, tensors_of(*parts), {'step': 3})
+    (checkpoints(tmp_path)[-1]/'model.safetensors').write_bytes(b'')
+    assert load_checkpoint(tmp_path, *parts) == {'step': 1}
+
+
 def test_a_file_that_the_disk_does_not_give_back_is_damage(parts, tmp_path, monkeypatch, capsys):
     for n in (1, 2): write_checkpoint(tmp_path, tensors_of(*parts), {'step': n})
     real = checkpoint.sha256

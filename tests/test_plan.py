@@ -28,6 +28,7 @@ from cramlit.training.memory import (
     choose_micro_batch,
     gpu_memory,
     largest_share,
+    largest_state,
     micro_batch_for,
     peak_memory,
     phases,
@@ -166,6 +167,11 @@ def test_the_share_of_the_busiest_gpu_by_hand():
     assert largest_share(base, 30528, 1) == (every, every)
     share, every = largest_share(get_recipe('24hbert'), 30528, 8)
     assert 1/8 <= share/every < 1/8 + .001, 'in the large one it is less'
+    assert largest_state(base, 30528, 8) == (2*30528*768, 2*largest_share(base, 30528, 1)[0])
+    modern = get_recipe('modern')
+    state, whole = largest_state(modern, 30528, 8)
+    share, every = largest_share(modern, 30528, 8)
+    assert state/whole > 1.4*share/every, 'who owns the embeddings has two moments for each of them'
 
 
 @pytest.fixture
@@ -176,6 +182,7 @@ def by_hand(monkeypatch):
         return fixed | dict(activations=100*n if training else n)
     monkeypatch.setattr(memory, 'peak_memory', peak)
     monkeypatch.setattr(memory, 'largest_share', lambda recipe, vocab_size, gpus: (50, 335))
+    monkeypatch.setattr(memory, 'largest_state', lambda recipe, vocab_size, gpus: (100, 670))
 
 
 def test_what_is_on_a_gpu_by_hand(by_hand):

@@ -7,7 +7,7 @@ __all__ = ['GPUS', 'MFU', 'forward_flops', 'training_flops', 'GPU', 'get_gpu', '
            'needs', 'plan']
 
 # %% ../../nbs/efficiency/50_planner.ipynb #502c4198
-import statistics
+import re, statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,12 +79,20 @@ def get_gpu(
     if name not in GPUS: raise unknown('GPU', name, GPUS)
     return GPUS[name]
 
+# words for variants of the table's GPUs that have other memory or another speed
+_OTHERS = {'pcie', 'nvl', '40gb', '32gb', 'super', 'laptop', 'mobile', 'max', 'd'}
+
 def gpu_called(
     hardware: str,  # as a driver says it, such as 'NVIDIA TITAN V'
 ) -> GPU|None:      # None = it is not in the table
-    "The GPU of the table that a machine has"
-    found = hardware.lower().replace(' ', '')
-    return next((g for g in GPUS.values() if g.name.replace('-', '') in found), None)
+    "The GPU of the table that a machine has, by whole words of its name"
+    said = re.split(r'[\s_-]+', hardware.lower())
+    if set(said) & _OTHERS: return None
+    for g in GPUS.values():
+        name = g.name.split('-')
+        places = [i for i in range(len(said)) if said[i:i + len(name)] == name]
+        if places and said[places[0] + len(name):][:1] != ['ti']: return g
+    return None
 
 # %% ../../nbs/efficiency/50_planner.ipynb #19e3fbe6
 MFU = 0.28  # share of the peak, a little below what the paper's own code reached

@@ -456,7 +456,7 @@ def check_submission(
         with zipfile.ZipFile(path) as z:
             names = Counter(z.namelist())
             files = {n: z.read(n).decode() for n in names}
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, UnicodeDecodeError) as e:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError) as e:
         raise CramlitError(f'{path} is not a zip of text files: {e}') from None
     bad = [f'{n} is missing' for n in SUBMISSION_FILES if n not in files]
     bad += [f'{n} is there {k} times' for n, k in names.items() if k > 1]

@@ -8,7 +8,7 @@ __all__ = ['optimizer_tensors', 'restore_optimizer', 'tensors_of', 'checkpoints'
            'verify_folder', 'load_run', 'check_export_folder', 'save_stock', 'export_run', 'export_all']
 
 # %% ../../nbs/training/33_checkpoints.ipynb #fe9a1063
-import errno, json, os, re, shutil, sys
+import errno, hashlib, json, os, re, shutil, sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -81,6 +81,11 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]):
         if not torch.equal(content(v), content(tensors[k])):
             raise OSError(errno.EIO, f'the disk does not keep what was written: {k} was read back changed')
 
+def _state_sha256(state: dict) -> str:
+    "Of the state as it will be read: JSON makes lists of tuples, and texts of numbers that are keys"
+    read = json.loads(json.dumps(state))
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
 def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict):
     "Fill a folder with one safetensors file for each name, and the state with their checksums"
     folder.mkdir(parents=True)
@@ -90,7 +95,8 @@ def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict):
         path = folder/f'{name}.safetensors'
         _write_tensors(path, ts)
         checksums[path.name] = sha256(path)
-    with atomic(folder/'state.json') as f: json.dump(dict(state=state, files=checksums), f, indent=1)
+    whole = dict(state=state, state_sha256=_state_sha256(state), files=checksums)
+    with atomic(folder/'state.json') as f: json.dump(whole, f, indent=1)
 
 # %% ../../nbs/training/33_checkpoints.ipynb #68b4e999
 _PARTS = r'(model|optimizer)\.safetensors|state\.json|\.state\.json\..*|\.tmp\w*'
@@ -149,8 +155,10 @@ def write_checkpoint(
         os.replace(tmp, folder/f'{name}.new' if final.exists() else final)
         sync_folder(folder)
         settle(folder)
-        older = [p for p in checkpoints(folder) if p.name < name]  # a later one was damaged
-        for old in older[:max(0, len(older) - keep + 1)]: _remove(old)
+        kept = 1
+        for old in reversed([p for p in checkpoints(folder) if p.name < name]):  # a later one was damaged
+            if kept < keep and not find_damage(old): kept += 1
+            else: _remove(old)
         sync_folder(folder)
     except (OSError, CramlitError) as e:
         size = sum(t.numel()*t.element_size() for ts in tensors.values() for t in ts.values())
@@ -202,9 +210,13 @@ def find_damage(
 ) -> str:            # what is wrong with it; '' when it is whole
     "Compare a checkpoint with its checksums"
     path = Path(path)
-    try: files = dict(json.loads((path/'state.json').read_text(encoding='utf-8'))['files'])
+    try:
+        whole = json.loads((path/'state.json').read_text(encoding='utf-8'))
+        files, state = dict(whole['files']), whole['state']
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f'{path}/state.json cannot be read ({type(e).__name__})'
+    if whole.get('state_sha256', known := _state_sha256(state)) != known:  # older ones have none
+        return f'{path}/state.json does not match its checksum'
     for name, digest in files.items():
         if not (path/name).exists(): return f'{path}/{name} is missing'
         try: found = sha256(path/name)

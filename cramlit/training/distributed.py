@@ -61,8 +61,8 @@ def processes(
     "Is this one of torchrun's processes, one alone, or the one that starts others?"
     if wanted < 0: raise UsageError(f'--nproc {wanted}: expected a number above zero')
     started = _number('WORLD_SIZE', 0)
-    if started == 1: return 0, 1  # some schedulers and notebooks say so, and nothing else
-    if started: return _number('RANK', at_most=started - 1), started
+    if started == 1 and wanted < 2: return 0, 1  # some schedulers and notebooks say so, and nothing else
+    if started > 1: return _number('RANK', at_most=started - 1), started
     pick_device()  # where GPUs cannot be used it says so once, and not in each process
     size = wanted or max(1, torch.cuda.device_count())
     return (0, 1) if size == 1 else (None, size)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'FEW', 'RESERVED', 'NCCL', 'ON_CPU', 'replace_modules', 'ByteDropout', 'step_memory', 'peak_memory',
-           'largest_share', 'gpu_memory', 'phases', 'room_for', 'micro_batch_for', 'free_memory', 'choose_micro_batch']
+           'largest_share', 'largest_state', 'gpu_memory', 'phases', 'room_for', 'micro_batch_for', 'free_memory',
+           'choose_micro_batch']
 
 # %% ../../nbs/training/35_memory.ipynb #35b60004
 import sys
@@ -21,7 +22,7 @@ from ..data.masking import count_predictions
 from ..model.encoder import MaskedLM
 from ..model.kernels import Dropout
 from .distributed import Gradients, World, share_out
-from .optimizers import make_optimizer
+from .optimizers import hidden_matrices, make_optimizer
 
 # %% ../../nbs/training/35_memory.ipynb #3cbc8413
 def replace_modules(
@@ -102,6 +103,21 @@ def largest_share(
     for bucket in share_out(model.parameters(), gpus): load[bucket.owner] += bucket.numel
     return max(load), sum(load)
 
+# %% ../../nbs/training/35_memory.ipynb #50b80005
+def largest_state(
+    recipe: Recipe,
+    vocab_size: int,  # rows of the embedding matrix
+    gpus: int,        # that share the parameters out
+) -> tuple[int, int]: # numbers: the most that one GPU remembers, and all
+    "What the busiest process remembers of past gradients: AdamW two numbers for a parameter, Muon one"
+    with torch.device('meta'): model = MaskedLM(recipe.model, vocab_size)
+    by_muon = {id(p) for p, _ in hidden_matrices(model)} if recipe.optim.method != 'adamw' else set()
+    load = [0]*gpus
+    for bucket in share_out(model.parameters(), gpus):
+        load[bucket.owner] += sum(p.numel()*(1 if id(p) in by_muon else 2) for p in bucket.params)
+    return max(load), sum(load)
+
+
 # %% ../../nbs/training/35_memory.ipynb #a514fbae
 def gpu_memory(
     recipe: Recipe,
@@ -114,7 +130,8 @@ def gpu_memory(
     parts = dict(peak_memory(recipe, vocab_size, micro_batch_size, training))
     if gpus > 1:
         share, every = largest_share(recipe, vocab_size, gpus)
-        parts['optimiser state'] = parts['optimiser state']*share//every
+        busiest, whole = largest_state(recipe, vocab_size, gpus)
+        parts['optimiser state'] = parts['optimiser state']*busiest//whole
         in_passes, in_exchange = parts['activations'] + parts['temporary'], 2*every + 4*share
         parts |= dict(exchange=max(0, in_exchange - in_passes) if training else 0, NCCL=NCCL)
     return parts | dict(context=int(RESERVED))
@@ -128,7 +145,8 @@ def phases(
 ) -> dict[str, int]:        # bytes on each GPU, by phase
     "The first step of a fresh run, every other step (and all of a resumed run), a validation"
     step = gpu_memory(recipe, vocab_size, micro_batch_size, gpus)
-    validation = gpu_memory(recipe, vocab_size, max(micro_batch_size, 64), gpus, training=False)
+    at_a_time = max(micro_batch_size, min(64, 8192//recipe.packing.seq_len))  # as in a validation
+    validation = gpu_memory(recipe, vocab_size, at_a_time, gpus, training=False)
     fresh = sum(step.values()) - step['optimiser state']
     return {'first step': fresh, 'resumed': sum(step.values()), 'validation': sum(validation.values())}
 

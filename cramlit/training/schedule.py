@@ -64,9 +64,11 @@ def parse_budget(
 ) -> float:     # seconds
     "Seconds of a duration such as 90s, 6m, 1.5h or 1d; raises `UsageError`"
     m = re.fullmatch(r'(\d+\.?\d*|\.\d+)\s*([smhd]?)', text.strip())
-    if not m or not 0 < float(m[1]) < 1e9:
-        raise UsageError(f"--budget {text}: expected a duration above zero such as 90s, 6m, 1.5h or 1d")
-    return float(m[1]) * {'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}[m[2]]
+    seconds = float(m[1])*{'': 1, 's': 1, 'm': 60, 'h': 3600, 'd': 86400}[m[2]] if m else 0.
+    if not 0 < seconds < 1e9:
+        raise UsageError(f'--budget {text}: expected a duration above zero, and below 30 years, such as 90s, '
+                         '6m, 1.5h or 1d')
+    return seconds
 
 def run_length(
     budget: str,    # as `parse_budget` reads it; '' = not given

@@ -51,7 +51,7 @@ def _tensorboard(out: Path, name: str, config: dict) -> Opened:
     return log, writer.close
 
 def _wandb(out: Path, name: str, config: dict) -> Opened:
-    "In OUT/wandb; a continued run adds a part with the same id, and `wandb sync` joins them"
+    "In OUT/wandb; a continued run adds a part with its id, which older versions of wandb do not join"
     import wandb
     settings = wandb.Settings(silent=True, console='off', save_code=False)
     run = wandb.init(project='cramlit', id=name, name=name, resume='allow', mode='offline', dir=str(out),
@@ -90,11 +90,12 @@ def _tracked_name(out: Path) -> str:
         with atomic(path) as f: json.dump(dict(name=f'{out.resolve().name}-{secrets.token_hex(4)}'), f)
     return json.loads(path.read_text(encoding='utf-8'))['name']
 
-def _last_step(out: Path) -> int:
-    "How far the log of a run has come; -1 when nothing was logged yet"
+def _last_step(out: Path) -> tuple[int, set[str]]:
+    "How far the log of a run has come, and what it has of that step; -1 when nothing was logged yet"
     path = out/'metrics.jsonl'
-    if not path.exists(): return -1
-    return max((line['step'] for line in read_json_lines(path, True, ['step'])), default=-1)
+    lines = read_json_lines(path, True, ['step']) if path.exists() else []
+    last = max((line['step'] for line in lines), default=-1)
+    return last, {name for line in lines if line['step'] == last for name in line}
 
 def append_lines(
     path: Path,             # a log
@@ -115,7 +116,8 @@ class Tracker:
         out: Path,     # the run's folder
         config: dict,  # what the tracker is told about the run
     ):
-        self.name, self.seen, self.opened = name, _last_step(out), None
+        self.name, self.opened = name, None
+        self.last, self.of_last = _last_step(out)
         if name: self.opened = self._try(TRACKERS[name], out, _tracked_name(out), config | provenance())
         if self.opened:
             see = TO_SEE[name].format(out=out)
@@ -133,11 +135,12 @@ class Tracker:
         self,
         line: dict,  # of metrics.jsonl
     ):
-        "Pass on one line's numbers, unless the tracker has them"
-        if not self.opened or line['step'] <= self.seen: return
+        "Pass on one line's numbers, but for those that the tracker has"
+        if not self.opened or line['step'] < self.last: return
         log, _ = self.opened
         numbers = {k: v for k, v in line.items() if k != 'step' and isinstance(v, (int, float))}
-        self._try(log, line['step'], numbers)
+        if line['step'] == self.last: numbers = {k: v for k, v in numbers.items() if k not in self.of_last}
+        if numbers: self._try(log, line['step'], numbers)
 
     def __enter__(self): return self
 

@@ -99,7 +99,7 @@ def fingerprint(
     h = hashlib.sha256()
     for name, w in sorted(weights.items()):
         h.update(f'{name} {w.dtype} {tuple(w.shape)} '.encode())
-        h.update(w.contiguous().view(torch.uint8).numpy())
+        h.update(w.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
 # %% ../../nbs/training/36_training.ipynb #16dc412a
@@ -379,7 +379,7 @@ def passes_multiple(
     every: float,   # fraction of the budget between two events
 ) -> bool:
     "Is there a multiple of `every` between the two? 0 is one"
-    return int(after/every) > int(before/every)
+    return math.floor(after/every + 1e-9) > math.floor(before/every + 1e-9)  # .3/.1 is a little below 3
 
 # %% ../../nbs/training/36_training.ipynb #35a5000b
 @contextmanager
