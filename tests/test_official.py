@@ -163,12 +163,23 @@ def test_masks_replace_as_often():
     assert abs(masked - .8) < .005 and abs(kept - .1) < .005
 
 
+def test_the_choice_of_tokens_does_not_look_at_words():
+    r, special = get_recipe('24hbert').masking, dict(pad=0, unk=1, cls=2, sep=3, mask=4)
+    words, pieces = np.full((50, 128), 7), np.full((50, 128), 8)  # all of them whole words, or pieces of one
+    for rows in (words, pieces): rows[:, 0], rows[:, -1] = special['cls'], special['sep']
+    keys = make_key(0, np.arange(50))
+    chosen = [mask_rows(rows, keys, r, special, 30522).positions for rows in (words, pieces)]
+    assert (chosen[0] == chosen[1]).all()
+    assert 0 < (np.diff(np.sort(chosen[1], axis=1)) > 1).mean(), 'a word is masked in parts'
+
+
 def test_the_values_of_the_published_command():
     r = get_recipe('24hbert')
     m, o, b, v = r.model, r.optim, r.batch, r.validation
     assert (m.num_layers, m.hidden_size, m.num_heads, m.intermediate_size) == (24, 1024, 16, 4096)
     assert (m.norm, m.ffn, m.position) == ('pre', 'gelu', 'absolute')
     assert (m.dropout, m.attention_dropout, m.initializer_range) == (.1, .1, .02)
+    assert m.layer_norm_eps == 1e-12
     assert (o.method, o.beta1, o.beta2, o.eps, o.weight_decay, o.clip) == ('adamw', .9, .98, 1e-6, .01, 0)
     assert (b.global_batch_size, b.micro_batch_size, r.schedule.warmup, r.seed) == (4096, 32, .06, 42)
     assert (v.stop_loss, v.stop_after*24*60) == (6, 180)

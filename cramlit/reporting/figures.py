@@ -102,23 +102,28 @@ def figure_loss(
 def figure_lr(
     runs: dict[str, Path],  # name → run folder
 ) -> Figure:
-    "The learning rate by time, or by steps where steps are the budget"
+    "The learning rate by time, or by steps where steps are the budget of all"
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(5.5, 2.4))
         ax = fig.subplots()
         logs, unit, size = _read_logs(runs)
+        infos = {name: json.loads((run/'run.json').read_text(encoding='utf-8')) for name, run in runs.items()}
+        by_steps = all(info['steps'] for info in infos.values())
         for (name, log), colour in zip(logs.items(), cycle(COLOURS), strict=False):
-            info = json.loads((runs[name]/'run.json').read_text(encoding='utf-8'))
+            info = infos[name]
             lr, schedule = info['recipe']['optim']['lr'], info['recipe']['schedule']
-            x, end, label = log.seconds/size, log.seconds.max()/size, f'time, {unit}'
-            if info['steps']: x, end, label = log.step, info['steps'], 'optimizer steps'
+            done = read_rows(rows) if (rows := runs[name]/'rows.jsonl').exists() else []
+            whole = bool(done) and not done[0].get('stopped')
+            x, end = log.seconds/size, (log.seconds.max() if whole else info['budget'])/size
+            if by_steps: x, end = log.step, info['steps']
+            elif info['steps']: end = x.max() if whole else x.max()*info['steps']/max(log.step.max(), 1)
             spent = [i/200 for i in range(201)]
             rates = [lr*lr_factor(f/schedule['length'], schedule['warmup']) for f in spent]
             ax.plot([f*end for f in spent], rates, lw=1, color=colour, label=f'{name}, formula')
             if 'lr' in log:
                 used = log.lr.notna()
                 ax.plot(x[used], log.lr[used], '.', ms=3, color=colour, label=f'{name}, used')
-        ax.set(xlabel=label, ylabel='learning rate')
+        ax.set(xlabel='optimizer steps' if by_steps else f'time, {unit}', ylabel='learning rate')
         ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 

@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..core.recipes import CramlitError, Recipe, UsageError, recipe_from_dict, settings_of
 from ..core.results import note, read_rows
-from ..core.scales import SCALES
+from ..core.scales import LARGE_TASKS, SCALES
 from ..data.corpus import split_source
 from ..data.tokenizer import load_tokenizer
 from ..model.stock_models import family, weights_digest
@@ -75,7 +75,8 @@ def find_scores(
     given: str = '',    # folder or file with rows; '' = folders in and beside the run
 ) -> list[dict]:        # medians, a later file replacing an earlier one
     "Rows of `cramlit glue` for these weights; raises `CramlitError` when rows were given and none is theirs"
-    places = [Path(given)] if given else sorted([*run.glob('*/rows.jsonl'), *run.parent.glob('*/rows.jsonl')])
+    places = [Path(given)] if given else sorted([*run.glob('*/rows.jsonl'), *run.parent.glob('*/rows.jsonl')],
+                                                key=lambda path: path.stat().st_mtime)
     rows, found = list[dict](), dict[tuple, dict]()
     for place in places:
         try: rows += read_rows(place)
@@ -94,7 +95,7 @@ def find_scores(
 # %% ../../nbs/reporting/73_model_card.ipynb #421da1f2
 def score_tables(
     scores: list[dict],  # as `find_scores` gives them
-) -> list[dict]:         # suite, scale, seeds, grid and a Markdown table of each suite and scale
+) -> list[dict]:         # suite, scale, seeds, grids and a Markdown table of each suite and scale
     "What was measured under which protocol"
     tables, keys = [], ['task', 'split', 'metric', 'labels_from']
     for suite, scale in dict.fromkeys((r['suite'], r['scale']) for r in scores):
@@ -102,8 +103,11 @@ def score_tables(
         t = pd.DataFrame(mine).assign(cell=[shown(r, 1) for r in mine])
         for k in keys: t[k] = t[k].fillna('') if k in t else ''
         wide = t.pivot_table('cell', keys, 'variant', 'first', sort=False, fill_value='').reset_index()
-        tables.append(dict(suite=suite, scale=scale, seeds=max(r.get('seeds', 0) for r in mine),
-                           grid=SCALES[scale].finetune, pooling=mine[0].get('pooling', 'cls'),
+        seeds, grid = sorted({r.get('seeds', 0) for r in mine}), SCALES[scale].finetune
+        large = [task for task in LARGE_TASKS if task in set(t.task)] if grid.large else []
+        tables.append(dict(suite=suite, scale=scale, seeds=' or '.join(map(str, seeds)), grid=grid,
+                           large=large, mnli_first='mnli-first' in set(t.variant),
+                           pooling=mine[0].get('pooling', 'cls'),
                            table=wide.to_markdown(index=False, disable_numparse=True)))
     return tables
 
@@ -175,7 +179,7 @@ The vocabulary has {{ number(info.vocab_size) }} entries; the tokenizer is
 that of {{ recipe.tokenizer.path }}.
 {% else -%}
 WordPiece, learned from the same text,
-{{ 'lower-cased and without accents' if recipe.tokenizer.lowercase else 'with capitals and accents' }}.
+{{ letters }}.
 {% endif %}
 ## Budget, hardware, energy
 
@@ -201,7 +205,9 @@ Software: {{ versions }}.
 {% for t in scores %}{% set f = t.grid %}
 Suite `{{ t.suite }}` under the protocol of scale `{{ t.scale }}`: each task was fine-tuned with all
 combinations of epochs ({{ listed(f.epochs) }}), batch ({{ listed(f.batch_sizes) }}) and learning rate
-({{ listed(f.lrs) }}), {{ t.seeds }} seed{{ 's' if t.seeds > 1 }} each, weight decay {{ f.weight_decay }},
+({{ listed(f.lrs) }}){% if t.large %} ({{ ', '.join(t.large) }}: epochs ({{ listed(f.large.epochs) }}),
+batch ({{ listed(f.large.batch_sizes) }}) and learning rate ({{ listed(f.large.lrs) }})){% endif %},
+{{ t.seeds }} seed{{ 's' if t.seeds != '1' }} each, weight decay {{ f.weight_decay }},
 {{ percent(f.warmup) }} warm-up, at most {{ f.max_length }} tokens, on
 {{ 'at most ' + number(f.max_train) if f.max_train else 'all' }} training examples.
 The classifier, BERT's, sees
@@ -213,7 +219,9 @@ It is that of the best configuration, chosen on the same validation set.
 The one configuration of this scale was chosen by hand, on validation sets like these.
 {% endif -%}
 *from-scratch* is the same network without pretraining, under the same protocol.
-
+{% if t.mnli_first -%}
+*mnli-first*: MRPC, STS-B and RTE start from the network that has learned MNLI.
+{% endif %}
 {{ t.table }}
 {% if t.suite != 'glue' %}
 These are surrogate tasks and not GLUE. Labels marked *derived* were made by a rule, not by people.
@@ -243,8 +251,12 @@ def _in_words(recipe: Recipe, init: str) -> dict[str, str]:
     if o.method == 'muon':
         rates = (f'of Muon, for the matrices in the layers, rises to {_number(o.muon_lr)}, '
                  f'and that of AdamW, for the rest, to {_number(o.lr)},')
+    t = recipe.tokenizer
+    bare = t.lowercase if t.strip_accents == 'auto' else t.strip_accents == 'true'
     return dict(rates=rates,
                 untrained=untrained,
+                letters=f"{'lower-cased' if t.lowercase else 'with capitals'} and "
+                        f"{'without' if bare else 'with'} accents",
                 pooling='the mean of all states' if modern
                         else 'the state of the first token, through a layer that was not pretrained')
 

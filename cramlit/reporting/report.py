@@ -24,7 +24,7 @@ def finished_runs(
     "Finished runs below a folder, named by their recipes, with their seeds or as folders where those repeat"
     folder, found = Path(folder), []
     for log in sorted(folder.rglob('metrics.jsonl')):
-        left_out = {'trials', 'superseded'} & set(log.relative_to(folder).parts)
+        left_out = {'trials', 'packing', 'superseded'} & set(log.relative_to(folder).parts)
         if not left_out and (log.parent/'rows.jsonl').exists(): found.append(log.parent)
     recipes = [json.loads((run/'run.json').read_text(encoding='utf-8'))['recipe'] for run in found]
     names = [r['name'] for r in recipes]

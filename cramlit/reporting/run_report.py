@@ -114,13 +114,13 @@ def budget_spent(
     run: Snapshot,
 ) -> tuple[float, float]:  # fraction that is spent, and the seconds that are left
     "How far a run is"
-    if run.rows: return 1., 0.
-    if not run.log: return 0., run.info['budget']
+    if run.rows and not run.rows[0].get('stopped'): return 1., 0.
+    if not run.log: return 0., 0. if run.rows else run.info['budget']
     step, seconds = run.log[-1]['step'], run.log[-1]['seconds']
     steps, budget = run.info['steps'], run.info['budget']
-    if steps: return step/steps, (steps - step)*seconds/max(step, 1)
+    if steps: return step/steps, 0. if run.rows else (steps - step)*seconds/max(step, 1)
     spent = min(seconds + (run.silent if state(run) == 'running' else 0.), budget)
-    return spent/budget, budget - spent
+    return spent/budget, 0. if run.rows else budget - spent
 
 # %% ../../nbs/reporting/72_run_report.ipynb #91f9cd68
 def state_rows(
@@ -282,7 +282,7 @@ summary { cursor: pointer }
 def _figures(run: Snapshot) -> list[tuple[str, str]]:
     "Captions, and the curves as addresses that hold their SVG"
     from cramlit.reporting.figures import STYLE, figure_loss, figure_lr, figure_rate, matplotlib
-    if run.last('validation_loss') is None: return []
+    if not any('validation_loss' in line for line in run.log): return []
     name, entropy = run.info['recipe']['name'], run.result('unigram_entropy')
     curves = {name: run.folder}
     figures = {'Loss': figure_loss(curves, {} if entropy is None else {name: entropy}),

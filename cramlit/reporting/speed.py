@@ -337,8 +337,8 @@ def bench_finetuning(
                'padded, score': ('headline', 'padded'), 'tight, score': ('headline', 'tight')}
     lines = {task.name: {c: cell[*key, task.name] for c, key in columns.items()} for task in tasks}
     notes = [f'Surrogate tasks, not GLUE. Medians over {turns} seeds, lowest and highest in parentheses; '
-             'one job at a time. Scores show that both ways train; so few seeds show no difference of '
-             'quality.', 'Made by `cramlit bench --model MODEL`.']
+             'one job at a time. Scores tell whether both ways train, where a task is above chance; '
+             'so few seeds show no difference of quality.', 'Made by `cramlit bench --model MODEL`.']
     caption = 'Fine-tuning, batches padded to 128 tokens and tight ones.'
     write_table(pd.DataFrame(lines).T, out/'bench_finetuning', caption, notes, rows)
     return rows

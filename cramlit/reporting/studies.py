@@ -669,7 +669,7 @@ def with_reference(
     table: pd.DataFrame,       # as `budgets_table` gives it
     scores: dict[str, float],  # as `reference_scores` gives it
 ) -> pd.DataFrame:             # the same, with a first line where there are scores
-    "The reference encoder above all others; it has seen too much text for a loss beside theirs"
+    "The reference encoder above all others; it has no head for masked tokens, and so no loss"
     if not scores: return table
     line = {f'{name}, %': f'{x:.1f}' for name, x in scores.items()}
     first = pd.DataFrame([line], index=['reference encoder'])

@@ -34,7 +34,7 @@ def published_csv() -> Path:  # in the checkout, or in the installed package
     raise CramlitError('published.csv is neither in paper_figures nor in the package: install cramlit again')
 
 def published(
-    table: str,      # table1 | table4
+    table: str,      # of published.csv, such as table1, table4 or best_run
 ) -> pd.DataFrame:   # system × quantity; what is not known is missing
     "Published numbers of one table"
     t = pd.read_csv(published_csv())

@@ -180,9 +180,9 @@ def reproduce(
     recipes = recipe if isinstance(recipe, str) else ','.join(recipe)
     ws = pipeline.workspace(scale, out, figures or Path(out)/'paper_figures', recipes, glue_dir)
     sources = [get_recipe(name, scale).corpus.source for name in ws.recipes]
+    if dry_run: return pipeline.planned(ws, only, headline, force)
     if 'enwik8' in sources: enwik8()  # before any notebook, which could show no bar
     if glue_dir: load_tasks('glue', [], glue_dir)  # whatever is wrong with it is said before anything is run
-    if dry_run: return pipeline.planned(ws, only, headline)
     rows = pipeline.reproduce(ws, only, force, headline)
     table = ws.figures/'table4_glue.md'
     if table.exists(): print('\n' + table.read_text(encoding='utf-8'), file=sys.stderr)
@@ -203,10 +203,14 @@ def config(
     recipe: str = '24hbert',  # 24hbert[-document] | modern | bert-base | bert-large | cramming | mosaicbert
     scale: str = 'laptop',    # tiny | laptop | evening | gpu | paper
     Override: Settings = None,  # change one setting, such as -o model.num_layers=12
+    json: bool = False,       # one JSON object a line on standard output
 ) -> list[dict]:
     "Print every setting of a recipe at a scale, one a line, as -o takes it"
+    from json import dumps
     settings = settings_of(get_recipe(recipe, scale, Override or []))
-    print(*(f'{path}={setting_text(value)}' for path, value in settings.items()), sep='\n')
+    as_said = {path: f'{path}={setting_text(value)}' for path, value in settings.items()}
+    as_json = {path: dumps({path: value}, ensure_ascii=False) for path, value in settings.items()}
+    print(*(as_json if json else as_said).values(), sep='\n')
     return []
 
 # %% ../../nbs/running/81_command.ipynb #3957e805
@@ -290,6 +294,8 @@ def bench(
     "Time whole training steps, stock transformers' and ours, and ours without each optimization"
     from cramlit.reporting.speed import bench_finetuning, bench_steps
     if turns < 1: raise UsageError(f'--turns {turns}: expected a number above zero')
+    if model and (brief or data or Override or shape != 'laptop'):
+        raise UsageError('--model times fine-tuning, which takes no --shape, --brief, --data or -o')
     if model: return bench_finetuning(model, turns, Path(out))
     return bench_steps(shape, turns, brief, data, Path(out), list(Override or []))
 

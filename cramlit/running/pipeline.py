@@ -86,7 +86,7 @@ class Stage:
     name: str
     needs: tuple[str, ...] = ()
     makes: tuple[str, ...] = ()  # tables and figures, without a suffix
-    recipes: str = 'first'       # each: one run for each recipe; all: one for all; first: the first one alone
+    recipes: str = 'first'       # each: one run for each; all: one for all; first: the first alone; or names
     headline: bool = False       # one of the few that show what the recipe learns
     timed: bool = False          # it measures speed: its numbers are this machine's and no other's
     labelled: bool = False       # it fine-tunes on labelled tasks, or needs what does
@@ -100,7 +100,7 @@ STAGES = {s.name: s for s in (
     Stage('finetune', ('pretrain',), recipes='each', headline=True, labelled=True, minutes=2.1),
     Stage('figure_pretraining', ('pretrain',), ('loss_curve', 'lr_schedule'), recipes='all', headline=True,
           minutes=.1),
-    Stage('reference', labelled=True, optional=True),
+    Stage('reference', recipes='', labelled=True, optional=True),
     Stage('table4_glue', ('finetune',), ('table4_glue', 'table4_gains', 'table4_published'), recipes='all',
           headline=True, labelled=True, minutes=.1),
     Stage('table1_time', ('prepare',), ('table1_time',), timed=True),
@@ -115,7 +115,8 @@ STAGES = {s.name: s for s in (
     Stage('scaling', (), ('scaling', 'loss_by_compute'), recipes='all', keeps=True),
     Stage('budgets', (), ('budgets', 'budgets_gains', 'what_a_budget_buys'), recipes='all', labelled=True,
           optional=True, keeps=True),
-    Stage('packing', (), ('packing', 'packing_by_step'), optional=True, minutes=17.),
+    Stage('packing', (), ('packing', 'packing_by_step'), recipes='24hbert 24hbert-document', optional=True,
+          minutes=17.),
     Stage('poolings', ('pretrain',), ('appendix_poolings',), recipes='all', labelled=True, optional=True,
           minutes=7.),
     Stage('appendix', ('table1_time',),
@@ -186,7 +187,11 @@ class Workspace:
     def recipes_of(self, stage: str, recipe: str = '') -> list[str]:
         "The recipes that a stage works on"
         which = STAGES[stage].recipes
-        return [recipe] if which == 'each' else list(self.recipes) if which == 'all' else [self.recipes[0]]
+        match which:
+            case 'each': return [recipe]
+            case 'all': return list(self.recipes)
+            case 'first': return [self.recipes[0]]
+        return which.split()
 
     def made(self, name: str) -> Path|None:  # Markdown or SVG
         "The file of a table or figure, if there is one"
@@ -447,7 +452,7 @@ def _so_far(
     "Every stage that was begun at this scale with these recipes"
     for stage, recipe in _tasks(ws):
         note = _note(ws.folder(stage, recipe))
-        if note.get('scale', ws.scale) != ws.scale: continue
+        if not note or note.get('scale', ws.scale) != ws.scale: continue
         if not _same(note.get('question', {}), _question(ws, stage, recipe)): continue
         why = lacking.get(_label(stage, recipe), '' if note['done'] else 'unfinished').partition('\n')[0]
         yield stage, recipe, note['seconds'], why
@@ -643,6 +648,7 @@ def pretraining_of(
         case 'ablation': return [part(len(study.ablation_trials(pair[0], pair[1], ws.scale)), c.ablation)]
         case 'scaling': return [part(len(size_trials(pair[1], ws.scale, x)), x) for x in c.spans]
         case 'budgets': return [part(len(ws.recipes)*c.budget_seeds, x) for x in sorted(c.budgets)]
+        case 'packing': return [(6, 0., 2400)]  # the parameters of its notebook
     return []
 
 # %% ../../nbs/running/80_pipeline.ipynb #94ba3a7d
@@ -656,12 +662,14 @@ def planned(
     ws: Workspace,
     only: str = '',          # this stage alone, with what it needs
     headline: bool = False,  # the few stages that show what the recipe learns
+    force: str = '',         # count this stage and those that need it, done or not
 ) -> list[dict]:  # a row for each stage that is not done, in hours, or in steps where these are counted
-    "What is still to be run, and the pretraining in it; fine-tuning and evaluations are not counted"
-    if only and only not in STAGES: raise unknown('stage', only, STAGES)
-    rows, together = list[dict](), _at_a_time(ws)
+    "What is still to be run, and all pretraining of it; fine-tuning and evaluations are not counted"
+    for name in filter(None, (only, force)):
+        if name not in STAGES: raise unknown('stage', name, STAGES)
+    rows, together, anew = list[dict](), _at_a_time(ws), _with_dependents(force) if force else []
     for stage, recipe in _wanted(ws, only, headline):
-        if _is_done(ws, stage, recipe): continue
+        if _is_done(ws, stage, recipe) and stage not in anew: continue
         runs = pretraining_of(ws, stage)
         ids = dict(stage='planned', part=_label(stage, recipe), scale=ws.scale, kind='planned',
                    runs=sum(n for n, *_ in runs))
