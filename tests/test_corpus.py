@@ -16,7 +16,16 @@ import pytest
 
 from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.results import cache_dir, sha256
-from cramlit.data.corpus import clean, documents, fetch_member, holdout_position, install_enwik8, unique
+from cramlit.data.corpus import (
+    clean,
+    documents,
+    fetch_member,
+    holdout_position,
+    install_enwik8,
+    pages,
+    unique,
+    wikipedia,
+)
 from cramlit.running.command import main
 
 SENTENCE = 'The river walks slowly under the old stone house near the road.'
@@ -75,6 +84,21 @@ BAD = {
     'unknown kind': (lambda d: write(d/'x.docx', 'a'), 'x.docx is of no known kind'),
     'empty folder': (lambda d: d, 'holds no text'),
 }
+
+
+@pytest.mark.parametrize('encoding', ['gbk', 'of-nobody'])
+def test_an_encoding_that_cannot_be_read_is_one_line(encoding, tmp_path):
+    (tmp_path/'dump.xml').write_text(f'<?xml version="1.0" encoding="{encoding}"?><mediawiki/>')
+    with pytest.raises(CramlitError, match='dump.xml is XML in an encoding that cannot be read.*UTF-8'):
+        list(pages(tmp_path/'dump.xml'))
+
+
+def test_a_dump_of_a_script_without_spaces_has_text(tmp_path):
+    prose = '长江是亚洲最长的河流，流经中国的许多省份。'*3
+    page = f'<page><title>长江</title><ns>0</ns><revision><text>{prose}\n* [[河]]</text></revision></page>'
+    (tmp_path/'dump.xml').write_text(f'<mediawiki>{page}</mediawiki>', encoding='utf-8')
+    document, = wikipedia(tmp_path/'dump.xml')
+    assert document.text == prose
 
 
 @pytest.mark.parametrize('kind', BAD)

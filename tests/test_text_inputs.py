@@ -383,6 +383,8 @@ WRONG = {  # kind: name of the file, its content, what is said
     'latin-1 with a BOM': ('a.txt', b'\xef\xbb\xbfab\xe9 c', 'a.txt is not UTF-8 at byte 5'),
     'UTF-16 unmarked': ('a.txt', 'river'.encode('utf-16-le'), 'a.txt is a binary file.*UTF-16'),
     'one array': ('a.jsonl', json.dumps([{'text': 'a'}], indent=1), 'line 1: not JSON lines but'),
+    'one array in a line': ('a.jsonl', b'[{"text": "a"}]', 'line 1: not JSON lines but'),
+    'texts alone': ('a.jsonl', b'"text"', 'line 1: a text without a field'),
     'other field': ('a.jsonl', json_lines(['a'], 'content'),
                     'line 1: no field "text".*only content.*corpus.text_field'),
     'no parquet': ('a.parquet', b'PAR1junkPAR1', 'a.parquet is not a whole parquet file'),
@@ -622,15 +624,22 @@ def test_what_is_dropped_is_counted_and_said(tmp_path, capsys):
 
 
 def test_accents_are_a_setting_and_stripping_them_is_said(tmp_path, capsys):
-    texts = make_texts(60, words='लिखी लिखा किताब गाँव गीत खेत मित्र माता'.split(), end=' है।')
-    source = write(tmp_path/'hi.jsonl', json_lines(texts))
+    words = 'má mà mả mã bán bàn bạn ban'.split()
+    source = write(tmp_path/'vi.jsonl', json_lines(make_texts(60, words=words)))
     assert prepare(source, tmp_path/'auto') == 0
     err = capsys.readouterr().err
-    assert 'tokenizer.strip_accents=false' in err and 'लिखी' in err
+    assert 'tokenizer.strip_accents=false' in err and sum(word in err for word in words) >= 2
+    tok = load_tokenizer(tmp_path/'auto'/'tokenizer')
+    assert tok.tokenize('bán') == tok.tokenize('bàn'), 'what is said is so'
+    texts = make_texts(60, words='लिखी लिखा किताब गीत खेत'.split(), end=' है।')
+    assert prepare(write(tmp_path/'hi.jsonl', json_lines(texts)), tmp_path/'hi') == 0
+    assert 'stripping accents' not in capsys.readouterr().err, 'vowel signs with a width of their own stay'
+    tok = load_tokenizer(tmp_path/'hi'/'tokenizer')
+    assert tok.tokenize('लिखी') != tok.tokenize('लिखा')
     assert prepare(source, tmp_path/'kept', '-o', 'tokenizer.strip_accents=false') == 0
     assert 'stripping accents' not in capsys.readouterr().err
     tok = load_tokenizer(tmp_path/'kept'/'tokenizer')
-    assert tok.tokenize('लिखी') != tok.tokenize('लिखा') and tok.tokenize('RIVER') == tok.tokenize('river')
+    assert tok.tokenize('bán') != tok.tokenize('bàn') and tok.tokenize('BAN') == tok.tokenize('ban')
     assert prepare(write(tmp_path/'en.jsonl', json_lines(make_texts())), tmp_path/'en') == 0
     assert 'stripping accents' not in capsys.readouterr().err
     assert prepare(source, tmp_path/'bad', '-o', 'tokenizer.strip_accents=maybe') == 2
