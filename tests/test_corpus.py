@@ -72,7 +72,7 @@ BAD = {
     'json': (lambda d: write(d/'x.jsonl', '{"text": "a"}\n\n{"text": \n'), 'x.jsonl, line 3: not JSON'),
     'json without text': (lambda d: write(d/'x.jsonl', '{"text": "a"}\n{"body": "b"}\n'),
                           'x.jsonl, line 2: no field "text"'),
-    'json list': (lambda d: write(d/'x.jsonl', '["a"]\n'), 'x.jsonl, line 1: no field "text"'),
+    'json list': (lambda d: write(d/'x.jsonl', '["a"]\n'), 'x.jsonl, line 1: not JSON lines but one'),
     'json number as text': (lambda d: write(d/'x.jsonl', '{"text": 4}\n'), 'x.jsonl, line 1'),
     'json utf-8': (lambda d: write(d/'x.jsonl', b'{"text": "a"}\n{"text": "\xff"}\n'),
                    'x.jsonl, line 2: not UTF-8'),
