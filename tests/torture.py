@@ -138,6 +138,7 @@ def seconds_to_first_step(step, data, out, settings):
     renamed = first.rename(first.with_name(f'step-{step:08d}'))
     saved = json.loads((renamed/'state.json').read_text())
     saved['state']['step'] = step
+    del saved['state_sha256']  # it is changed on purpose
     (renamed/'state.json').write_text(json.dumps(saved))
     log = out/'metrics.jsonl'
     log.unlink()
