@@ -146,7 +146,9 @@ def set_aside(
         place = next(p for p in numbers if not os.path.lexists(p))
         place.mkdir()
         for path in paths: os.replace(path, place/path.name)
-    except OSError as e: raise cannot_write(folder/'superseded', e) from None
+    except OSError as e:
+        raise CramlitError(f'cannot move files to {folder}/superseded: {e.strerror or e}. Those that were '
+                           'moved before are there. Choose another folder, or mend this one') from None
     return place
 
 # %% ../../nbs/core/02_results.ipynb #42a8fd46
