@@ -178,12 +178,14 @@ def test_executed_notebooks_are_there_to_be_read(finished):
 def test_a_page_drawn_in_another_place_names_no_folder_of_the_machine_where_it_ran(tmp_path):
     ws, there = workspace('tiny', tmp_path/'out', tmp_path/'figures'), '/home/me/runs/tiny'
     given = dict(out=there, figures=f'{there}/paper_figures', glue_dir='/home/me/labels')
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(repr(given))])
+    links = nbformat.v4.new_markdown_cell('[a](../core/00_recipes.ipynb), [b](tuning.ipynb#c)')
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(repr(given)), links])
     nb.metadata = dict(kernelspec={}, papermill=dict(parameters=given))
     ws.folder('scaling').mkdir(parents=True)
     nbformat.write(nb, ws.folder('scaling')/'scaling.ipynb')
     text = _publish_notebook(ws, 'scaling').read_text()
     assert '/home/me' not in text and 'runs/tiny' in text and 'paper_figures/tiny' in text
+    assert '(../../../nbs/core/00_recipes.ipynb)' in text and '(../../../nbs/paper/tuning.ipynb#c)' in text
 
 
 def test_the_kinds_of_numbers_are_told_apart(finished):

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'run_notebook', 'Stage', 'paper_notebook', 'code_of', 'Work
            'timetable', 'write_index', 'reproduce', 'pretraining_of', 'planned']
 
 # %% ../../nbs/running/80_pipeline.ipynb #24cb8400
-import ast, json, os, signal, sys, time
+import ast, json, os, re, signal, sys, time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -364,7 +364,9 @@ def _publish_notebook(ws: Workspace, stage: str, recipe: str = '') -> Path:
     for name, usual in folders.items():
         for here in filter(None, (str(getattr(ws, name)), ran.get(name))):
             text = text.replace(json.dumps(here, ensure_ascii=False)[1:-1], usual)
-    text = text.replace('](../', '](../../../nbs/')  # links to chapters, from paper_figures/SCALE/notebooks
+    # links to chapters and to other stages, from paper_figures/SCALE/notebooks
+    text = text.replace('](../', '](../../../nbs/')
+    text = re.sub(r'\]\((\w+\.ipynb)', r'](../../../nbs/paper/\1', text)
     nb = json.loads(text)
     nb['metadata'] = dict(kernelspec=nb['metadata']['kernelspec'])
     nb['cells'] = [c for c in nb['cells'] if c['cell_type'] != 'raw']
