@@ -1524,6 +1524,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'cramlit/training/memory.py'),
                                          'cramlit.training.memory.ByteDropout.forward': ( 'training/memory.html#bytedropout.forward',
                                                                                           'cramlit/training/memory.py'),
+                                         'cramlit.training.memory._busiest': ( 'training/memory.html#_busiest',
+                                                                               'cramlit/training/memory.py'),
                                          'cramlit.training.memory.choose_micro_batch': ( 'training/memory.html#choose_micro_batch',
                                                                                          'cramlit/training/memory.py'),
                                          'cramlit.training.memory.free_memory': ( 'training/memory.html#free_memory',

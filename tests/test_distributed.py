@@ -22,7 +22,7 @@ import cramlit.training.distributed as distributed
 from cramlit.core.recipes import CramlitError
 from cramlit.running import command
 from cramlit.training.checkpoints import checkpoints, find_damage
-from cramlit.training.distributed import join_world, launch
+from cramlit.training.distributed import join_world, launch, processes
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 PRETRAIN = [sys.executable, '-m', 'cramlit', 'pretrain']
@@ -151,6 +151,11 @@ def test_an_environment_that_torchrun_did_not_make(monkeypatch, env, match):
         assert 'unset WORLD_SIZE' in str(e.value)
     else:
         with join_world() as world: assert (world.rank, world.size) == (0, 1)
+
+
+def test_a_world_of_one_does_not_keep_from_starting_more(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    assert processes(0) == processes(1) == (0, 1) and processes(4) == (None, 4)
 
 
 @pytest.mark.parametrize('gpus, backend', [(0, 'gloo'), (1, 'gloo'), (2, 'nccl')])

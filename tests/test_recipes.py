@@ -16,7 +16,7 @@ from cramlit.model.encoder import MaskedLM
 from cramlit.training.distributed import Gradients
 from cramlit.training.optimizers import make_optimizer
 from cramlit.training.schedule import lr_factor
-from cramlit.training.training import accumulate, micro_step, passes_multiple, update
+from cramlit.training.training import accumulate, fingerprint, micro_step, passes_multiple, update
 
 TINY = get_recipe('24hbert', 'tiny')
 NUMERIC = [path for path, (_, limits) in flat_fields(TINY).items() if limits['kind'] in (int, float, tuple)]
@@ -111,3 +111,16 @@ def test_what_is_typed_in_is_refused_by_name_or_can_be_trained(text):
         else:
             assert all(math.isfinite(x) for x in settings_of(recipe).values() if isinstance(x, float))
             if path.startswith(TRAINED) and path not in SIZES: take_steps(recipe)
+
+
+def test_evaluations_come_at_the_very_step_of_their_part():
+    for steps in (100, 300, 1000):
+        found = [n for n in range(1, steps + 1) if passes_multiple((n - 1)/steps, n/steps, .1)]
+        assert found == [steps*k//10 for k in range(1, 11)]
+    assert passes_multiple(-1, 0, 1.) and not passes_multiple(0, .9, 1.)
+
+
+def test_a_fingerprint_takes_any_tensor():
+    weights = dict(a=torch.tensor(2.), b=torch.nn.Parameter(torch.ones(2, 3).T))
+    assert fingerprint(weights) == fingerprint({k: w.detach().contiguous() for k, w in weights.items()})
+    assert fingerprint(weights) != fingerprint(weights | dict(a=torch.tensor(3.)))

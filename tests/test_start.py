@@ -192,6 +192,14 @@ def a_slow_tokenizer(folder):
 def no_mask(folder): edit(folder/'tokenizer_config.json', mask_token=None)
 
 
+def test_a_weight_that_is_nan_is_refused(tmp_path):
+    stock('bert', tmp_path/'bert')
+    weights = load_file(tmp_path/'bert'/'model.safetensors')
+    next(w for w in weights.values() if w.ndim > 1)[-1] = float('nan')
+    save_file(weights, tmp_path/'bert'/'model.safetensors', metadata=dict(format='pt'))
+    with pytest.raises(CramlitError, match='NaN or infinite'): load_weights(tmp_path/'bert', 100)
+
+
 @pytest.mark.parametrize('change', [pickled, names_of_2018, vocabulary_only])
 def test_folders_of_older_libraries_are_read(change, text, tmp_path, capsys):
     folder = tmp_path/'a model [old] für alle'

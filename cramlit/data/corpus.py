@@ -318,6 +318,7 @@ def is_prose(
     words = count_words(line, spaces)
     return words > 3 and (words > 12 or line.rstrip(CLOSING)[-1:] in SPACED_ENDS + LONE_ENDS)
 
+# %% ../../nbs/data/10_corpus.ipynb #a919a6a9
 def _remove(text: str, name: str) -> tuple[str, int]:
     "The text without what a pattern finds, from the inside out where it nests, and how often it was found"
     total = 0

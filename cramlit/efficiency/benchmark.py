@@ -476,7 +476,6 @@ def hours_gained(
     "Hours' worth of a day's work that the slower of two steps would not have done"
     return 24*(1 - 1/ratio) if ratio > 1 else -24*(1 - ratio)
 
-
 # %% ../../nbs/efficiency/51_benchmark.ipynb #0e439a78
 def bench_rows(
     contenders: dict[str, Callable[[], Contender]],  # name → makes it; `ours` among them

@@ -361,6 +361,8 @@ def load_weights(
         raise CramlitError(f'{folder} lacks weights that a masked language model needs, {missing[0]} among '
                            f'{len(missing)}: it was saved without its head, or with another one. '
                            'Take a folder that was saved with the head (…ForMaskedLM)')
+    if bad := [name for name, w in stock.state_dict().items() if not torch.isfinite(w).all()]:
+        raise CramlitError(f'{bad[0]} in {folder} has values that are NaN or infinite: take another one')
     try: model, cfg = from_stock(stock)
     except (KeyError, RuntimeError) as e:
         raise CramlitError(f'weights in {folder} have no place in our network: {_first_line(e)}') from None
@@ -371,7 +373,7 @@ def load_weights(
         ours = model.logits(ids, None)
         theirs = stock.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     error = float((ours - theirs).abs().max()/theirs.abs().max())
-    if not error <= 1e-3:  # nor is a weight that is no number
+    if not error <= 1e-3:  # an overflow makes it NaN, which is above nothing
         raise CramlitError(f'the model in {folder} is of a kind that our network does not compute: '
                            f'its scores differ by {error:.1%}')
     state = model.state_dict()

@@ -114,9 +114,11 @@ def figure_lr(
             lr, schedule = info['recipe']['optim']['lr'], info['recipe']['schedule']
             done = read_rows(rows) if (rows := runs[name]/'rows.jsonl').exists() else []
             whole = bool(done) and not done[0].get('stopped')
-            x, end = log.seconds/size, (log.seconds.max() if whole else info['budget'])/size
-            if by_steps: x, end = log.step, info['steps']
-            elif info['steps']: end = x.max() if whole else x.max()*info['steps']/max(log.step.max(), 1)
+            x = log.step if by_steps else log.seconds/size
+            if by_steps: end = info['steps']
+            elif whole: end = x.max()
+            elif info['steps']: end = x.max()*info['steps']/max(log.step.max(), 1)  # at the pace so far
+            else: end = info['budget']/size
             spent = [i/200 for i in range(201)]
             rates = [lr*lr_factor(f/schedule['length'], schedule['warmup']) for f in spent]
             ax.plot([f*end for f in spent], rates, lw=1, color=colour, label=f'{name}, formula')

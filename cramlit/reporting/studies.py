@@ -675,7 +675,6 @@ def with_reference(
     first = pd.DataFrame([line], index=['reference encoder'])
     return pd.concat([first, table]).reindex(columns=table.columns).fillna('')
 
-
 # %% ../../nbs/reporting/75_studies.ipynb #27d82758
 def _mean_line(ax, values: pd.Series, label: str, **how):
     "The mean over seeds as a horizontal line, its interval as a band"

@@ -92,6 +92,12 @@ def peak_memory(
 RESERVED = 0.8e9         # bytes for CUDA's context and the workspaces of its libraries
 NCCL = 2*32*10*2**20     # bytes of its buffers: connections of a ring, channels, bytes of each
 
+def _busiest(model: MaskedLM, gpus: int, count: Callable[[nn.Parameter], int]) -> tuple[int, int]:
+    "Sums over the parameters of the process that has most, and of all"
+    load = [0]*gpus
+    for bucket in share_out(model.parameters(), gpus): load[bucket.owner] += sum(map(count, bucket.params))
+    return max(load), sum(load)
+
 def largest_share(
     recipe: Recipe,
     vocab_size: int,  # rows of the embedding matrix
@@ -99,9 +105,7 @@ def largest_share(
 ) -> tuple[int, int]: # elements: the most that one GPU updates, and all
     "How many parameters the busiest process updates"
     with torch.device('meta'): model = MaskedLM(recipe.model, vocab_size)
-    load = [0]*gpus
-    for bucket in share_out(model.parameters(), gpus): load[bucket.owner] += bucket.numel
-    return max(load), sum(load)
+    return _busiest(model, gpus, nn.Parameter.numel)
 
 # %% ../../nbs/training/35_memory.ipynb #50b80005
 def largest_state(
@@ -112,11 +116,7 @@ def largest_state(
     "What the busiest process remembers of past gradients: AdamW two numbers for a parameter, Muon one"
     with torch.device('meta'): model = MaskedLM(recipe.model, vocab_size)
     by_muon = {id(p) for p, _ in hidden_matrices(model)} if recipe.optim.method != 'adamw' else set()
-    load = [0]*gpus
-    for bucket in share_out(model.parameters(), gpus):
-        load[bucket.owner] += sum(p.numel()*(1 if id(p) in by_muon else 2) for p in bucket.params)
-    return max(load), sum(load)
-
+    return _busiest(model, gpus, lambda p: p.numel()*(1 if id(p) in by_muon else 2))
 
 # %% ../../nbs/training/35_memory.ipynb #a514fbae
 def gpu_memory(
