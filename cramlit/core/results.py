@@ -40,6 +40,10 @@ def _is_cached(path: Path) -> bool:
 # %% ../../nbs/core/02_results.ipynb #837b985e
 def _dangles(path: str|Path) -> bool: return os.path.islink(path) and not os.path.exists(path)
 
+def _reason(path: str|Path, e: OSError) -> str:
+    if _dangles(path): return 'it is a link to nothing'
+    return 'it is a file' if isinstance(e, FileExistsError) else e.strerror or str(e)
+
 def cannot_write(
     path: str|Path,
     e: OSError,
@@ -49,10 +53,7 @@ def cannot_write(
     if full: advice = 'Free some space, then repeat the command'
     elif _is_cached(Path(path)): advice = 'Set CRAMLIT_CACHE to a folder that can be written'
     else: advice = 'Choose another folder, or mend this one'
-    reason = e.strerror or str(e)
-    if _dangles(path): reason = 'it is a link to nothing'
-    elif isinstance(e, FileExistsError): reason = 'it is a file'
-    return CramlitError(f"cannot write {path}: {reason}. Nothing half-written was left. {advice}")
+    return CramlitError(f"cannot write {path}: {_reason(path, e)}. Nothing half-written was left. {advice}")
 
 def cannot_read(
     path: str|Path,
@@ -140,15 +141,16 @@ def set_aside(
     folder: Path,
 ) -> Path:                  # where they are now
     "Move files and folders into `superseded/1` of their folder, or the next number that is free"
+    place = folder/'superseded'
     try:
-        (folder/'superseded').mkdir(exist_ok=True)
+        place.mkdir(exist_ok=True)
         numbers = (folder/'superseded'/str(n) for n in count(1))
         place = next(p for p in numbers if not os.path.lexists(p))
         place.mkdir()
         for path in paths: os.replace(path, place/path.name)
     except OSError as e:
-        raise CramlitError(f'cannot move files to {folder}/superseded: {e.strerror or e}. Those that were '
-                           'moved before are there. Choose another folder, or mend this one') from None
+        raise CramlitError(f'cannot move files to {place}: {_reason(place, e)}. Those that were moved '
+                           'before are there. Choose another folder, or mend this one') from None
     return place
 
 # %% ../../nbs/core/02_results.ipynb #42a8fd46
