@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 
 from cramlit.core.recipes import CramlitError
 from cramlit.core.results import read_rows, result_row, write_rows
-from cramlit.core.scales import get_recipe
+from cramlit.core.scales import get_recipe, get_scale
 from cramlit.model.stock_models import weights_digest
 from cramlit.reporting.model_card import export_with_card, find_scores, model_card, push
 from cramlit.running.command import main
@@ -154,6 +154,40 @@ def test_the_card_says_what_the_classifier_of_the_scores_sees(run):
         text = model_card('name', info, rows, [ids | dict(pooling=pooling)], '[MASK]').text
         text = ' '.join(text.split())
         assert f"The classifier, BERT's, sees {said}." in text
+
+
+def test_a_card_gives_each_task_the_grid_it_had(run):
+    info, rows = json.loads((run/'run.json').read_text()), read_rows(run/'rows.jsonl')
+    ids = dict(suite='glue', split='validation', variant='pretrained', unit='%', metric='accuracy', value=1.,
+               spread_low=0., spread_high=2., seeds=5)
+
+    def card(*tasks, **more):
+        text = model_card('name', info, rows, [ids | dict(task=t) | more for t in tasks], '[MASK]').text
+        return ' '.join(text.split())
+    paper, laptop = (get_scale(name).finetune for name in ('paper', 'laptop'))
+    rates = ', '.join(f'{x:g}' for x in paper.lrs)
+    small, both = card('cola', scale='paper'), card('cola', 'mnli', 'qqp', scale='paper')
+    assert f'learning rate ({rates}), 5 seeds' in small and 'mnli' not in small
+    large = paper.large
+    assert (f'learning rate ({rates}) (mnli, qqp: epochs ({large.epochs[0]:g}' in both
+            and f"learning rate ({', '.join(f'{x:g}' for x in large.lrs)})), 5 seeds" in both)
+    assert 'the best configuration' in both and 'chosen by hand' not in both
+    one = card('cola', scale='laptop')
+    assert len(laptop.lrs)*len(laptop.epochs)*len(laptop.batch_sizes) == 1
+    assert 'chosen by hand' in one and 'the best configuration' not in one
+
+
+@pytest.mark.parametrize('lowercase, accents, said', [
+    ('true', 'auto', 'lower-cased and without accents'),
+    ('true', 'false', 'lower-cased and with accents'),
+    ('false', 'auto', 'with capitals and with accents'),
+    ('false', 'true', 'with capitals and without accents')])
+def test_a_card_says_which_letters_the_tokenizer_keeps(run, lowercase, accents, said):
+    info, rows = json.loads((run/'run.json').read_text()), read_rows(run/'rows.jsonl')
+    settings = [f'tokenizer.lowercase={lowercase}', f'tokenizer.strip_accents={accents}']
+    recipe = asdict(get_recipe('24hbert', 'tiny', settings))
+    text = ' '.join(model_card('name', info | dict(recipe=recipe), rows, [], '[MASK]').text.split())
+    assert f'learned from the same text, {said}.' in text
 
 
 def test_an_export_where_ascii_cannot_spell_the_folder(run, tmp_path):

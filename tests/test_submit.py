@@ -1,4 +1,5 @@
 "GLUE submissions: from a folder in either public form to a valid zip, and refusals before any training"
+import io
 import zipfile
 from dataclasses import replace
 
@@ -138,3 +139,22 @@ def test_a_zip_with_other_files_or_folders_is_refused(tmp_path):
     with pytest.raises(CramlitError, match='(?s)CoLA.tsv is missing.*answers/CoLA.tsv does not belong there'):
         check_submission(tmp_path/'a.zip', dict.fromkeys(SUBMISSION_FILES, 1))
     with pytest.raises(CramlitError, match='not a zip'): check_submission(tmp_path/'nowhere.zip', {})
+
+
+def test_a_damaged_zip_is_refused(tmp_path):
+    path = tmp_path/'a.zip'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('CoLA.tsv', ''.join(f'{i}\t{i % 2}\n' for i in range(1000)))
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[100] ^= 255  # inside the compressed answers
+    encrypted = bytearray(whole)
+    for start in (6, whole.index(b'PK\x01\x02') + 8): encrypted[start] |= 1
+    latin = io.BytesIO()
+    with zipfile.ZipFile(latin, 'w') as z: z.writestr('CoLA.tsv', 'ungültig'.encode('latin-1'))
+    for damaged in (whole[:-10], whole[:200], bytes(flipped), bytes(encrypted), latin.getvalue(), b''):
+        path.write_bytes(damaged)
+        with pytest.raises(CramlitError, match='a.zip is not a zip of text files'): check_submission(path, {})
+    path.write_bytes(whole)
+    with pytest.raises(CramlitError, match='no submission'):
+        check_submission(path, dict.fromkeys(SUBMISSION_FILES, 1))

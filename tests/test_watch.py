@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import cramlit.training.tracking as track
 import cramlit.training.training as train
 from cramlit.core.recipes import UsageError, override
-from cramlit.reporting.run_report import read_run, report_html, state, write_page
+from cramlit.reporting.run_report import budget_spent, read_run, report_html, state, write_page
 from cramlit.running.command import main
 from cramlit.training.checkpoints import checkpoints
 from cramlit.training.distributed import World
@@ -390,6 +390,19 @@ def test_how_a_run_stands(going, done):
     (going/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in stopped))
     assert state(read_run(going)) == 'stopped early'
     assert 'stopped early: the validation loss is nan' in ''.join(parsed(report_html(read_run(going))).text)
+
+
+def test_a_run_that_stopped_early_has_not_spent_its_budget(going, done):
+    stopped = [r | dict(stopped='the loss was too high') for r in lines(done/'rows.jsonl')]
+    (going/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in stopped))
+    half = [x for x in lines(going/'metrics.jsonl') if x['step'] <= 20]
+    (going/'metrics.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in half))
+    run = read_run(going)
+    assert budget_spent(run) == (half[-1]['step']/40, 0.) and half[-1]['step'] == 20
+    run.info.update(steps=0, budget=8*half[-1]['seconds'])
+    assert budget_spent(run) == (1/8, 0.)
+    run.log.clear()
+    assert budget_spent(run) == (0., 0.) and budget_spent(read_run(done)) == (1., 0.)
 
 
 def watch(*args, **env):
