@@ -41,7 +41,15 @@ from cramlit.efficiency.planner import get_gpu, plan
 from cramlit.model.encoder import SelfAttention
 from cramlit.model.kernels import Dropout
 from cramlit.reporting import speed
-from cramlit.reporting.speed import best_stock, rate_of, table1, table2, write_table1, write_table2
+from cramlit.reporting.speed import (
+    best_stock,
+    rate_of,
+    table1,
+    table2,
+    write_bench,
+    write_table1,
+    write_table2,
+)
 from cramlit.reporting.tables import shown
 from cramlit.running.command import main
 from cramlit.training.optimizers import set_lr
@@ -234,7 +242,7 @@ def test_a_network_that_does_not_fit_is_left_out_with_the_reason(recipe, data, m
     rows = speed_rows(large, data, data.padded_vocab_size, CPU, dict(scale='tiny'))
     assert all(r['value'] is None and 'needs about' in r['why'] for r in rows)
     assert rate_of(rows, 'bert-large', 1) == 0
-    assert 'was not timed: it needs about' in write_table1(rows, tmp_path)[0].read_text()
+    assert 'stock default not timed, needs about' in write_table1(rows, tmp_path)[0].read_text()
     assert table1(rows).loc['BERT-large, batch 128', 'stock, tokens/s'] == ''
 
 
@@ -247,9 +255,9 @@ def test_savings_have_a_line_for_each_optimisation(setup, data, tmp_path):
     wanted = {'sparse_prediction', 'last_layer_cut', 'padding_cut', 'quick_operations', 'fused_optimiser',
               'large_micro_batches', 'large_batches', 'short_sequences', 'prepared_rows', 'sparse_validation'}
     assert wanted <= set(hours) <= wanted | {'mixed_precision'}
-    rate = {r['variant']: r['value'] for r in rows if r['metric'] == 'tokens_per_second'}
-    slow = rate['ours_without_sparse_prediction']
-    assert hours['sparse_prediction'] == pytest.approx(24*(1 - slow/rate['ours']))
+    times = {r['variant']: r['value'] for r in rows if r['metric'] == 'time_of_ours'}
+    for name in wanted - {'sparse_validation'}:
+        assert hours[name] == pytest.approx(bench.hours_gained(times[f'ours_without_{name}']))
     table = table2(rows)
     assert list(table.index)[0] == 'ours' and len(table) == len(hours) + 1
     for name in ('large batches (8 sequences a step)', 'short sequences (128 tokens a sequence)'):
@@ -270,18 +278,69 @@ def test_a_reason_is_written_below_the_table(setup, data, tmp_path, monkeypatch)
 
 def test_more_of_something_gains_when_it_is_faster(recipe, data, monkeypatch):
     times = {'ours': 2., 'ours_with_compilation': 1., 'ours_without_sparse_prediction': 4.}
-    taken = {name: [Timing(recipe, t, 0., 32)] for name, t in times.items()}
-    monkeypatch.setattr(bench, 'take_turns', lambda *args: (taken, {}))
+    def take(contenders, *_): return {n: [Timing(recipe, times.get(n, 2.), 0., 32)] for n in contenders}, {}
+    monkeypatch.setattr(bench, 'take_turns', take)
     monkeypatch.setattr(bench, 'profiled', lambda *args: ({}, 1))
     rows = bench_rows(dict.fromkeys(times, lambda: None), data, data.padded_vocab_size, CPU, {})
     hours = {r['variant']: r['value'] for r in rows if r['metric'] == 'hours_of_24'}
     assert hours == {'ours_with_compilation': 12., 'ours_without_sparse_prediction': 12.}
 
 
+def test_a_ratio_is_of_neighbours_in_time(recipe, data, monkeypatch):
+    pace = iter((1., 1., 4., 4., 1., 1.)*2)  # slow in the middle of each turn
+
+    def timed(contender, *_): return Timing(recipe, contender*next(pace), 0., 32)
+    monkeypatch.setattr(bench, 'time_step', timed)
+    monkeypatch.setattr(bench, 'profiled', lambda *args: ({}, 1))
+    contenders = {n: lambda t=t: t for n, t in dict(stock_default=3., stock_eager=2., ours=1.).items()}
+    contenders['ours_without_x'] = lambda: 1.5
+    rows = bench_rows(contenders, data, data.padded_vocab_size, CPU, {}, turns=1)
+    ratios = {r['variant']: r['value'] for r in rows if r['metric'] == 'time_of_ours'}
+    assert ratios == dict(stock_default=3., stock_eager=2., ours_without_x=1.5)
+    mine = next(r for r in rows if r['metric'] == 'seconds_per_micro_batch' and r['variant'] == 'ours')
+    assert (mine['spread_low'], mine['spread_high']) == (1., 4.)
+
+
+def test_a_contender_that_can_be_timed_and_not_profiled_keeps_its_times(recipe, data, monkeypatch, tmp_path):
+    def profiled(contender, device):
+        if contender == 3.: raise torch.OutOfMemoryError('CUDA out of memory')
+        return {'loss': .25, 'other': .75, 'zeroing': 0.}, 1000
+    monkeypatch.setattr(bench, 'time_step', lambda contender, *_: Timing(recipe, contender, 0., 32))
+    monkeypatch.setattr(bench, 'profiled', profiled)
+    contenders = {'stock_default': lambda: 3., 'ours': lambda: 1.}
+    ids = dict(shape='tiny', scale='tiny', stage='bench')
+    rows = bench_rows(contenders, data, data.padded_vocab_size, CPU, ids, turns=1)
+    text = write_bench(rows, tmp_path, 'cramlit bench')[0].read_text()
+    assert 'Ours is 3.00 times as fast as stock as documented' in text
+    assert 'Not profiled: stock default, OutOfMemoryError: CUDA out of memory.' in text
+
+
+@pytest.mark.parametrize('failing, said', [
+    (['stock_default'], 'Ours is 2.00 times as fast as stock at its best (stock eager)'),
+    (['stock_default', 'stock_eager'], 'Not timed: stock default, OutOfMemoryError')])
+def test_a_benchmark_that_failed_in_part_has_table_and_figure(
+        recipe, data, monkeypatch, tmp_path, failing, said):
+    monkeypatch.setattr(bench, 'time_step', lambda contender, *_: Timing(recipe, contender, 0., 32))
+    monkeypatch.setattr(bench, 'profiled', lambda *args: ({'loss': .25, 'other': .75}, 1000))
+    def too_large(): raise torch.OutOfMemoryError('CUDA out of memory')
+    contenders = {'stock_default': lambda: 3., 'stock_eager': lambda: 2., 'ours': lambda: 1.}
+    contenders |= dict.fromkeys(failing, too_large)
+    ids = dict(shape='tiny', scale='tiny', stage='bench')
+    rows = bench_rows(contenders, data, data.padded_vocab_size, CPU, ids, turns=2)
+    files = write_bench(rows, tmp_path, 'cramlit bench --shape tiny')
+    text = files[0].read_text()
+    assert said in text and 'as documented' not in text.partition('Medians')[0]
+    assert 'Made by `cramlit bench --shape tiny`.' in text and tmp_path/'bench_tiny.svg' in files
+    named = [r | dict(recipe='bert-base') for r in rows if r['metric'] != 'ceiling']
+    speeds = write_table1([r | dict(stage='speed', shape='12 × 768') for r in named], tmp_path)[0].read_text()
+    assert 'stock default not timed, OutOfMemoryError: CUDA out of memory' in speeds
+    assert f'ours 1 s for {recipe.batch.micro_batch_size} sequences' in speeds
+
+
 def test_stock_at_its_best_is_the_best_of_all():
     times = dict(stock_default=3., stock_eager=3.5, stock_compiled=4., ours_without_x=1.)
     rows = [dict(metric='time_of_ours', variant=name, value=x) for name, x in times.items()]
-    assert best_stock(rows)['variant'] == 'stock_default'
+    assert best_stock(rows)['variant'] == 'stock_default' and best_stock([]) is None
 
 
 def test_several_devices_share_the_sequences_and_not_the_update(recipe, monkeypatch):
@@ -385,7 +444,7 @@ def test_bench_writes_rows_that_agree_with_one_another(data, tmp_path, capsys, m
     for name in rate:
         assert at['mfu', name]/at['mfu', 'ours'] == pytest.approx(rate[name]/rate['ours'])
         assert at['peak_memory_bytes', name] > 0
-        if name != 'ours': assert at['time_of_ours', name] == pytest.approx(rate['ours']/rate[name])
+        assert (name == 'ours') == (('time_of_ours', name) not in at)
     for name in ('ours', 'stock_default'):
         shares = [r['value'] for r in rows if r['metric'] == 'share_of_step' and r['variant'] == name]
         assert sum(shares) == pytest.approx(1)

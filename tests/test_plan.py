@@ -258,6 +258,8 @@ def test_a_gpu_is_known_by_what_its_driver_calls_it():
                      ('titan-v', '2080-ti', 'h100', 'h200'), strict=True))
     assert {name: gpu_called(name).name for name in known} == known
     assert gpu_called('2 × AMD EPYC') is None
+    for other in ('NVIDIA A100-SXM4-80GB MIG 1g.10gb', 'NVIDIA H100 96GB HBM3', 'NVIDIA A100-SXM-64GB',
+                  'NVIDIA H100 80GB HBM3 + NVIDIA T4'): assert gpu_called(other) is None, other
 
 
 def test_processes_on_one_gpu_share_its_memory(by_hand, monkeypatch):

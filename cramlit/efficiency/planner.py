@@ -80,13 +80,15 @@ def get_gpu(
     return GPUS[name]
 
 # words for variants of the table's GPUs that have other memory or another speed
-_OTHERS = {'pcie', 'nvl', '40gb', '32gb', 'super', 'laptop', 'mobile', 'max', 'd'}
+_OTHERS = {'pcie', 'nvl', 'mig', '32gb', '40gb', '64gb', '96gb', 'super', 'laptop', 'mobile', 'max', 'd'}
 
 def gpu_called(
     hardware: str,  # as a driver says it, such as 'NVIDIA TITAN V'
 ) -> GPU|None:      # None = it is not in the table
     "The GPU of the table that a machine has, by whole words of its name"
-    said = re.split(r'[\s_-]+', hardware.lower())
+    first, *others = hardware.split(' + ')  # as `provenance` joins GPUs of several kinds
+    if others: return None
+    said = re.split(r'[\s_-]+', first.lower())
     if set(said) & _OTHERS: return None
     for g in GPUS.values():
         name = g.name.split('-')

@@ -29,7 +29,7 @@ from ..efficiency.benchmark import (BATCHES, DOCUMENTED, WITH, WITHOUT, bench_ro
                                           our_steps, stock_steps)
 from ..efficiency.planner import GPU, GPUS, MFU, training_flops
 from ..evaluation.finetuning import padding_rows
-from ..evaluation.protocol import jobs, load_tasks
+from ..evaluation.protocol import jobs, load_tasks, model_ids
 from .figures import COLOURS, STYLE, write_figure
 from .tables import KINDS, needed, published, shown, write_table
 
@@ -121,11 +121,12 @@ def write_table1(
              "chosen so that the plan comes to the paper's number of steps, which it does not confirm."]
     for network in dict.fromkeys(r['recipe'] for r in mine):
         of = [r for r in mine if r['recipe'] == network and r.get('kind') != 'planned']
-        micro = [r for r in of if r['metric'] == 'seconds_per_micro_batch']
-        times = [f"{r['variant'].replace('_', ' ')} {r['value']:.3g} s for {r['micro_batch_size']} sequences"
-                 for r in micro]
-        why = [f"was not timed: it {r['why']}" for r in of if r.get('why')]
-        notes.append(f"{NETWORKS[network]} ({of[0]['shape']}) {(why or ['; '.join(times)])[0]}.")
+        timed = {r['variant']: f"{r['value']:.3g} s for {r['micro_batch_size']} sequences"
+                 for r in of if r['metric'] == 'seconds_per_micro_batch'}
+        timed |= {r['variant']: f"not timed, {r['why']}"
+                  for r in of if r['metric'] == 'ms_per_step' and r.get('why')}
+        said = [f"{variant.replace('_', ' ')} {text}" for variant, text in timed.items()]
+        notes.append(f"{NETWORKS[network]} ({of[0]['shape']}): {'; '.join(said)}.")
     notes.append('Published: Izsak et al. (2021), Table 1, on 8 × Titan V, as transcribed in a public '
                  'repository.')
     caption = f"Table 1. Speed on the hardware at hand, and days on GPUs, scale {mine[0]['scale']}."
@@ -206,15 +207,17 @@ def write_table2(
 
 def _not_timed(rows: list[dict]) -> list[str]:
     "Sentences: what could not be timed, and why"
-    return [f"Not timed: {r['variant'].replace('_', ' ')}, {r['why']}." for r in rows if r.get('why')]
+    what = {'ms_per_step': 'timed', 'peak_memory_bytes': 'profiled'}
+    return [f"Not {what[r['metric']]}: {r['variant'].replace('_', ' ')}, {r['why']}."
+            for r in rows if r.get('why') and r['metric'] in what]
 
 # %% ../../nbs/reporting/74_speed.ipynb #8f647652
 def best_stock(
     rows: list[dict],  # of `bench_rows`
-) -> dict:             # its row `time_of_ours`
+) -> dict|None:        # its row `time_of_ours`; None = none could be timed
     "The fastest of all stock settings that were timed, the documented one included"
     stock = [r for r in rows if r['metric'] == 'time_of_ours' and r['variant'].startswith('stock')]
-    return min(stock, key=lambda r: r['value'])
+    return min(stock, key=lambda r: r['value'], default=None)
 
 # %% ../../nbs/reporting/74_speed.ipynb #d5fe2499
 def figure_bench(
@@ -224,36 +227,46 @@ def figure_bench(
     ms = {r['variant']: r['value'] for r in rows if r['metric'] == 'ms_per_step'}
     parts = pd.DataFrame([r for r in rows if r['metric'] == 'share_of_step'])
     parts = parts.pivot(index='part', columns='variant', values='value').reindex(parts.part.unique())
+    parts = parts[(parts > 0).any(axis=1)]
+    bars = [name for name in ('ours', 'stock_default') if name in parts]  # others had no memory for it
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(6, 2.2))
-        ax, left = fig.subplots(), np.zeros(2)
+        ax, left = fig.subplots(), np.zeros(len(bars))
         shades = [*COLOURS, '0.15', '0.35', '0.55', '0.75', '0.9']
         for (part, shares), colour in zip(parts.iterrows(), shades, strict=False):
-            widths = np.array([shares[name]*ms[name] for name in ('ours', 'stock_default')])
-            ax.barh(['ours', 'stock default'], widths, left=left, color=colour, label=part)
+            widths = np.array([shares[name]*ms[name] for name in bars])
+            ax.barh([name.replace('_', ' ') for name in bars], widths, left=left, color=colour, label=part)
             left = left + widths
         ax.set(xlabel='milliseconds a step')
         ax.legend(ncols=4, loc='upper center', bbox_to_anchor=(.5, -.3), fontsize=7)
     return fig
 
 # %% ../../nbs/reporting/74_speed.ipynb #8ae09482
+def _against_stock(rows: list[dict]) -> list[str]:
+    "A sentence about the two settings of stock that matter, as far as they could be timed"
+    best = best_stock(rows)
+    if not best: return []
+    times = {r['variant']: r['value'] for r in rows if r['metric'] == 'time_of_ours'}
+    said = f"{best['value']:.2f} times as fast as stock at its best ({best['variant'].replace('_', ' ')})"
+    if 'stock_default' in times:
+        said = f"{times['stock_default']:.2f} times as fast as stock as documented, {said}"
+    return [f'Ours is {said}, by the median of ratios. Our step is timed before each of the others, and a '
+            'ratio is of two neighbours in time, so that it need not be the ratio of the medians.']
+
 def write_bench(
     rows: list[dict],  # of `bench_rows`
     folder: Path,      # where the files go
+    command: str,      # that made them, for the note
 ) -> list[Path]:
     "bench_SHAPE: table and figure"
-    times = {r['variant']: r['value'] for r in rows if r['metric'] == 'time_of_ours'}
-    about, best = {r['metric']: r for r in rows if r.get('variant') in (None, 'ours')}, best_stock(rows)
+    about = {r['metric']: r for r in rows if r.get('variant') in (None, 'ours')}
     r, top, path = about['tokens_per_second'], about['ceiling']['value'], folder/f"bench_{rows[0]['shape']}"
-    notes = [f"Ours is {times['stock_default']:.2f} times as fast as stock as documented, "
-             f"{best['value']:.2f} times as fast as stock at its best ({best['variant'].replace('_', ' ')}), "
-             'by the median of the ratios of single turns, which need not be the ratio of the medians.',
-             'Medians of turns, lowest and highest in parentheses.',
+    notes = [*_against_stock(rows), 'Medians, lowest and highest in parentheses.',
              f"Steps of {r['global_batch_size']} sequences in micro-batches of {r['micro_batch_size']}, for "
              f"stock as documented of {gcd(DOCUMENTED, r['micro_batch_size'])}; dropout as in the recipe; "
              f"products in {r['precision']}. tokens/s count padding; MFU counts what is needed for text, "
              f'against {top/1e9:,.0f} GFLOP/s of one large product.', *_not_timed(rows),
-             f"Made by `cramlit bench --shape {r['shape']}`."]
+             f'Made by `{command}`.']
     table = contender_table(rows, *(m for m in COLUMNS if m != 'hours_of_24'))
     files = write_table(table, path, f"Training steps, shape {r['shape']}.", notes, rows)
     return files + write_figure(figure_bench(rows), path, rows)
@@ -317,7 +330,9 @@ def bench_steps(
     contenders |= our_steps(make_setup(recipe, V, device), opened, brief=brief)
     rows = bench_rows(contenders, opened, V, device, ids, turns)
     write_rows(out/f'bench_{shape}.jsonl', rows)
-    for path in write_bench(rows, out): print(path, file=sys.stderr)
+    options = ['--brief'] * brief + [f'--data {data}'] * bool(data) + [f'-o {s}' for s in settings]
+    command = ' '.join(['cramlit bench', f'--shape {shape}', f'--turns {turns}', *options])
+    for path in write_bench(rows, out, command): print(path, file=sys.stderr)
     return rows
 
 # %% ../../nbs/reporting/74_speed.ipynb #76dea2dc
@@ -329,7 +344,7 @@ def bench_finetuning(
     "The surrogate tasks, with tight batches and padded ones, two epochs of the laptop's setting"
     tasks, grid = load_tasks('surrogate', []), get_scale('laptop').finetune
     job = replace(jobs(tasks[0], grid, 1, ('pretrained',))[0], epochs=2)
-    rows = padding_rows(model, tasks, job, dict(scale='laptop'), turns)
+    rows = padding_rows(model, tasks, job, model_ids(model, get_scale('laptop'), 'surrogate'), turns)
     write_rows(out/'bench_finetuning.jsonl', rows)
     cell = {(r['metric'], r['variant'], r['task']): shown(r, 2) for r in rows}
     columns = {'padded, s': ('seconds_per_job', 'padded'), 'tight, s': ('seconds_per_job', 'tight'),
@@ -338,7 +353,9 @@ def bench_finetuning(
     lines = {task.name: {c: cell[*key, task.name] for c, key in columns.items()} for task in tasks}
     notes = [f'Surrogate tasks, not GLUE. Medians over {turns} seeds, lowest and highest in parentheses; '
              'one job at a time. Scores tell whether both ways train, where a task is above chance; '
-             'so few seeds show no difference of quality.', 'Made by `cramlit bench --model MODEL`.']
+             'so few seeds show no difference of quality. Two epochs of the setting of scale `laptop`.',
+             f"The network has the weights {rows[0]['weights']}.",
+             f'Made by `cramlit bench --model MODEL --turns {turns}`.']
     caption = 'Fine-tuning, batches padded to 128 tokens and tight ones.'
     write_table(pd.DataFrame(lines).T, out/'bench_finetuning', caption, notes, rows)
     return rows
