@@ -453,6 +453,8 @@ def test_bench_writes_rows_that_agree_with_one_another(data, tmp_path, capsys, m
     assert [json.loads(line) for line in (out/'bench_tiny.jsonl').read_text().splitlines()] == rows
     text = (out/'bench_tiny.md').read_text()
     assert 'as stock as documented' in text and 'without sparse prediction' in text
+    assert f'on {torch.get_num_threads()} thread' in text
+    assert 'Made by `cramlit bench --shape tiny --turns 1' in text
 
 
 def test_a_brief_bench_makes_what_it_times_and_nothing_else(data, tmp_path, monkeypatch):

@@ -51,7 +51,10 @@ def test_tables_figures_and_models_are_there(finished):
     for name in made:
         suffixes = {n.partition('.')[2] for n in names if n.partition('.')[0] == name}
         if name != 'table4_published': assert suffixes in ({'md', 'csv', 'tex'}, {'svg', 'pdf'}), name
-    assert {n.partition('.')[0] for n in names} == {*made, 'README', 'notebooks', 'rows'}
+    assert {n.partition('.')[0] for n in names} == {*made, 'README', 'notebooks', 'rows', 'logs'}
+    for recipe in ('24hbert', 'modern'):
+        log = (figures/'logs'/f'pretrain_{recipe}.jsonl').read_text()
+        assert log == (finished/recipe/'pretrain'/'metrics.jsonl').read_text() and 'validation_loss' in log
     table = (figures/'table4_glue.md').read_text()
     for text in ('majority', 'bag-of-words', 'from-scratch', 'pretrained', 'not GLUE', 'Hardware:'):
         assert text in table

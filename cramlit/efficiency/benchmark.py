@@ -538,6 +538,7 @@ def bench_rows(
     text, top = text_share(data), ceiling(device, precision)
     useful = text*training_flops(recipe, vocab_size)/top/devices()
     ids = ids | dict(recipe=recipe.name, precision=str(precision.dtype)[6:], kind='measured')
+    if device.type == 'cpu': ids['threads'] = torch.get_num_threads()
     rows = [_row('ceiling', [top], 'FLOP/s', **ids), _row('text_share', [text], 'of the tokens', **ids)]
     rows += [result_row('ms_per_step', None, 'ms', **ids, variant=n, why=reason) for n, reason in why.items()]
     for name, mine in taken.items():

@@ -107,6 +107,14 @@ def table1(
     return pd.DataFrame(lines).T
 
 # %% ../../nbs/reporting/74_speed.ipynb #af7284ab
+def _ceiling(rows: list[dict]) -> list[str]:
+    "A sentence by which machines of one name can be told apart"
+    found = sorted(r['value']/1e9 for r in rows if r['metric'] == 'ceiling')
+    if not found: return []
+    low, high = f'{found[0]:,.0f}', f'{found[-1]:,.0f}'
+    return [f'One large product ran at {low if low == high else low + "–" + high} GFLOP/s on this machine; '
+            'on one where that differs, so do the ratios.']
+
 def write_table1(
     rows: list[dict],  # of `speed_rows`
     folder: Path,      # where the files go
@@ -126,7 +134,10 @@ def write_table1(
         timed |= {r['variant']: f"not timed, {r['why']}"
                   for r in of if r['metric'] == 'ms_per_step' and r.get('why')}
         said = [f"{variant.replace('_', ' ')} {text}" for variant, text in timed.items()]
+        said += [f'{shown(r, 2)} times as fast, by the median of ratios'
+                 for r in of if r['metric'] == 'time_of_ours']
         notes.append(f"{NETWORKS[network]} ({of[0]['shape']}): {'; '.join(said)}.")
+    notes += _ceiling(mine)
     notes.append('Published: Izsak et al. (2021), Table 1, on 8 × Titan V, as transcribed in a public '
                  'repository.')
     caption = f"Table 1. Speed on the hardware at hand, and days on GPUs, scale {mine[0]['scale']}."
@@ -200,7 +211,7 @@ def write_table2(
     notes = [KINDS, 'Each line is our step without one optimisation, timed in turns with the complete one. '
              'Gained is what the slower step would not have done of 24 hours of work; a line with something '
              f"more gains what it adds. Rates of {max(r.get('devices', 1) for r in mine)} device(s). "
-             'Sparse validation follows from the time of a sequence.', *_not_timed(mine),
+             'Sparse validation follows from the time of a sequence.', *_ceiling(mine), *_not_timed(mine),
              'The values of the published table were not recovered.']
     caption = f"Table 2. What each optimisation buys, {mine[0]['recipe']} at scale {mine[0]['scale']}."
     return write_table(table2(mine), folder/'table2_savings', caption, notes, mine)
@@ -253,6 +264,10 @@ def _against_stock(rows: list[dict]) -> list[str]:
     return [f'Ours is {said}, by the median of ratios. Our step is timed before each of the others, and a '
             'ratio is of two neighbours in time, so that it need not be the ratio of the medians.']
 
+def _threads(row: dict) -> str:
+    "On how many threads of a CPU; older rows do not say"
+    return f", on {row['threads']} thread{'s' * (row['threads'] > 1)}" if 'threads' in row else ''
+
 def write_bench(
     rows: list[dict],  # of `bench_rows`
     folder: Path,      # where the files go
@@ -264,8 +279,8 @@ def write_bench(
     notes = [*_against_stock(rows), 'Medians, lowest and highest in parentheses.',
              f"Steps of {r['global_batch_size']} sequences in micro-batches of {r['micro_batch_size']}, for "
              f"stock as documented of {gcd(DOCUMENTED, r['micro_batch_size'])}; dropout as in the recipe; "
-             f"products in {r['precision']}. tokens/s count padding; MFU counts what is needed for text, "
-             f'against {top/1e9:,.0f} GFLOP/s of one large product.', *_not_timed(rows),
+             f"products in {r['precision']}{_threads(r)}. tokens/s count padding; MFU counts what is needed "
+             f'for text, against {top/1e9:,.0f} GFLOP/s of one large product.', *_not_timed(rows),
              f'Made by `{command}`.']
     table = contender_table(rows, *(m for m in COLUMNS if m != 'hours_of_24'))
     files = write_table(table, path, f"Training steps, shape {r['shape']}.", notes, rows)

@@ -379,10 +379,14 @@ def _publish_notebook(ws: Workspace, stage: str, recipe: str = '') -> Path:
 
 # %% ../../nbs/running/80_pipeline.ipynb #80e10001
 def _publish_rows(ws: Workspace, stage: str, recipe: str = '') -> list[dict]:
-    "Copy the rows that a stage has measured, so that every number of the page can be traced"
-    try: rows = read_rows(ws.folder(stage, recipe))
+    "Copy the rows that a stage has measured, and a run's log, so that every number and curve can be traced"
+    folder, name = ws.folder(stage, recipe), f'{_label(stage, recipe).replace(" ", "_")}.jsonl'
+    try: rows = read_rows(folder)
     except CramlitError: return []  # a stage that draws what others have measured
-    write_rows(ws.figures/'rows'/f'{_label(stage, recipe).replace(" ", "_")}.jsonl', rows)
+    write_rows(ws.figures/'rows'/name, rows)
+    log = folder/'metrics.jsonl'
+    if log.exists():
+        with atomic(ws.figures/'logs'/name) as f: f.write(log.read_text(encoding='utf-8'))
     return rows
 
 def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage has turned seconds into steps
@@ -499,8 +503,8 @@ def write_index(
     parts = [f'{_HEADING} {ws.scale}',
              f'Recipes: {", ".join(ws.recipes)}. The times of its stages add up to {total/3600:.2f} hours. '
              'Every table names the commit, the hardware and the versions it comes from; figures carry them '
-             'inside. Rows are in `rows/`, and the notebooks of finished stages [at the end](#time-spent), '
-             'as they ran.', *page_origin(rows_of)]
+             'inside. Rows are in `rows/`, the logs of the main runs in `logs/`, and the notebooks of '
+             'finished stages [at the end](#time-spent), as they ran.', *page_origin(rows_of)]
     known = {stage for stage, recipe, _, why in _so_far(ws, lacking)
              if not why or rows_of[_label(stage, recipe)]}
     older = [s.name for s in STAGES.values() if s.name not in known and any(map(ws.made, s.makes))]
