@@ -397,10 +397,10 @@ def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage
     write_rows(ws.figures/'rows'/CALIBRATION, read_rows(timings))
     return (f'Studies count steps; `rows/{CALIBRATION}` has the seconds of a step that made steps of their '
             f'budgets. Put into `runs/{ws.scale}/texts` before the first study, it gives the same commit the '
-            'same numbers of steps on another machine, and these give the same results on the same kind of '
-            'CPU with the same versions. Stages that go by the clock, the main runs among them, have others '
-            f'each time. A copy of `rows` as `runs/{ws.scale}/{KNOWN}` spares studies the trials that it has '
-            'with their keys.')
+            'same numbers of steps on another machine. On the same kind of CPU with the same versions these '
+            'give the same losses to the last digit, and the same scores to the digits of the tables. '
+            'Stages that go by the clock, the main runs among them, have others each time. A copy of `rows` '
+            f'as `runs/{ws.scale}/{KNOWN}` spares studies the trials that it has with their keys.')
 
 # %% ../../nbs/running/80_pipeline.ipynb #ffd0f61d
 def page_origin(
