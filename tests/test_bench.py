@@ -301,9 +301,11 @@ def test_a_ratio_is_of_neighbours_in_time(recipe, data, monkeypatch):
     assert (mine['spread_low'], mine['spread_high']) == (1., 4.)
 
 
-def test_a_contender_that_can_be_timed_and_not_profiled_keeps_its_times(recipe, data, monkeypatch, tmp_path):
+@pytest.mark.parametrize('lost', [[3.], [3., 1.]])
+def test_a_contender_that_can_be_timed_and_not_profiled_keeps_its_times(
+        recipe, data, monkeypatch, tmp_path, lost):
     def profiled(contender, device):
-        if contender == 3.: raise torch.OutOfMemoryError('CUDA out of memory')
+        if contender in lost: raise torch.OutOfMemoryError('CUDA out of memory')
         return {'loss': .25, 'other': .75, 'zeroing': 0.}, 1000
     monkeypatch.setattr(bench, 'time_step', lambda contender, *_: Timing(recipe, contender, 0., 32))
     monkeypatch.setattr(bench, 'profiled', profiled)
@@ -313,6 +315,7 @@ def test_a_contender_that_can_be_timed_and_not_profiled_keeps_its_times(recipe, 
     text = write_bench(rows, tmp_path, 'cramlit bench')[0].read_text()
     assert 'Ours is 3.00 times as fast as stock as documented' in text
     assert 'Not profiled: stock default, OutOfMemoryError: CUDA out of memory.' in text
+    assert ('Not profiled: ours' in text) == (1. in lost) == (not (tmp_path/'bench_tiny.svg').exists())
 
 
 @pytest.mark.parametrize('failing, said', [
@@ -335,6 +338,21 @@ def test_a_benchmark_that_failed_in_part_has_table_and_figure(
     speeds = write_table1([r | dict(stage='speed', shape='12 × 768') for r in named], tmp_path)[0].read_text()
     assert 'stock default not timed, OutOfMemoryError: CUDA out of memory' in speeds
     assert f'ours 1 s for {recipe.batch.micro_batch_size} sequences' in speeds
+
+
+def test_a_contender_that_fails_in_a_later_turn_is_left_out_whole(recipe, data, monkeypatch):
+    timed = []
+
+    def time_step(contender, *_):
+        timed.append(contender)
+        if timed.count(3.) == 2: raise torch.OutOfMemoryError('CUDA out of memory')
+        return Timing(recipe, contender, 0., 32)
+    monkeypatch.setattr(bench, 'time_step', time_step)
+    monkeypatch.setattr(bench, 'profiled', lambda *args: ({}, 1))
+    contenders = {'stock_default': lambda: 3., 'stock_eager': lambda: 2., 'ours': lambda: 1.}
+    rows = bench_rows(contenders, data, data.padded_vocab_size, CPU, {}, turns=3)
+    assert {r['variant'] for r in rows if r['metric'] == 'time_of_ours'} == {'stock_eager'}
+    assert next(r for r in rows if r.get('why'))['variant'] == 'stock_default'
 
 
 def test_stock_at_its_best_is_the_best_of_all():
@@ -364,6 +382,7 @@ def test_parts_of_a_step_are_found_by_scope_and_name():
     def part(*names): return bench._part_of(event(*names))
     assert part('aten::mm') == 'matrix products' and part('aten::mm', 'update') == 'update'
     assert part('aten::softmax') == 'attention' and part('aten::softmax', '_SummedCrossEntropy') == 'loss'
+    assert part('aten::_log_softmax') == part('aten::mul', 'LogSoftmaxBackward0') == 'loss'
     kernels = dict(nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTT='matrix products',
                    cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7='attention',
                    triton_per_fused_add_native_layer_norm_3='fused by the compiler')

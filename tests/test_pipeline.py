@@ -24,6 +24,7 @@ from cramlit.running.pipeline import STAGES as ALL_STAGES
 from cramlit.running.pipeline import (
     Workspace,
     _publish_notebook,
+    _publish_rows,
     code_of,
     page_origin,
     paper_notebook,
@@ -160,6 +161,18 @@ def test_a_committed_page_says_of_which_commits_and_machines_it_is(page):
             for commits in re.findall(r'^Commit: (.+)$', path.read_text(), re.M):
                 mine = {c.removesuffix('+changes') for c in commits.split(', ')}
                 assert mine <= {c for c, *_ in origins}, path
+
+
+def test_a_log_on_the_page_is_of_the_run_whose_rows_are_there(tmp_path):
+    ws = workspace('tiny', tmp_path/'out', tmp_path/'figures')
+    run, log = ws.folder('pretrain', '24hbert'), tmp_path/'figures'/'logs'/'pretrain_24hbert.jsonl'
+    write_rows(run/'rows.jsonl', [dict(metric='steps', value=3., unit='steps')])
+    (run/'metrics.jsonl').write_text('{"step": 3}\n')
+    _publish_rows(ws, 'pretrain', '24hbert')
+    assert log.read_text() == '{"step": 3}\n'
+    (run/'metrics.jsonl').unlink()
+    _publish_rows(ws, 'pretrain', '24hbert')
+    assert not log.exists() and (tmp_path/'figures'/'rows'/'pretrain_24hbert.jsonl').exists()
 
 
 def test_executed_notebooks_are_there_to_be_read(finished):

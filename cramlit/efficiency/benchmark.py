@@ -483,12 +483,11 @@ def time_beside_ours(
     "Take turns, with our step before each of the others"
     order = dict[str, Callable[[], Contender]]()
     for name, build in contenders.items():
-        if name != 'ours': order[BEFORE + name] = contenders['ours']
-        order[name] = build
-    taken, why = take_turns(order, device, turns, least)
+        if name != 'ours': order |= {BEFORE + name: contenders['ours'], name: build}
+    taken, why = take_turns(order or contenders, device, turns, least)
     before = {name: taken.pop(BEFORE + name) for name in contenders if name != 'ours'}
-    taken['ours'] = [*taken['ours'], *(t for timings in before.values() for t in timings)]
-    return before, taken, why
+    if before: taken['ours'] = [t for timings in before.values() for t in timings]
+    return before, {name: taken[name] for name in contenders if name not in why}, why
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #51b00004
 def text_share(
@@ -507,6 +506,7 @@ def profile_rows(
     try: shares, memory = profiled(build(), device)
     except torch.OutOfMemoryError as e:
         why = f'{type(e).__name__}: {e}'.splitlines()[0]
+        if device.type == 'cuda': torch.cuda.empty_cache()
         return [result_row('peak_memory_bytes', None, 'bytes', **ids, why=why)]
     rows = [result_row('peak_memory_bytes', memory, 'bytes', **ids)]
     if ids['variant'] in ('stock_default', 'ours'):

@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'NUMBERS', 'NETWORKS', 'LARGE_BATCH', 'PLANNED', 'ABOUT', 
            'best_stock', 'figure_bench', 'write_bench', 'table_gpu', 'write_gpu', 'bench_steps', 'bench_finetuning']
 
 # %% ../../nbs/reporting/74_speed.ipynb #edc9bfa6
-import sys
+import shlex, sys
 from dataclasses import replace
 from itertools import product
 from math import gcd
@@ -107,13 +107,18 @@ def table1(
     return pd.DataFrame(lines).T
 
 # %% ../../nbs/reporting/74_speed.ipynb #af7284ab
+def _threads(rows: list[dict]) -> str:
+    "On how many threads of a CPU; older rows do not say"
+    found = sorted({r['threads'] for r in rows if 'threads' in r})
+    return f", on {' and '.join(map(str, found))} thread{'s' * (found[-1] > 1)}" if found else ''
+
 def _ceiling(rows: list[dict]) -> list[str]:
-    "A sentence by which machines of one name can be told apart"
+    "A sentence by which machines can be told apart that rows call alike"
     found = sorted(r['value']/1e9 for r in rows if r['metric'] == 'ceiling')
     if not found: return []
     low, high = f'{found[0]:,.0f}', f'{found[-1]:,.0f}'
     return [f'One large product ran at {low if low == high else low + "–" + high} GFLOP/s on this machine; '
-            'on one where that differs, so do the ratios.']
+            'ratios of another may differ.']
 
 def write_table1(
     rows: list[dict],  # of `speed_rows`
@@ -122,7 +127,8 @@ def write_table1(
     "Table 1 with what was measured and what was not"
     mine = needed(rows, 'the bench', stage='speed')
     notes = [KINDS, 'Stock is stock transformers as documented, in 32 bits and with a dense head, in place '
-             f"of the official code. Rates of {max(r.get('devices', 1) for r in mine)} device(s). Days are "
+             f"of the official code. Rates of {max(r.get('devices', 1) for r in mine)} device(s)"
+             f'{_threads(mine)}; times as fast is a ratio of medians. Days are '
              'for 256 million sequences of 128 tokens, without the exchange of gradients: of this machine '
              f'only where it has GPUs, and planned for 8 × Titan V at {MFU:.0%} of their peak, where the '
              'batch is large enough that the optimizer takes little of the time. That share was '
@@ -210,7 +216,8 @@ def write_table2(
     mine = needed(rows, 'the savings', stage='savings')
     notes = [KINDS, 'Each line is our step without one optimisation, timed in turns with the complete one. '
              'Gained is what the slower step would not have done of 24 hours of work; a line with something '
-             f"more gains what it adds. Rates of {max(r.get('devices', 1) for r in mine)} device(s). "
+             f"more gains what it adds. Rates of {max(r.get('devices', 1) for r in mine)} device(s)"
+             f'{_threads(mine)}. '
              'Sparse validation follows from the time of a sequence.', *_ceiling(mine), *_not_timed(mine),
              'The values of the published table were not recovered.']
     caption = f"Table 2. What each optimisation buys, {mine[0]['recipe']} at scale {mine[0]['scale']}."
@@ -264,10 +271,6 @@ def _against_stock(rows: list[dict]) -> list[str]:
     return [f'Ours is {said}, by the median of ratios. Our step is timed before each of the others, and a '
             'ratio is of two neighbours in time, so that it need not be the ratio of the medians.']
 
-def _threads(row: dict) -> str:
-    "On how many threads of a CPU; older rows do not say"
-    return f", on {row['threads']} thread{'s' * (row['threads'] > 1)}" if 'threads' in row else ''
-
 def write_bench(
     rows: list[dict],  # of `bench_rows`
     folder: Path,      # where the files go
@@ -276,15 +279,17 @@ def write_bench(
     "bench_SHAPE: table and figure"
     about = {r['metric']: r for r in rows if r.get('variant') in (None, 'ours')}
     r, top, path = about['tokens_per_second'], about['ceiling']['value'], folder/f"bench_{rows[0]['shape']}"
-    notes = [*_against_stock(rows), 'Medians, lowest and highest in parentheses.',
+    notes = [*_against_stock(rows), 'Medians of turns, of ours of all its timings; lowest and highest in '
+             'parentheses.',
              f"Steps of {r['global_batch_size']} sequences in micro-batches of {r['micro_batch_size']}, for "
              f"stock as documented of {gcd(DOCUMENTED, r['micro_batch_size'])}; dropout as in the recipe; "
-             f"products in {r['precision']}{_threads(r)}. tokens/s count padding; MFU counts what is needed "
-             f'for text, against {top/1e9:,.0f} GFLOP/s of one large product.', *_not_timed(rows),
+             f"products in {r['precision']}{_threads(rows)}. tokens/s count padding; MFU counts what is "
+             f'needed for text, against {top/1e9:,.0f} GFLOP/s of one large product.', *_not_timed(rows),
              f'Made by `{command}`.']
     table = contender_table(rows, *(m for m in COLUMNS if m != 'hours_of_24'))
     files = write_table(table, path, f"Training steps, shape {r['shape']}.", notes, rows)
-    return files + write_figure(figure_bench(rows), path, rows)
+    profiled = any(r['metric'] == 'share_of_step' for r in rows)
+    return files + (write_figure(figure_bench(rows), path, rows) if profiled else [])
 
 # %% ../../nbs/reporting/74_speed.ipynb #74c0a002
 ABOUT = ('check', 'shape', 'recipe', 'micro_batch_size', 'variant', 'form', 'padded', 'precision', 'dtype',
@@ -345,8 +350,9 @@ def bench_steps(
     contenders |= our_steps(make_setup(recipe, V, device), opened, brief=brief)
     rows = bench_rows(contenders, opened, V, device, ids, turns)
     write_rows(out/f'bench_{shape}.jsonl', rows)
-    options = ['--brief'] * brief + [f'--data {data}'] * bool(data) + [f'-o {s}' for s in settings]
-    command = ' '.join(['cramlit bench', f'--shape {shape}', f'--turns {turns}', *options])
+    options = ['--brief'] * brief + ['--data', 'FOLDER'] * bool(data)
+    for setting in settings: options += ['-o', setting]
+    command = shlex.join(['cramlit', 'bench', '--shape', shape, '--turns', str(turns), *options])
     for path in write_bench(rows, out, command): print(path, file=sys.stderr)
     return rows
 

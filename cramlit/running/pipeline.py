@@ -384,9 +384,10 @@ def _publish_rows(ws: Workspace, stage: str, recipe: str = '') -> list[dict]:
     try: rows = read_rows(folder)
     except CramlitError: return []  # a stage that draws what others have measured
     write_rows(ws.figures/'rows'/name, rows)
-    log = folder/'metrics.jsonl'
+    log, copy = folder/'metrics.jsonl', ws.figures/'logs'/name
     if log.exists():
-        with atomic(ws.figures/'logs'/name) as f: f.write(log.read_text(encoding='utf-8'))
+        with atomic(copy) as f: f.write(log.read_text(encoding='utf-8'))
+    else: copy.unlink(missing_ok=True)  # of other rows than these
     return rows
 
 def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage has turned seconds into steps
@@ -397,8 +398,8 @@ def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage
     write_rows(ws.figures/'rows'/CALIBRATION, read_rows(timings))
     return (f'Studies count steps; `rows/{CALIBRATION}` has the seconds of a step that made steps of their '
             f'budgets. Put into `runs/{ws.scale}/texts` before the first study, it gives the same commit the '
-            'same numbers of steps on another machine. On the same kind of CPU with the same versions these '
-            'give the same losses to the last digit, and the same scores to the digits of the tables. '
+            'same numbers of steps on another machine. On the same kind of CPU, with the same versions and '
+            'threads, they are meant to give the same losses to the last digit. '
             'Stages that go by the clock, the main runs among them, have others each time. A copy of `rows` '
             f'as `runs/{ws.scale}/{KNOWN}` spares studies the trials that it has with their keys.')
 
@@ -503,8 +504,8 @@ def write_index(
     parts = [f'{_HEADING} {ws.scale}',
              f'Recipes: {", ".join(ws.recipes)}. The times of its stages add up to {total/3600:.2f} hours. '
              'Every table names the commit, the hardware and the versions it comes from; figures carry them '
-             'inside. Rows are in `rows/`, the logs of the main runs in `logs/`, and the notebooks of '
-             'finished stages [at the end](#time-spent), as they ran.', *page_origin(rows_of)]
+             'inside. Rows are in `rows/`, logs of main runs in `logs/`, and the notebooks of finished '
+             'stages [at the end](#time-spent), as they ran.', *page_origin(rows_of)]
     known = {stage for stage, recipe, _, why in _so_far(ws, lacking)
              if not why or rows_of[_label(stage, recipe)]}
     older = [s.name for s in STAGES.values() if s.name not in known and any(map(ws.made, s.makes))]
