@@ -345,7 +345,7 @@ def test_a_contender_that_fails_in_a_later_turn_is_left_out_whole(recipe, data, 
 
     def time_step(contender, *_):
         timed.append(contender)
-        if timed.count(3.) == 2: raise torch.OutOfMemoryError('CUDA out of memory')
+        if contender == 3. and timed.count(3.) == 2: raise torch.OutOfMemoryError('CUDA out of memory')
         return Timing(recipe, contender, 0., 32)
     monkeypatch.setattr(bench, 'time_step', time_step)
     monkeypatch.setattr(bench, 'profiled', lambda *args: ({}, 1))
@@ -458,7 +458,8 @@ def test_bench_writes_rows_that_agree_with_one_another(data, tmp_path, capsys, m
                         'prepared_rows'}
     assert {v for v in rate if not v.startswith('ours_without_')} == {'ours', 'stock_default', 'stock_eager'}
     tokens = 32*32e3  # of a step, in thousandths
-    for name in set(rate) - {'ours_without_large_batches'}:  # everybody processes the same sequences
+    # everybody processes the same sequences; of ours there are several timings, whose medians may be means
+    for name in set(rate) - {'ours', 'ours_without_large_batches'}:
         assert rate[name]*at['ms_per_step', name] == pytest.approx(tokens)
     for name in rate:
         assert at['mfu', name]/at['mfu', 'ours'] == pytest.approx(rate[name]/rate['ours'])
