@@ -173,6 +173,10 @@ def test_a_log_on_the_page_is_of_the_run_whose_rows_are_there(tmp_path):
     (run/'metrics.jsonl').unlink()
     _publish_rows(ws, 'pretrain', '24hbert')
     assert not log.exists() and (tmp_path/'figures'/'rows'/'pretrain_24hbert.jsonl').exists()
+    log.parent.rmdir()
+    log.parent.write_text('a file of the user')
+    _publish_rows(ws, 'pretrain', '24hbert')
+    assert log.parent.read_text() == 'a file of the user'
 
 
 def test_executed_notebooks_are_there_to_be_read(finished):

@@ -473,13 +473,14 @@ def step_rows(
     return rows
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #51b00002
+_Timings = dict[str, list[Timing]]  # by the name of a contender
+
 def time_beside_ours(
     contenders: dict[str, Callable[[], Contender]],  # name → makes it; `ours` among them
     device: torch.device,
     turns: int,
     least: float,  # seconds for each piece in each turn
-) -> tuple[dict[str, list[Timing]], dict[str, list[Timing]], dict[str, str]]:
-    # of ours before each other contender; of each contender, ours with all of its timings; why there are none
+) -> tuple[_Timings, _Timings, dict[str, str]]:  # of ours before each other; of each; why one has none
     "Take turns, with our step before each of the others"
     order = dict[str, Callable[[], Contender]]()
     for name, build in contenders.items():

@@ -387,7 +387,7 @@ def _publish_rows(ws: Workspace, stage: str, recipe: str = '') -> list[dict]:
     log, copy = folder/'metrics.jsonl', ws.figures/'logs'/name
     if log.exists():
         with atomic(copy) as f: f.write(log.read_text(encoding='utf-8'))
-    else: copy.unlink(missing_ok=True)  # of other rows than these
+    elif copy.is_file(): copy.unlink()  # of other rows than these
     return rows
 
 def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage has turned seconds into steps
