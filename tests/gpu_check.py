@@ -4,7 +4,7 @@
 
 Each step runs in a process of its own with a time limit of its own, and appends rows to DIR/rows.jsonl as
 soon as they are known; what a step prints is in DIR/STEP.log. No failure stops the others. Without a GPU four
-of the steps run in small. With several GPUs a last step follows, for all of them together, with 180 (120)
+of the steps run in small. With several GPUs a last step follows, for all of them together, with 240 (180)
 seconds more. Data are made beforehand in DIR/data, unless they were carried here (`gpu_bundle.py`). Rows
 become a table with `cramlit report --runs DIR --out paper_figures/gpu`.
 """
@@ -23,7 +23,7 @@ import gpu_bundle
 STEPS = {  # name → seconds; seconds with --fast
     'machine': (20, 15), 'functional': (70, 35), 'memory': (70, 35), 'compile': (130, 50),
     'speed': (130, 50), 'ranks': (40, 25), 'training': (130, 40)}
-SEVERAL = {'cards': (180, 120)}  # on several GPUs
+SEVERAL = {'cards': (240, 180)}  # on several GPUs
 ON_CPU = ('machine', 'functional', 'compile', 'ranks')  # in small
 STAMP = ('commit', 'dirty', 'versions', 'hardware')
 PROGRAM = Path(__file__).with_name('gpu_steps.py')

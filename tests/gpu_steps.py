@@ -481,7 +481,7 @@ def timed(here: Here, recipe: Recipe, way: str, top: float, sheet: GPU|None, ids
 def launch(here: Here, processes: int, work: str, *options: str, restarts: int = 0):
     "This program again, in several ranks"
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
-                f'--max-restarts={restarts}']
+                f'--max-restarts={restarts}', '--shutdown-timeout=3']
     command = [sys.executable, *torchrun, __file__, here.step, '--rank', work, '--out', here.out, '--data',
                here.folder, '--until', str(here.until), *options]
     env = dict(OMP_NUM_THREADS='2') | os.environ

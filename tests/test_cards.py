@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cramlit.core.devices import check_build, choose_precision
+from cramlit.core.devices import check_build, choose_precision, pick_device
 from cramlit.core.recipes import CramlitError
 from cramlit.training import distributed
 
@@ -62,6 +62,20 @@ def test_the_gpus_of_the_paper_are_told_what_to_install(card):
 def test_a_gpu_that_is_too_new_is_told_so(card):
     card((10, 0), CUDA_12)  # its code for 9.0 is of another major version, and not portable
     with pytest.raises(CramlitError, match='take a newer torch'): check_build(CUDA)
+
+
+def test_a_build_for_cuda_12_is_told_of_the_other_one(card, monkeypatch):
+    monkeypatch.setattr(torch.version, 'cuda', '12.6')
+    card((12, 0), CUDA_12)
+    with pytest.raises(CramlitError, match='take the build for CUDA 13, with make env'): check_build(CUDA)
+    card((3, 5), CUDA_12)
+    with pytest.raises(CramlitError, match='no build of this torch has code for it'): check_build(CUDA)
+
+
+def test_attention_is_never_that_of_cudnn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert pick_device() == CUDA and not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize('size', ['1', '2'])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cramlit.core.recipes import override
+from cramlit.core.recipes import UsageError, override
 from cramlit.core.scales import get_recipe
 from cramlit.data.batches import train_batches
 from cramlit.data.packing import open_data
@@ -14,6 +14,14 @@ from cramlit.model.cooccurrence import begin_with_counts, cooccurrence_embedding
 from cramlit.model.encoder import MaskedLM, rotate
 from cramlit.training import training
 from cramlit.training.training import pretrain
+
+
+def test_a_vocabulary_smaller_than_the_network_is_wide_is_refused(data, recipe):
+    wide = override(recipe, ['model.hidden_size=512', 'model.num_heads=8', 'model.cooccurrence=3'])
+    opened = open_data(data)
+    model = MaskedLM(wide.model, opened.padded_vocab_size)
+    with pytest.raises(UsageError, match='at least model.hidden_size=512 tokens, and the vocabulary has 128'):
+        begin_with_counts(model, wide.model, opened, 0)
 
 
 def test_counts_and_information_are_those_worked_out_pair_by_pair(data):

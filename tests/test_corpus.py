@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import cramlit.data.corpus as corpus
 from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.results import cache_dir, sha256
 from cramlit.data.corpus import (
@@ -291,3 +293,35 @@ def test_lines_of_json_are_not_all_read_at_once(tmp_path):
         f.write('broken')
     stream = documents(str(tmp_path/'x.jsonl'))
     assert next(stream).text.startswith('0')
+
+
+def test_pip_may_say_more_than_a_pipe_holds(cache, tmp_path, monkeypatch):
+    loud = tmp_path/'python'
+    loud.write_text(f'#!{sys.executable}\nimport sys\nprint("x"*300_000, file=sys.stderr)\n'
+                    'print("ERROR: no such thing", file=sys.stderr)\nsys.exit(1)\n')
+    loud.chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(loud))
+    with pytest.raises(CramlitError, match='thing==1.0 from the package index: ERROR: no such thing'):
+        fetch_member('thing==1.0', '0'*64, 'member.bin')
+
+
+def test_each_call_has_its_own_number_of_documents(text):
+    counts = Counter()
+    for _ in range(2): assert len(list(documents(str(text), 3, counts))) == 3
+    assert counts['documents'] == 6
+
+
+def test_a_split_that_does_not_exist_is_named(text):
+    with pytest.raises(UsageError, match="split.*'lines'.*Did you mean 'line'"):
+        list(documents(str(text), split='lines'))
+
+
+def test_a_data_set_of_several_configurations_asks_for_one():
+    e = ValueError('Config name is missing.\nPlease pick one among: [\'20231101.en\', \'20231101.de\']')
+    assert corpus._why(e).endswith("'20231101.de']. Give one as hub:NAME:CONFIG")
+
+
+def test_a_packed_parquet_file_is_of_no_known_kind(tmp_path):
+    (tmp_path/'b.parquet.gz').write_bytes(gzip.compress(b'PAR1'))
+    with pytest.raises(UsageError, match='all but .parquet packed or not'):
+        list(documents(str(tmp_path/'b.parquet.gz')))

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cramlit.core.devices import Precision
-from cramlit.core.recipes import CramlitError, override
+from cramlit.core.randomness import permute
+from cramlit.core.recipes import CramlitError, UsageError, override
 from cramlit.core.scales import get_recipe
 from cramlit.data.batches import train_batches
 from cramlit.data.corpus import Document, documents
@@ -17,6 +18,7 @@ from cramlit.data.masking import IGNORE, count_predictions
 from cramlit.data.packing import open_data, prepare
 from cramlit.data.tokenizer import encode_documents, load_tokenizer, sentences
 from cramlit.model.encoder import MaskedLM, gather
+from cramlit.model.kernels import Dropout, summed_cross_entropy
 from cramlit.training import training as train
 from cramlit.training.distributed import Gradients, World
 from cramlit.training.optimizers import make_optimizer
@@ -227,3 +229,31 @@ def test_a_tokenizer_that_would_truncate_does_not(recipe, data, tmp_path):
     assert json.loads((tmp_path/'cut'/'tokenizer.json').read_text())['truncation']['max_length'] == 8
     made = prepare(override(recipe, [f"tokenizer.path={tmp_path/'cut'}"]), tmp_path/'data')
     assert made['splits'] == open_data(data).manifest['splits']
+
+
+def test_a_wrong_label_is_an_error_as_in_torch():
+    logits = torch.randn(3, 8)
+    with pytest.raises((RuntimeError, IndexError)):
+        summed_cross_entropy(logits, torch.tensor([1, -1, 2]), IGNORE)
+    found = summed_cross_entropy(logits, torch.tensor([1, IGNORE, 2]), IGNORE)
+    torch.testing.assert_close(found, F.cross_entropy(logits[[0, 2]], torch.tensor([1, 2]), reduction='sum'))
+
+
+@pytest.mark.parametrize('p', [.999995, 1.])
+def test_a_dropout_of_almost_everything_is_that_of_torch(p):
+    torch.manual_seed(0)
+    kept = Dropout(p)(torch.ones(1000))
+    assert (kept == 0).float().mean() > .99
+
+
+def test_a_permutation_has_no_place_for_what_is_outside_of_it():
+    for wrong in ([1000], [-1]):
+        with pytest.raises(IndexError, match='indices must be in 0..999'): permute(np.array(wrong), 1000, 1)
+    assert permute(np.array([], dtype=int), 1000, 1).size == 0
+    assert sorted(permute(range(10), 10, 1)) == list(range(10))
+
+
+def test_batches_need_a_micro_batch(data, recipe):
+    left_open = override(recipe, ['batch.micro_batch_size=0'])
+    with pytest.raises(UsageError, match='choose one for train_batches'):
+        next(train_batches(open_data(data), left_open, 0))

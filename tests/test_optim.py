@@ -22,6 +22,19 @@ from cramlit.training.training import update
 ALONE = World()
 
 
+def test_a_closure_is_called_and_its_loss_given_back():
+    cfg = get_recipe('modern', 'tiny')
+    model = MaskedLM(cfg.model, 64)
+    optimizer = make_optimizer(model, cfg.optim)
+    def closure():
+        loss = sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        return loss
+    before = model.embeddings.word.weight.detach().clone()
+    assert optimizer.step(closure).item() > 0 and not torch.equal(before, model.embeddings.word.weight)
+    assert optimizer.step() is None
+
+
 def setup(name='modern', world=ALONE, message=torch.float32, seed=0):
     recipe = get_recipe(name, 'tiny')
     torch.manual_seed(seed)

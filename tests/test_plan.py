@@ -45,6 +45,13 @@ def run(capsys, *args):
 SMALL = ['--recipe', '24hbert', '--scale', 'laptop']
 
 
+def test_a_plan_is_printed_where_the_gpu_cannot_be_used(capsys, monkeypatch):
+    def unusable(): raise CramlitError('their driver is older than it needs')
+    monkeypatch.setattr('cramlit.core.devices.pick_device', unusable)
+    code, row, err = run(capsys, *SMALL, '--gpu', 'titan-v')
+    assert code == 0 and row['days'] and 'the plan is not checked on this machine: their driver' in err
+
+
 def test_a_plan_by_a_gpu(capsys):
     args = '--gpu', 'titan-v', '--gpus', '2', '--budget', '12h', '--price', '0.5'
     code, row, err = run(capsys, *SMALL, *args)
@@ -178,7 +185,7 @@ def test_the_share_of_the_busiest_gpu_by_hand():
 def by_hand(monkeypatch):
     "One process has 335 parameters, of which the busiest of several GPUs updates 50"
     def peak(recipe, vocab_size, n, training=True):
-        fixed = {'parameters': 1340, 'gradients': 1340, 'optimiser state': 2680, 'temporary': 0}
+        fixed = {'parameters': 1340, 'gradients': 1340, 'optimizer state': 2680, 'temporary': 0}
         return fixed | dict(activations=100*n if training else n)
     monkeypatch.setattr(memory, 'peak_memory', peak)
     monkeypatch.setattr(memory, 'largest_share', lambda recipe, vocab_size, gpus: (50, 335))
@@ -189,7 +196,7 @@ def test_what_is_on_a_gpu_by_hand(by_hand):
     recipe = get_recipe('24hbert')
     one, eight = gpu_memory(recipe, 128, 4), gpu_memory(recipe, 128, 4, 8)
     assert sum(one.values()) == 1340 + 1340 + 2680 + 400 + RESERVED
-    assert NCCL == 671_088_640 == eight['NCCL'] and eight['optimiser state'] == 400
+    assert NCCL == 671_088_640 == eight['NCCL'] and eight['optimizer state'] == 400
     # a message of 2 bytes for each of 335, 4 for each of 50 before the update; 400 of activations are gone
     assert eight['exchange'] == 670 + 200 - 400
     assert gpu_memory(recipe, 128, 16, 8)['exchange'] == 0, 'the activations took more'
@@ -258,8 +265,10 @@ def test_a_gpu_is_known_by_what_its_driver_calls_it():
                      ('titan-v', '2080-ti', 'h100', 'h200'), strict=True))
     assert {name: gpu_called(name).name for name in known} == known
     assert gpu_called('2 × AMD EPYC') is None
+    assert gpu_called(' + '.join(['NVIDIA H200']*8)).name == 'h200'
     for other in ('NVIDIA A100-SXM4-80GB MIG 1g.10gb', 'NVIDIA H100 96GB HBM3', 'NVIDIA A100-SXM-64GB',
-                  'NVIDIA H100 80GB HBM3 + NVIDIA T4'): assert gpu_called(other) is None, other
+                  'Tesla V100-FHHL-16GB', 'NVIDIA H100 80GB HBM3 + NVIDIA T4'):
+        assert gpu_called(other) is None, other
 
 
 def test_processes_on_one_gpu_share_its_memory(by_hand, monkeypatch):

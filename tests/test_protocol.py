@@ -300,6 +300,16 @@ def test_hundreds_of_failures_are_not_hundreds_of_lines():
     assert '300 of 300' in str(e.value) and len(str(e.value).splitlines()) == 10
 
 
+def test_an_error_that_breaks_a_gpu_is_not_tried_again():
+    tried = []
+    def broken():
+        tried.append(1)
+        raise torch.AcceleratorError('CUDA error: an illegal memory access was encountered')
+    with pytest.raises(CramlitError, match='(?s)job 1: CUDA error.*can do no more on it.*goes on'):
+        protocol.with_retry('job 1', broken)
+    assert len(tried) == 1
+
+
 def test_a_failing_job_is_tried_twice_and_the_others_go_on(model, tmp_path, monkeypatch):
     good, tried, real = jobs(toy(), GRID, 1)[0], [], protocol.run_job
 

@@ -26,7 +26,7 @@ from cramlit.experiments.search import (
     run_trials,
     trial_table,
 )
-from cramlit.reporting.studies import write_choices, write_search
+from cramlit.reporting.studies import about_diverged, write_choices, write_search
 from cramlit.running.command import main
 
 TRIALS = replace(get_scale('tiny').trials, steps=2, lengths=(1.,), grid_seeds=1, tasks=())
@@ -198,7 +198,7 @@ def test_a_trial_says_where_it_was_measured_and_not_where_it_is_read(text, data,
     score = result_row('headline', 60., '%', task='continuation', resampled=1.) | STAMP
     monkeypatch.setattr(s, 'train_trial', lambda trial, study, run: (run/'checkpoints').mkdir(parents=True)
                         or [found])
-    monkeypatch.setattr(s, 'learning_curve', lambda run: s.Curve(1., [(1., 3.)]))
+    monkeypatch.setattr(s, 'learning_curve', lambda run, before: s.Curve(1., [(1., 3.)]))
     monkeypatch.setattr(s, 'export_all', lambda run, tokenizer: run/'model')
     monkeypatch.setattr(s, 'check_length', lambda model, length: None)
     monkeypatch.setattr(s, 'run_grid', lambda *args: [score])
@@ -363,6 +363,36 @@ def test_a_trial_in_several_processes_knows_what_its_steps_stand_for(text, data,
     study = s.Study('grid', data, replace(TRIALS, budget=30., steps=0), 2)
     rows = s.train_trial(trial, study, tmp_path/'run')
     assert values(rows, 'steps') == [2] and s.learning_curve(tmp_path/'run').points[-1][0] == 30.
+
+
+def test_a_curve_begins_when_the_first_calibrated_step_does(tmp_path):
+    run = tmp_path/'run'
+    run.mkdir()
+    (run/'run.json').write_text(json.dumps(dict(budget=30., steps=10)))
+    lines = [dict(step=step, seconds=99., validation_loss=6. - step/5) for step in (0, 5, 10)]
+    (run/'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    assert [when for when, _ in s.learning_curve(run, 6.).points] == [6., 18., 30.]
+    assert [when for when, _ in s.learning_curve(run).points] == [0., 15., 30.]
+
+
+def test_a_trial_knows_what_goes_before_its_steps(text, data, tmp_path):
+    slow, quick = (replace(t, settings=(*t.settings, *more)) for t, more in
+                   zip(trials_of(text, (1e-3, 2e-3)), (('model.cooccurrence=3',), ()), strict=True))
+    study = s.Study('grid', data, replace(TRIALS, budget=10., steps=0), 1)
+    slow, quick = s.calibrate([slow, quick], study, tmp_path/'calibration.jsonl', turns=2)
+    assert slow.before > 0 and quick.before == 0 and slow.steps and quick.steps
+
+
+def test_a_score_with_a_diverged_seed_says_so(text, data, tmp_path, monkeypatch):
+    about = dict(task='continuation', resampled=[1.], seeds=2, diverged=True, diverged_seeds=1)
+    score = result_row('headline', 60., '%', **about)
+    monkeypatch.setattr(s, 'run_grid', lambda *args: [score])
+    monkeypatch.setattr(s, 'check_length', lambda model, length: None)
+    trial, = trials_of(text, (1e-3,))
+    study = s.Study('grid', data, replace(TRIALS, tasks=('acceptability',)), 1)
+    row = s.trial_rows(trial, study, tmp_path/'trial')[-1]
+    assert row['diverged_seeds'] == 1 and row['seeds'] == 2
+    assert 'continuation: 1 of 2.' in about_diverged([row])[0]
 
 
 def test_seeds_of_pretraining_are_fine_tuned_with_seeds_of_their_own(text, data, tmp_path):

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import PATIENCE
@@ -17,14 +18,16 @@ from safetensors.torch import load_file
 
 import cramlit.training.checkpoints as checkpoint
 import cramlit.training.training as train
-from cramlit.core.devices import Precision
+from cramlit.core.devices import Precision, take_gpu
 from cramlit.core.recipes import CramlitError, Interrupted, UsageError, override
-from cramlit.core.results import read_rows
+from cramlit.core.results import read_rows, result_row, write_rows
 from cramlit.data.batches import train_batches
 from cramlit.data.packing import open_data
+from cramlit.model.encoder import MaskedLM
 from cramlit.training.checkpoints import checkpoints, find_damage, load_run
 from cramlit.training.distributed import World
 from cramlit.training.schedule import Clock
+from cramlit.training.tracking import append_lines, prediction_writer
 from cramlit.training.training import Hook, pretrain, should_stop_early
 
 
@@ -298,8 +301,11 @@ def test_a_micro_batch_that_does_not_fit_is_one_line(recipe, data, tmp_path, mon
     def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')
     if where == 'warm_up': monkeypatch.setattr(train, 'form_of', lambda device: 'compiled')
     monkeypatch.setattr(train, where, full)
-    with pytest.raises(CramlitError, match='do not fit into the memory.*micro_batch_size=0, which chooses'):
+    with pytest.raises(CramlitError, match='do not fit into the memory.*micro_batch_size 0, which chooses'):
         pretrain(recipe, data, tmp_path/'run', steps=4)
+    chosen = override(recipe, ['batch.micro_batch_size=0'])  # what it chose was too large
+    with pytest.raises(CramlitError, match='give -o batch.micro_batch_size a smaller number, with'):
+        pretrain(chosen, data, tmp_path/'chosen', steps=4)
 
 
 def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_whole(recipe, data, tmp_path, monkeypatch):
@@ -457,3 +463,42 @@ def test_an_open_micro_batch_is_chosen_recorded_and_kept(recipe, data, tmp_path,
     path.write_text(path.read_text().replace('"micro_batch_size": 8', '"micro_batch_size": "many"'))
     with pytest.raises(UsageError, match='cannot be compared'):
         pretrain(auto, data, tmp_path/'stopped', steps=5)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_validation_leaves_a_model_in_its_mode(recipe, data, training):
+    opened = open_data(data)
+    model = MaskedLM(recipe.model, opened.padded_vocab_size).train(training)
+    train.validate(model, opened, recipe, Precision(torch.float32, 'of a test'), World())
+    assert model.training == training
+
+
+def test_a_log_that_cannot_grow_has_whole_lines(tmp_path, small_files):
+    path = tmp_path/'metrics.jsonl'
+    append_lines(path, [dict(step=1)])
+    whole = path.read_text()
+    small_files(len(whole) + 10)
+    with pytest.raises(CramlitError, match='Nothing half-written was left'):
+        append_lines(path, [dict(step=2, loss='x'*200)])
+    small_files(None)
+    assert path.read_text() == whole
+
+
+def test_predictions_of_a_network_that_says_nan_are_not_written(recipe, data, tmp_path):
+    opened = open_data(data)
+    model = MaskedLM(recipe.model, opened.padded_vocab_size)
+    listen = prediction_writer(tmp_path, opened, recipe, model, Precision(torch.float32, 'of a test'))
+    listen(dict(step=1, seconds=1., validation_loss=None))
+    assert not (tmp_path/'samples.jsonl').exists()
+    listen(dict(step=2, seconds=2., validation_loss=3.))
+    assert (tmp_path/'samples.jsonl').exists()
+
+
+def test_a_number_of_numpy_is_a_number_in_a_row(tmp_path):
+    rows = [result_row('m', np.float32(1.5), 'x'), result_row('n', np.int64(3), 'x')]
+    write_rows(tmp_path/'rows.jsonl', rows)
+    assert [r['value'] for r in read_rows(tmp_path/'rows.jsonl')] == [1.5, 3]
+
+
+def test_without_gpus_there_is_none_to_wait_for(tmp_path):
+    with pytest.raises(CramlitError, match='no GPU to take'): take_gpu(tmp_path)

@@ -33,8 +33,10 @@ def check_build(
         if made_for <= capability and same_or_portable: return
         built_for.append(made_for)
     if not built_for: return  # not CUDA
-    advice = 'take a newer torch'
-    if capability < min(built_for):
+    older = (torch.version.cuda or '').startswith('12.')
+    advice = 'take the build for CUDA 13, with make env' if older else 'take a newer torch'
+    if capability < min(built_for) and older: advice = 'no build of this torch has code for it'
+    elif capability < min(built_for):
         advice = ('take the build for CUDA 12.6, with make env TORCH=cu126, '
                   'or pip install torch --index-url https://download.pytorch.org/whl/cu126')
     name, (major, minor) = torch.cuda.get_device_name(device), capability
@@ -72,7 +74,9 @@ def choose_precision(
 # %% ../../nbs/core/04_devices.ipynb #15db38df
 def pick_device() -> torch.device:  # this process's current GPU, the first if none was taken; else the CPU
     "Where to train when nothing else is said; raises `CramlitError` for GPUs that this torch cannot use"
-    if torch.cuda.is_available(): return torch.device('cuda')
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients may be NaN where there is a mask
+        return torch.device('cuda')
     if not torch.cuda.device_count(): return torch.device('cpu')  # the driver counts them for itself
     raise CramlitError(f'torch {torch.__version__} cannot use the GPUs that this machine has '
                        f'({torch.cuda.device_count()}), most likely because their driver is older than it '
@@ -106,6 +110,7 @@ def take_gpu(
     locks: Path,  # a folder that all workers of this machine see; it gets a file for each GPU
 ) -> AcquireReturnProxy:  # a context; the GPU is free again after it
     "Make a GPU the current one that no other worker has, again the last one if it can be; waits for one"
+    if not torch.cuda.device_count(): raise CramlitError('there is no GPU to take')
     while True:
         # a process keeps some memory on every GPU that it has used
         for i in sorted(range(torch.cuda.device_count()), key=lambda i: i not in _LAST):
@@ -121,7 +126,7 @@ def take_gpu(
 def threads(
     n: int,  # 0 = as many as there are
 ) -> Iterator[None]:
-    "So many threads of torch meanwhile"
+    "Run with n threads of torch, and with as many as before afterwards"
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
     try: yield
@@ -130,7 +135,7 @@ def threads(
 # %% ../../nbs/core/04_devices.ipynb #aed5ceb4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
-def keep_memory() -> bool:  # can it be told so? (by a recent glibc)
+def keep_memory() -> bool:  # False where malloc cannot be set: not Linux, or not a recent glibc
     "Let the C library keep freed memory for the next tensor, in this process and in those that it starts"
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
     above, trim = 2**30, 2**31 - 1  # a tensor above 1 GB still comes and goes by itself

@@ -54,8 +54,11 @@ def permute(
     *key: int,            # such as seed and epoch
 ) -> np.ndarray:          # int64, each in 0..n-1, all different if the indices are
     "Where a keyed permutation of 0..n-1 sends some of its indices, without computing the others"
+    indices = np.asarray(indices)
+    if indices.size and not 0 <= indices.min() <= indices.max() < n:
+        raise IndexError(f'indices must be in 0..{n - 1}')
     half = max(1, -(-(n - 1).bit_length() // 2))
     round_keys = mix(make_key(*key) + np.arange(4, dtype=np.uint64))
-    x = _feistel(np.asarray(indices).astype(np.uint64), half, round_keys)
+    x = _feistel(indices.astype(np.uint64), half, round_keys)
     while (outside := x >= n).any(): x[outside] = _feistel(x[outside], half, round_keys)
     return x.astype(np.int64)

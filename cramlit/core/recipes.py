@@ -99,8 +99,8 @@ class Model:
     layer_norm_eps: float = limited(1e-12, above=0)
     initializer_range: float = limited(0.02, above=0)  # standard deviation of the initial weights
     init: str = limited('normal', among=('normal', 'paper'))
-    # normal: all weights so, biases zero | paper: but for the first matrix of each feed-forward network and
-    # the head's, which are as torch makes them; and the former starts the same in all layers
+    # normal: from N(0, initializer_range²), with zero biases | paper: the same but for the first matrix of
+    # each feed-forward network and the head's, which start as the official code leaves them (chapter 21)
     first_norm: bool = True      # LayerNorm before the first attention; ModernBERT has none there, since
     # its embeddings have just been normalised
     position: str = limited('absolute', among=('absolute', 'rotary'))
@@ -110,10 +110,14 @@ class Model:
     decoder_bias: bool = True    # of the scores, one for each token
     window: int = limited(0, at_least=0)       # tokens a local layer attends to, half on each side; 0 = all
     global_every: int = limited(3, at_least=1) # with a window: layers 0, n, 2n … attend to all the same
-    rope_theta: float = limited(160_000., above=1)  # rotary: no rotation takes 2π·theta tokens or more
+    rope_theta: float = limited(160_000., above=1)  # rotary: the slowest rotation takes about 2π·theta tokens
     local_rope_theta: float = limited(10_000., above=1)  # the same in local layers
-    cooccurrence: float = limited(0., at_least=0)  # begin with what counts of neighbours tell, the
-    # embeddings having this standard deviation in `initializer_range`s; 0 = begin at random
+    cooccurrence: float = limited(0., at_least=0)  # above 0: embeddings begin as factors of counts
+    # of neighbours, with this standard deviation in units of `initializer_range` (chapter 23); 0 = at random
+
+    def local_layers(self) -> list[bool]:  # by layer
+        "Which layers attend to a window only"
+        return [self.window > 0 and i % self.global_every > 0 for i in range(self.num_layers)]
 
 # %% ../../nbs/core/00_recipes.ipynb #1ee5c465
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Trials:
     seeds: int = 3            # of each single choice
     tasks: tuple[str, ...] = ('mnli', 'qnli', 'sst2')  # fine-tuned after each run; the first ranks the grid
     finetune: Finetune = Finetune(epochs=(3,), batch_sizes=(32,), lrs=(5e-5,), seeds=1)
-    pairs: int = 0            # minimal pairs of each kind that are asked then, an even number; 0 = none
+    pairs: int = 0            # minimal pairs of each kind that a trial is scored on, even; 0 = none
 
 # %% ../../nbs/core/01_scales.ipynb #8822b429
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class Comparison:
     tasks: tuple[str, ...] = ('mnli', 'qnli', 'sst2')  # fine-tuned after each recipe's run
     sizes: tuple[tuple[int, int], ...] = ((3, 256), (6, 384), (6, 512), (12, 768))
     # layers and hidden size of the networks that the scaling law is fitted to
-    spans: tuple[float, ...] = (1/8, 1/4, 1/2, 1.)  # fractions of the budget that each of them has
-    budgets: tuple[float, ...] = (1/64, 1/16, 1/4, 1.)  # fractions of it for what a budget buys
+    spans: tuple[float, ...] = (1/8, 1/4, 1/2, 1.)  # fractions of the budget that each size is trained for
+    budgets: tuple[float, ...] = (1/64, 1/16, 1/4, 1.)  # fractions of it for scores against the budget
     budget_seeds: int = 3     # of each recipe and budget
-    pairs: int = 0            # minimal pairs of each kind that these are asked, an even number; 0 = none
+    pairs: int = 0            # minimal pairs of each kind that these are scored on, even; 0 = none
 
 # %% ../../nbs/core/01_scales.ipynb #7d87112e
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Scale:
     trials: Trials = Trials()
     comparison: Comparison = Comparison()
     shapes: tuple[str, ...] = ()  # what shrinks in BERT-base and BERT-large where their speed is measured
-    by_hand: tuple[str, ...] = ()  # recipes whose settings here were searched for before any study
+    by_hand: tuple[str, ...] = ()  # recipes that were tuned by hand here, which every caption says
 
 # %% ../../nbs/core/01_scales.ipynb #c9706c4b
 _SMALL = ('corpus.holdout=0.02', 'validation.stop_loss=0')

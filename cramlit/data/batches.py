@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'VALIDATION_SEED', 'VALIDATION_RATE', 'VALIDATION_CONTEXT', 'PAPER_MASKING', 'RULERS', 'epochs_and_rows',
            'rank_slice', 'Batch', 'as_batch', 'group_by_length', 'train_batches', 'Prefetcher', 'mask_for_validation',
-           'validation_rows', 'validation_batches']
+           'validation_rows', 'validation_batch_size', 'validation_batches']
 
 # %% ../../nbs/data/14_batches.ipynb #56a7029e
 from collections.abc import Callable, Iterator
@@ -112,6 +112,8 @@ def train_batches(
     world: int = 1,  # all processes
 ) -> Iterator[Batch]:
     "A rank's micro-batches of one step, the longest first; their masks are keyed by seed, epoch and row"
+    if not recipe.batch.micro_batch_size:
+        raise UsageError('batch.micro_batch_size=0 leaves the size open: choose one for train_batches')
     epochs, rows = epochs_and_rows(rank_slice(recipe, step, rank, world), len(data.train), recipe.seed)
     ids, keys = data.train[rows], make_key(recipe.seed, epochs, rows)
     special, vocab_size = data.manifest['special_ids'], data.manifest['vocab_size']
@@ -138,6 +140,7 @@ class Prefetcher:
         self,
         step: int,
     ) -> list[Batch]:
+        "The batches of a step; those of the next one are begun"
         this = self.waiting.get(step) or self.pool.submit(self._made, step)
         self.waiting = {step + 1: self.pool.submit(self._made, step + 1)}
         return this.result()
@@ -176,6 +179,13 @@ def validation_rows(
     return rows[np.arange(n)]
 
 # %% ../../nbs/data/14_batches.ipynb #b555b5a9
+def validation_batch_size(
+    micro_batch_size: int,  # sequences
+    seq_len: int,           # tokens
+) -> int:                   # sequences
+    "How many at a time: without gradients there is room for more, though not for the scores of 64 long ones"
+    return max(micro_batch_size, min(64, 8192//seq_len))
+
 def validation_batches(
     data: Data,
     recipe: Recipe,
@@ -184,8 +194,7 @@ def validation_batches(
     "The same held-out sequences each time, with fixed masks; `CramlitError` when nothing is masked in them"
     special, vocab_size = data.manifest['special_ids'], data.manifest['vocab_size']
     ids = validation_rows(data, recipe, ruler)
-    # without gradients there is room for more, though not for the scores of 64 long sequences
-    size = max(recipe.batch.micro_batch_size, min(64, 8192//ids.shape[1]))
+    size = validation_batch_size(recipe.batch.micro_batch_size, ids.shape[1])
 
     def masked(part: np.ndarray) -> Masked:
         if ruler != 'paper': return mask_for_validation(ids[part], special)

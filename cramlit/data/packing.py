@@ -26,7 +26,7 @@ from ..core.recipes import RECIPES, CramlitError, Packing, Recipe, UsageError
 from ..core.recipes import differences, recipe_from_dict, validate
 from ..core.randomness import make_key, uniform
 from ..core.results import atomic, cannot_read, cannot_write, locked, note
-from ..core.results import set_aside, sha256, sync_folder
+from ..core.results import os_error, set_aside, sha256, sync_folder
 from ..core.scales import SCALES, get_recipe
 from .corpus import MIN_WORDS, Document, documents, holdout_position
 from .corpus import same_source, source_state, unique
@@ -446,10 +446,7 @@ def _sources(recipe: Recipe) -> dict:
 
 def _save_tokenizer(tok, folder: Path):
     try: tok.save_pretrained(folder)
-    except OSError: raise
-    except Exception as e:  # Rust says what the system says, but not as an OSError
-        if not (number := re.search(r'os error (\d+)', str(e))): raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+    except Exception as e: raise os_error(e) or e from None
 
 # %% ../../nbs/data/12_packing.ipynb #3e18c0fe
 def _note_accents(tok, texts: Iterable[str], trained: bool):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..core.recipes import CramlitError
 from ..core.recipes import Tokenizer as TokenizerConfig
+from ..core.results import first_line
 from .corpus import CLOSING, LONE_ENDS, SPACED_ENDS, Document
 
 # %% ../../nbs/data/11_tokenizer.ipynb #cab8b0af
@@ -150,8 +151,8 @@ def load_tokenizer(
         raise CramlitError(f'{folder} is not a tokenizer folder: {what}')
     try: tok = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise CramlitError(f'{folder} holds no tokenizer that transformers can load: {reason}') from None
+        why = first_line(e)
+        raise CramlitError(f'{folder} holds no tokenizer that transformers can load: {why}') from None
     if not tok.is_fast:
         raise CramlitError(f'the tokenizer in {folder} ({type(tok).__name__}) has no fast version: '
                            'convert it to a tokenizer.json, or train one on your text')

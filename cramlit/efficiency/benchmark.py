@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['DOCUMENTED', 'FULL', 'INSIDE', 'PARTS', 'WITHOUT', 'WITH', 'BEFORE', 'SAMPLES', 'BATCHES', 'Contender', 'Setup',
            'make_setup', 'our_step', 'uncut', 'stock_step', 'stock_steps', 'seconds', 'devices', 'Timing', 'time_step',
-           'take_turns', 'ceiling', 'profiled', 'OtherLoss', 'dense_head', 'whole_last_layer', 'PlainAttention',
-           'plain_scores', 'plain_kernels', 'lengthen', 'text_batches', 'our_steps', 'step_rows', 'time_beside_ours',
-           'text_share', 'profile_rows', 'hours_gained', 'bench_rows', 'speed_rows', 'validation_row', 'random_batch',
-           'measured_step', 'check_plan']
+           'turn_of', 'take_turns', 'ceiling', 'profiled', 'OtherLoss', 'dense_head', 'whole_last_layer',
+           'PlainAttention', 'plain_scores', 'plain_kernels', 'lengthen', 'text_batches', 'our_steps', 'step_rows',
+           'time_beside_ours', 'text_share', 'profile_rows', 'hours_gained', 'bench_rows', 'speed_rows',
+           'validation_row', 'random_batch', 'measured_step', 'check_plan']
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #88c2c5dc
 import re, sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -54,6 +55,7 @@ class Contender:
     passes: Callable[[list[Batch]], None]   # their forward and backward passes
     update: Callable[[], None]              # what follows the last of them
     optimizer: torch.optim.Optimizer        # whose learning rate is 0
+    release: Callable[[], None]             # gives up what it keeps between its turns
 
 def _shortened(recipe: Recipe, most: int) -> Recipe:
     "The recipe with steps of so many micro-batches at most; 0 = as they are"
@@ -104,7 +106,8 @@ def our_step(
         grads.all_reduce(0., False)
         update(grads, optimizer, scaler, recipe.optim.clip)
     passes = partial(accumulate, micro, grads=grads)
-    return Contender(recipe, lambda step: list(batches(data, timed, step)), passes, finish, optimizer)
+    return Contender(recipe, lambda step: list(batches(data, timed, step)), passes, finish, optimizer,
+                     optimizer.state.clear)
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #e71af941
 def _whole_batch(ids: np.ndarray, keys: np.ndarray, data: Data, recipe: Recipe) -> Batch:
@@ -151,7 +154,10 @@ def stock_step(
         nn.utils.clip_grad_norm_(params, 1.)
         scaler.step(optimizer)
         scaler.update()
-    return Contender(recipe, lambda step: list(uncut(data, timed, step)), passes, finish, optimizer)
+    def release():
+        optimizer.zero_grad()
+        optimizer.state.clear()
+    return Contender(recipe, lambda step: list(uncut(data, timed, step)), passes, finish, optimizer, release)
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #95502ae9
 DOCUMENTED = 8  # `per_device_train_batch_size` of transformers 5, whose optimizer is `adamw_torch_fused`
@@ -240,6 +246,17 @@ def time_step(
     return Timing(contender.recipe, micro, update, n*contender.recipe.batch.micro_batch_size)
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #8cc056a5
+@contextmanager
+def turn_of(
+    build: Callable[[], Contender],
+    device: torch.device,
+) -> Iterator[Contender]:
+    "A contender, and no moments or gradients of it on a GPU afterwards: others need the memory"
+    contender = build()
+    try: yield contender
+    finally:
+        if device.type == 'cuda': contender.release()
+
 def take_turns(
     contenders: dict[str, Callable[[], Contender]],  # name → makes it
     device: torch.device,
@@ -252,7 +269,8 @@ def take_turns(
     for turn in range(turns):
         for name, build in contenders.items():
             if name in why: continue
-            try: timing = time_step(build(), device, least)
+            try:
+                with turn_of(build, device) as contender: timing = time_step(contender, device, least)
             except RuntimeError as e:
                 others = name.startswith(('stock', WITHOUT, WITH)) and isinstance(e, torch.OutOfMemoryError)
                 if name.startswith(BEFORE) or not ('compil' in name or others): raise
@@ -278,8 +296,8 @@ def ceiling(
 # %% ../../nbs/efficiency/51_benchmark.ipynb #b4d562c9
 # scopes: all that is done inside belongs to them
 INSIDE = {'update': 'update', 'loss': 'cross_?entropy|nll|log_?softmax'}
-PARTS = INSIDE | {  # the first whose pattern is found in the name of an operation, or of a GPU's kernel
-    'fused by the compiler': '^triton_', 'attention': 'scaled_dot|flash|fmha|cudnn_generated|softmax',
+PARTS = INSIDE | {  # the first whose pattern is found in the name of an operation
+    'fused by the compiler': '^triton_|compiled', 'attention': 'scaled_dot|_attention_|flash|fmha|softmax',
     'dropout': 'dropout|bernoulli|random_|aten::ge$',
     'matrix products': 'mm$|mm_|gemm|linear|cutlass|nvjet|mkldnn', 'norms and activations': 'layer_norm|gelu',
     'embeddings': 'embedding|index|gather|scatter', 'zeroing': 'zero|fill',
@@ -504,7 +522,8 @@ def profile_rows(
     ids: dict,  # what identifies the rows, `variant` among it
 ) -> list[dict]:
     "Peak memory, and the parts of a step for the two that are compared in the figure"
-    try: shares, memory = profiled(build(), device)
+    try:
+        with turn_of(build, device) as contender: shares, memory = profiled(contender, device)
     except torch.OutOfMemoryError as e:
         why = f'{type(e).__name__}: {e}'.splitlines()[0]
         if device.type == 'cuda': torch.cuda.empty_cache()

@@ -80,13 +80,14 @@ def get_gpu(
     return GPUS[name]
 
 # words for variants of the table's GPUs that have other memory or another speed
-_OTHERS = {'pcie', 'nvl', 'mig', '32gb', '40gb', '64gb', '96gb', 'super', 'laptop', 'mobile', 'max', 'd'}
+_OTHERS = {'pcie', 'fhhl', 'nvl', 'mig', '32gb', '40gb', '64gb', '96gb', 'super', 'laptop', 'mobile', 'max',
+           'd'}
 
 def gpu_called(
     hardware: str,  # as a driver says it, such as 'NVIDIA TITAN V'
 ) -> GPU|None:      # None = it is not in the table
     "The GPU of the table that a machine has, by whole words of its name"
-    first, *others = hardware.split(' + ')  # as `provenance` joins GPUs of several kinds
+    first, *others = dict.fromkeys(hardware.split(' + '))  # as `provenance` joins all GPUs of a machine
     if others: return None
     said = re.split(r'[\s_-]+', first.lower())
     if set(said) & _OTHERS: return None

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core.devices import autocast, choose_precision, pick_device
 from ..core.recipes import CramlitError, UsageError, unknown
-from ..core.results import result_row
+from ..core.results import first_line, result_row
 from .glue import Examples, Task, constant, headline, majority, score
 from ..model.stock_models import load_parts, quiet
 from ..training.optimizers import parameter_groups
@@ -94,7 +94,7 @@ def classifier(
     try:
         with quiet(): encoder, info = AutoModel.from_pretrained(str(folder), **how)
     except (OSError, RuntimeError, ValueError) as e:
-        raise CramlitError(f'{folder} cannot be loaded as an encoder: {str(e).splitlines()[0]}') from None
+        raise CramlitError(f'{folder} cannot be loaded as an encoder: {first_line(e)}') from None
     random = sorted([*info['missing_keys'], *(name for name, *_ in info['mismatched_keys'])])
     lost = [f'{encoder.base_model_prefix}.{name}' for name in random if 'pooler' not in name]
     if lost:

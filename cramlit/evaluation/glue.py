@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..core.recipes import CramlitError, UsageError, unknown
+from ..core.results import first_line
 
 # %% ../../nbs/evaluation/40_glue.ipynb #c8fb72c6
 @dataclass(frozen=True)
@@ -292,9 +293,6 @@ def _read_tsv(path: Path, src: Source, labelled: bool) -> Examples:
     return _gather(rows(), src, str(path), 'lines have too few or too many columns', labelled, numbers)
 
 # %% ../../nbs/evaluation/40_glue.ipynb #a58c989d
-def _why(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0]
-
 def _parquet_table(path: Path):
     "One parquet file as a pyarrow table, its name taken as it is; raises `CramlitError`"
     import pyarrow
@@ -303,7 +301,7 @@ def _parquet_table(path: Path):
         # from memory and without threads: a thread that still has a Python file may abort the ending process
         return ParquetFile(pyarrow.BufferReader(path.read_bytes()), pre_buffer=False).read(use_threads=False)
     except (OSError, pyarrow.ArrowException) as e:
-        raise CramlitError(f'cannot read {path}: {_why(e)}') from None
+        raise CramlitError(f'cannot read {path}: {first_line(e)}') from None
 
 # %% ../../nbs/evaluation/40_glue.ipynb #0de6bfa0
 def _hub_table(name: str, split: str):
@@ -315,7 +313,7 @@ def _hub_table(name: str, split: str):
         closed = isinstance(e, OSError) and e.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
         closed = closed or 'home directory' in str(e)  # as pathlib says where there is none
         advice = 'Set HF_HOME to a folder that can be written' if closed else 'Check the network'
-        raise CramlitError(f'cannot read {name} from the hub (nyu-mll/glue): {_why(e)}. {advice}, '
+        raise CramlitError(f'cannot read {name} from the hub (nyu-mll/glue): {first_line(e)}. {advice}, '
                            'or give a local copy with --glue-dir') from None
 
 # %% ../../nbs/evaluation/40_glue.ipynb #cda71ec2

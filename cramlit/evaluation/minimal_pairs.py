@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from ..core.devices import pick_device
 from ..core.recipes import CramlitError, digest
-from ..core.results import provenance, sha256
+from ..core.results import first_line, provenance, sha256
 from ..data.packing import Data
 from .protocol import (
     DRAWS, check_writable, common_provenance, find_result, model_files, run_parallel, save_result, with_retry)
@@ -106,7 +106,7 @@ def masked_lm(
     try:
         with quiet(): model, info = AutoModelForMaskedLM.from_pretrained(str(folder), **how)
     except (OSError, RuntimeError, ValueError) as e:
-        why = str(e).splitlines()[0]
+        why = first_line(e)
         raise CramlitError(f'{folder} cannot be loaded as a masked language model: {why}') from None
     if info['missing_keys']:
         raise CramlitError(f'{folder} has no head for masked tokens ({sorted(info["missing_keys"])[0]} is '

@@ -61,13 +61,16 @@ def with_retry(
     name: str,       # of the work, for the message
     work: Callable,  # what to do
 ) -> str:            # '' or why it failed, twice
-    "Do something, and when it fails do it once more"
+    "Do something, and when it fails do it once more; raises `CramlitError` for an error that breaks the GPU"
     failed = ''
     for _ in range(2):
         try:
             work()
             return ''
         except Interrupted: raise
+        except torch.AcceleratorError as e:
+            raise CramlitError(f'{name}: {e}. After such an error of a GPU its process can do no more on it. '
+                               'What is finished is kept, and the same command goes on') from None
         except Exception as e:  # whatever happens, the others go on
             failed = f'{name}: {type(e).__name__}: {e}'
     return failed
@@ -116,9 +119,10 @@ def run_parallel(
         bar = tqdm(outcomes, what, total, initial=total - len(calls), file=sys.stderr, mininterval=2)
         try: failed = [why for why in bar if why]
         except BrokenProcessPool:
+            one = 'CUDA_VISIBLE_DEVICES=0' if torch.cuda.device_count() else 'LOKY_MAX_CPU_COUNT=1'
             raise CramlitError(f'a process of the {what} was ended from outside, most likely for lack of '
-                               'memory. What is finished is kept, and the same command goes on; with '
-                               'LOKY_MAX_CPU_COUNT=1 before it one works at a time') from None
+                               f'memory. What is finished is kept, and the same command goes on; with {one} '
+                               'before it one works at a time') from None
     if failed:
         shown = failed[:8] + [f'and {len(failed) - 8} more']*(len(failed) > 8)
         raise CramlitError(f'{len(failed)} of {total} {what} failed twice; the others are kept, and the same '

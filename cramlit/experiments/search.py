@@ -57,6 +57,7 @@ class Trial:
     data: Path|None = None    # its own prepared text; None = that of all the others
     versus: str = ''          # name of the trial it is compared with
     steps: int = 0            # its own number of optimizer steps; 0 = the length that all have
+    before: float = 0.        # seconds of its budget that have gone by when the first of them begins
 
     @property
     def all_settings(self) -> list[str]:  # those of all trials, its own, and the seed
@@ -242,7 +243,7 @@ def calibrate(
     study: Study,     # its budget is what every trial has
     path: Path,       # a file of rows; a contender that is in it is not timed again
     turns: int = 7,
-) -> list[Trial]:     # each with its number of steps
+) -> list[Trial]:     # each with its number of steps, and the seconds before them
     "Turn a budget of seconds into steps: time a step of every contender, in turns"
     contestants = [_contestant(t, study) for t in trials]
     names = dict(zip(reversed(contestants), reversed(trials), strict=True))  # the first of each kind
@@ -265,7 +266,8 @@ def calibrate(
         if budget <= before:
             raise UsageError(f'{t.name} has {budget:g} s, and computes {before:.1f} s before its first step: '
                              'give it a larger budget')
-        found.append(replace(t, steps=max(1, round((budget - before)/about[key]['value']))))
+        steps = max(1, round((budget - before)/about[key]['value']))
+        found.append(replace(t, steps=steps, before=before))
     return found
 
 # %% ../../nbs/experiments/60_search.ipynb #a61f0c37
@@ -308,13 +310,15 @@ class Curve(NamedTuple):
     points: list[list[float]]  # seconds and nats of each evaluation
 
 def learning_curve(
-    run: Path,  # a run's folder
+    run: Path,           # a run's folder
+    before: float = 0.,  # seconds of its budget before the first calibrated step
 ) -> Curve:
     "The losses in a run's log, at the times of calibrated steps where it counted these"
     about, log = run/'run.json', read_json_lines(run/'metrics.jsonl')
     info = json.loads(about.read_text(encoding='utf-8')) if about.exists() else {}
     budget, steps = info.get('budget'), info.get('steps')
-    def when(line): return line['step']*budget/steps if budget and steps else line['seconds']
+    def when(line):
+        return before + line['step']*(budget - before)/steps if budget and steps else line['seconds']
     known = [line for line in log if line.get('validation_loss') is not None]
     points = [[when(line), line['validation_loss']] for line in known]
     return Curve(budget or max((seconds for seconds, _ in points), default=0.), points)
@@ -343,7 +347,7 @@ def trial_rows(
     ids['recipe_hash'] = found[0]['recipe_hash']  # of what was trained, packed as the text was
     rows = [row | ids for row in found]
     for row in rows:  # the run's folder may be removed one day
-        if row['metric'] == 'validation_loss': row['curve'] = list(learning_curve(folder/'run'))
+        if row['metric'] == 'validation_loss': row['curve'] = list(learning_curve(folder/'run', trial.before))
     if not has_stock(trial.recipe.model): return rows
     model = folder/'run'/'model'  # where it has been pretrained for other tasks, no checkpoint is left
     if checkpoints(folder/'run'/'checkpoints'):
@@ -357,6 +361,7 @@ def trial_rows(
         if score['metric'] != 'headline': continue
         rates = list(t.finetune.grid(score['task']).lrs)
         about = ids | dict(task=score['task'], resampled=score['resampled'], rates=rates)
+        if score.get('diverged'): about |= {name: score[name] for name in ('diverged_seeds', 'seeds')}
         row = result_row('headline', score['value'], '%', **about)
         rows.append(row | common_provenance([score]))  # it may have been measured long ago
     if not t.pairs: return rows

@@ -138,7 +138,7 @@ def stock_loss(
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #bbef1015
 EQUAL = 1e-3  # nats
-_KEPT = 'validation_loss', 'tuning_loss', 'tokens'
+_KEPT = 'validation_loss', 'tuning_loss', 'paper_loss', 'tokens'
 
 def run_entry(
     entry: Entry,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.recipes import Model
+from ..core.recipes import Model, UsageError
 from ..data.packing import Data, Rows
 from .encoder import MaskedLM
 
@@ -102,6 +102,9 @@ def begin_with_counts(
     seed: int,
 ):
     "Set from counts: embeddings, the decoder's bias, and what the first layer attends to"
+    if cfg.hidden_size > data.padded_vocab_size:
+        raise UsageError(f'model.cooccurrence needs at least model.hidden_size={cfg.hidden_size} tokens, '
+                         f'and the vocabulary has {data.padded_vocab_size}')
     rotary, spread = cfg.position == 'rotary', cfg.cooccurrence*cfg.initializer_range
     vectors, pairs = cooccurrence_embeddings(data, cfg.hidden_size - 3*rotary, seed)
     if rotary:

@@ -96,7 +96,7 @@ class ContextBuilder(nn.Module):
     ):
         super().__init__()
         self.half = cfg.window//2
-        self.local = [cfg.window > 0 and i % cfg.global_every > 0 for i in range(cfg.num_layers)]  # by layer
+        self.local = cfg.local_layers()
         rotary = cfg.position == 'rotary'
         for name, theta in (('global_rotary', cfg.rope_theta), ('local_rotary', cfg.local_rope_theta)):
             self.register_buffer(name, rotary_table(cfg, theta) if rotary else None, persistent=False)

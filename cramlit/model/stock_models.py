@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.recipes import CramlitError, Recipe, UsageError, digest, override, validate
 from ..core.recipes import Model as ModelConfig
 from ..core.recipes import Tokenizer as TokenizerConfig
-from ..core.results import sha256
+from ..core.results import first_line, sha256
 from ..data.packing import Data, open_data
 from ..data.tokenizer import load_tokenizer, special_ids
 from .encoder import MaskedLM
@@ -90,7 +90,7 @@ _NAMES = {'bert': _BERT, 'megatron-bert': _MEGATRON, 'roberta-prelayernorm': _RO
 def name_map(
     cfg: ModelConfig,       # shape of the network
 ) -> dict[str, list[str]]:  # our weight → the stock weight, or those of query, key and value
-    "Which stock names our weights have"
+    "Which stock names our weights have; raises `UsageError` when no stock class is like the network"
     with torch.device('meta'): weights = MaskedLM(cfg, 1).state_dict()
     names = {}
     for name in weights:
@@ -146,7 +146,6 @@ def _settings(cfg: ModelConfig, pad: int) -> dict[str, Any]:
         return dict(hidden_act='gelu', type_vocab_size=2, layer_norm_eps=cfg.layer_norm_eps,
                     hidden_dropout_prob=cfg.dropout, attention_probs_dropout_prob=cfg.attention_dropout,
                     max_position_embeddings=cfg.max_positions + _position_offset(cfg, pad))
-    local = [cfg.window > 0 and i % cfg.global_every > 0 for i in range(cfg.num_layers)]
     thetas = dict(full_attention=cfg.rope_theta, sliding_attention=cfg.local_rope_theta)
     return dict(hidden_activation='gelu', classifier_activation='gelu', norm_eps=cfg.layer_norm_eps,
                 embedding_dropout=cfg.dropout, mlp_dropout=cfg.dropout,
@@ -154,7 +153,7 @@ def _settings(cfg: ModelConfig, pad: int) -> dict[str, Any]:
                 attention_bias=cfg.bias, mlp_bias=cfg.bias, norm_bias=cfg.bias, classifier_bias=cfg.bias,
                 decoder_bias=True, local_attention=cfg.window or 128,
                 global_attn_every_n_layers=cfg.global_every,
-                layer_types=['sliding_attention' if x else 'full_attention' for x in local],
+                layer_types=['sliding_attention' if x else 'full_attention' for x in cfg.local_layers()],
                 rope_parameters={k: dict(rope_type='default', rope_theta=x) for k, x in thetas.items()})
 
 # %% ../../nbs/model/22_stock_models.ipynb #73c3c126
@@ -249,9 +248,6 @@ def quiet() -> Iterator[None]:
         if bars: logging.enable_progress_bar()
 
 # %% ../../nbs/model/22_stock_models.ipynb #30ecbdfb
-def _first_line(e: Exception) -> str:
-    return next(iter(str(e).splitlines()), type(e).__name__)
-
 def _weight_files(folder: str|Path) -> list[Path]:
     "The files with a model's weights: safetensors, or in older folders a pickle of tensors"
     folder = Path(folder)
@@ -277,7 +273,7 @@ def load_parts(
     how = dict(trust_remote_code=False, local_files_only=True)
     try: config, tok = (c.from_pretrained(str(folder), **how) for c in (AutoConfig, AutoTokenizer))
     except Exception as e:  # `tokenizers` raises plain exceptions for a file of a later version
-        raise CramlitError(f'{folder} cannot be loaded by transformers: {_first_line(e)}') from None
+        raise CramlitError(f'{folder} cannot be loaded by transformers: {first_line(e)}') from None
     if tok.pad_token_id is None:
         raise CramlitError(f'the tokenizer in {folder} has no padding token, which batches need')
     if getattr(config, 'type_vocab_size', 0) < 2:  # DistilBERT, RoBERTa
@@ -285,7 +281,7 @@ def load_parts(
     for p in files:
         try: _check_file(p)
         except Exception as e:  # torch, pickle and zipfile have a dozen kinds
-            raise CramlitError(f'{p}: the weights are damaged or not tensors alone ({_first_line(e)}). '
+            raise CramlitError(f'{p}: the weights are damaged or not tensors alone ({first_line(e)}). '
                                'Export or fetch them again') from None
     if not hasattr(config, 'vocab_size'):
         raise CramlitError(f'{folder} is a {config.model_type} model, not one of text')
@@ -356,7 +352,7 @@ def load_weights(
     try:
         with quiet(): stock, info = AutoModelForMaskedLM.from_pretrained(str(folder), **how)
     except Exception as e:  # as in `load_parts`
-        raise CramlitError(f'the weights in {folder} cannot be loaded: {_first_line(e)}') from None
+        raise CramlitError(f'the weights in {folder} cannot be loaded: {first_line(e)}') from None
     if missing := sorted(info['missing_keys']):
         raise CramlitError(f'{folder} lacks weights that a masked language model needs, {missing[0]} among '
                            f'{len(missing)}: it was saved without its head, or with another one. '
@@ -365,7 +361,7 @@ def load_weights(
         raise CramlitError(f'{bad[0]} in {folder} has values that are NaN or infinite: take another one')
     try: model, cfg = from_stock(stock)
     except (KeyError, RuntimeError) as e:
-        raise CramlitError(f'weights in {folder} have no place in our network: {_first_line(e)}') from None
+        raise CramlitError(f'weights in {folder} have no place in our network: {first_line(e)}') from None
     pad, most = stock.config.pad_token_id, min(24, cfg.max_positions)
     plain = [i for i in range(min(8, stock.config.vocab_size//2), stock.config.vocab_size) if i != pad]
     ids = torch.tensor([plain[:most]]).roll(3, 1)

@@ -332,7 +332,7 @@ def bench_steps(
     shape: str,      # one of `SHAPES`
     turns: int,      # in each of which everybody is timed
     brief: bool,     # stock and ours alone
-    data: str|Path,  # prepared; '' = made in out/data of a part of the embedded text
+    data: str|Path,  # prepared; '' = made in out/data of a part of enwik8
     out: Path,       # for rows, table and figure
     settings: list[str],  # overrides
 ) -> list[dict]:     # rows, also in out/bench_SHAPE.jsonl

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TIMED', 'NEAR', 'SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARKS', 'PAIRS_NOTE', 'POOR', 'FEW',
-           'mean_and_deviation', 'median_and_range', 'seeds_and_seconds', 'by_hand', 'about_rates', 'on_plateau',
-           'first_trial', 'not_compared', 'stopped_early', 'same_seeds', 'whole_runs', 'best_table', 'figure_grid',
-           'write_search', 'tasks_of_rows', 'choices_table', 'figure_choices', 'figure_schedules', 'figure_loss_task',
-           'write_choices', 'with_average', 'final_loss', 'comparison_table', 'unigram_baselines', 'figure_by_time',
-           'write_comparison', 'tuning_table', 'at_edge', 'write_tuning', 'ablation_table', 'about_steps', 'ends_of',
-           'write_ablation', 'against', 'budgets_table', 'budget_gains', 'reference_scores', 'with_reference',
-           'figure_budgets', 'write_budgets', 'scaling_table', 'figure_by_compute', 'write_scaling', 'race_tables',
-           'figure_race', 'write_race']
+           'mean_and_deviation', 'median_and_range', 'seeds_and_seconds', 'by_hand', 'about_rates', 'about_diverged',
+           'on_plateau', 'first_trial', 'not_compared', 'by_paper_masks', 'about_masks', 'stopped_early', 'same_seeds',
+           'whole_runs', 'best_table', 'figure_grid', 'write_search', 'tasks_of_rows', 'choices_table',
+           'figure_choices', 'figure_schedules', 'figure_loss_task', 'write_choices', 'with_average', 'final_loss',
+           'comparison_table', 'unigram_baselines', 'figure_by_time', 'write_comparison', 'tuning_table', 'at_edge',
+           'write_tuning', 'ablation_table', 'about_steps', 'ends_of', 'write_ablation', 'against', 'budgets_table',
+           'budget_gains', 'reference_scores', 'about_reference', 'with_reference', 'figure_budgets', 'write_budgets',
+           'scaling_table', 'figure_by_compute', 'write_scaling', 'race_tables', 'figure_race', 'write_race']
 
 # %% ../../nbs/reporting/75_studies.ipynb #1996b438
 import math, re
@@ -95,6 +95,16 @@ def about_rates(
     return [f'A score is that of the best of the rates {told}, chosen by the score itself, for each network '
             'and task; majority and bag of words have no such choice.']
 
+def about_diverged(
+    rows: list[dict],  # of trials
+) -> list[str]:        # a note, or none
+    "Which scores have seeds of fine-tuning in them that diverged"
+    each = [f'{r["trial"]}, seed {r["seed"]}, {r["task"]}: {r["diverged_seeds"]} of {r["seeds"]}'
+            for r in rows if r['metric'] == 'headline' and r.get('diverged_seeds')]
+    if not each: return []
+    return ['Seeds of fine-tuning that diverged count with the score of the majority class: '
+            f'{"; ".join(each)}.']
+
 # %% ../../nbs/reporting/75_studies.ipynb #97aa6bac
 def on_plateau(
     losses: pd.Series,  # nats, by name; a name with several seeds has one line for each
@@ -135,6 +145,25 @@ SIGNIFICANCE = ('Change: difference of the means over seeds, by pairs where both
 VALIDATION = ('Validation: 15 % of the tokens of held-out sequences replaced by [MASK], the same tokens for '
               'all, of the half of the held-out text by which no setting of this study was chosen. Times to '
               'a loss are of the other half.')
+
+# %% ../../nbs/reporting/75_studies.ipynb #75f00005
+def by_paper_masks(
+    group: pd.DataFrame,  # lines of a trial, as `trial_table` gives them
+) -> dict[str, str]:      # a cell, or none where the rows have no such loss
+    "The loss by the paper's own masks, as a cell"
+    if 'paper_loss' not in group: return {}
+    return {"by the paper's masks": mean_and_deviation(group.paper_loss, 3)}
+
+def about_masks(
+    t: pd.DataFrame,  # as `trial_table` gives it
+) -> list[str]:       # a note, or none
+    "What the loss by the paper's masks is, where it is shown"
+    if 'paper_loss' not in t: return []
+    return ["By the paper's masks: the loss as the official code measures it, on sequences as the recipe "
+            'packs them, of the half of the held-out text that is for choices. Of the chosen tokens 80 % are '
+            '[MASK], 10 % random, and 10 % stay. What trains on [MASK] alone has not learned to repeat a '
+            'token that stays, and by these masks the order of two recipes may be another. No test is made '
+            'of it.']
 
 # %% ../../nbs/reporting/75_studies.ipynb #33019e78
 NOT_RECOVERED = 'The values of the published table were not recovered.'
@@ -243,7 +272,7 @@ def write_search(
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
     ends = each.set_index('trial').validation_loss
     scored = [f'The best by {task} is the highest of all scores of its line, and no estimate of what it '
-              'would have on other examples.', *same_seeds(mine), *about_rates(mine),
+              'would have on other examples.', *same_seeds(mine), *about_rates(mine), *about_diverged(mine),
               *about_lengths(recipes, first['scale'])] if task in t else []
     notes = [about, VALIDATION, *scored, *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *early,
              NOT_RECOVERED]
@@ -343,7 +372,7 @@ def write_choices(
     about = seeds_and_seconds(t, get_scale(first['scale']).trials.seeds)
     notes = [f'One change at a time, {about}. Median over seeds, lowest and highest in '
              'parentheses. Base instead of large takes half the layers and three quarters of the width.',
-             SIGNIFICANCE, *not_compared(t), *same_seeds(mine), *about_rates(mine),
+             SIGNIFICANCE, *not_compared(t), *same_seeds(mine), *about_rates(mine), *about_diverged(mine),
              *about_lengths([first['recipe']], first['scale']),
              VALIDATION,
              *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *stopped_early(t), NOT_RECOVERED]
@@ -397,7 +426,7 @@ def comparison_table(
         line = {'peak LR': f'{group.lr.iloc[0]:g}', 'batch': f'{group.global_batch_size.iloc[0]:g}',
                 'warm-up': f'{100*group.warmup.iloc[0]:g}%',
                 'MLM loss, nats': mean_and_deviation(group.validation_loss, 3),
-                **difference_cells(by_loss, name),
+                **difference_cells(by_loss, name), **by_paper_masks(group),
                 **times,
                 'steps': f'{group.steps.mean():,.0f}', 'tokens/s': f'{group.tokens_per_second.mean():,.0f}'}
         for task in tasks: line[f'{task}, %'] = mean_and_deviation(group[task], 1)
@@ -462,7 +491,7 @@ def write_comparison(
              *on_plateau(ends, t.unigram_entropy[0], 'in the end'),
              'Times are parts of the budget: median over seeds, lowest and highest in parentheses. A seed '
              'that never comes down to the mark took more than 100 %.', *same_seeds(mine),
-             *about_rates(mine),
+             *about_rates(mine), *about_diverged(mine), *about_masks(t),
              *about_lengths(list(dict.fromkeys(t.recipe)), scale), SIGNIFICANCE, *not_compared(t),
              *stopped_early(t)]
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
@@ -536,12 +565,13 @@ def write_tuning(
 def ablation_table(
     t: pd.DataFrame,  # of the ablation, as `trial_table` gives it
 ) -> pd.DataFrame:    # texts: trial × loss, difference, steps, time of a step, tokens/s
-    "The ablation, cumulative and leave-one-out"
+    "The ablation, cumulative and leave-one-out, tested by the validation set that all have"
     found, lines = compare(whole_runs(t)), {}
     for name, group in t[t.stopped == ''].groupby('trial', sort=False):
         lines[name] = {'compared with': group.versus.iloc[0],
                        'MLM loss, nats': mean_and_deviation(group.validation_loss, 3),
-                       **difference_cells(found, name), 'steps': f'{group.steps.mean():,.0f}',
+                       **difference_cells(found, name), **by_paper_masks(group),
+                       'steps': f'{group.steps.mean():,.0f}',
                        'ms a step': f'{1000*(group.seconds/group.steps).mean():.1f}',
                        'tokens/s': f'{group.tokens_per_second.mean():,.0f}'}
     return pd.DataFrame(lines).T
@@ -585,7 +615,7 @@ def write_ablation(
     t = trial_table(mine)
     about = seeds_and_seconds(t, get_scale(mine[0]['scale']).comparison.ablation_seeds)
     notes = [f'{about}. Mean ± standard deviation over seeds. A negative change is a gain '
-             f'over what it is compared with. {VALIDATION}', SIGNIFICANCE,
+             f'over what it is compared with. {VALIDATION}', *about_masks(t), SIGNIFICANCE,
              'Learning rates are those of the two recipes at this scale; nothing in between was tuned.',
              *about_steps(mine), *by_hand(ends_of(t), mine[0]['scale']),
              *on_plateau(whole_runs(t).set_index('trial').validation_loss, t.unigram_entropy[0],
@@ -622,7 +652,7 @@ def budgets_table(
     trained = _pretrained(t)
     rest = t[~t.trial.isin(trained.trial)]
     for name, group in [*rest.groupby('trial', sort=False), *trained.groupby('trial', sort=False)]:
-        line = {'MLM loss, nats': mean_and_deviation(group.validation_loss, 3)}
+        line = {'MLM loss, nats': mean_and_deviation(group.validation_loss, 3), **by_paper_masks(group)}
         for kind in _PAIRS:
             if kind in t: line[f'{_PAIRS[kind]}, %'] = mean_and_deviation(group[kind], 1)
         line['average, %'] = mean_and_deviation(group.average, 1)
@@ -665,6 +695,17 @@ def reference_scores(
     return found | dict(average=float(np.mean([found[task] for task in tasks])))
 
 # %% ../../nbs/reporting/75_studies.ipynb #75e1003d
+def about_reference(
+    rows: list[dict],  # of fine-tuning the reference encoder; may be none
+    tasks: list[str],
+) -> str:              # a note
+    "What the reference encoder is, and how far its seeds lie apart"
+    heads = [r for r in rows if r['metric'] == 'headline' and r['variant'] == 'pretrained']
+    found = {r['task']: sorted(r['seed_values']) for r in heads if r['task'] in tasks and 'seed_values' in r}
+    each = ', '.join(f'{task} {seeds[0]:.1f}–{seeds[-1]:.1f}' for task, seeds in found.items())
+    told = [f'It is one network, with the median over its seeds of fine-tuning; lowest and highest: {each}.']
+    return ' '.join([REFERENCE_NOTE, *told*bool(found)])
+
 def with_reference(
     table: pd.DataFrame,       # as `budgets_table` gives it
     scores: dict[str, float],  # as `reference_scores` gives it
@@ -756,7 +797,7 @@ def write_budgets(
              'each budget is a run of its own, with a schedule of its own length. Mean ± '
              'standard deviation over seeds; a score is the median over seeds of fine-tuning, from scratch '
              'too. The recipes are as they are at this scale, and were not tuned for each budget. '
-             f'{VALIDATION}', *same_seeds(mine), *about_rates(mine),
+             f'{VALIDATION}', *same_seeds(mine), *about_rates(mine), *about_diverged(mine), *about_masks(t),
              *about_lengths(list(dict.fromkeys(trained.recipe)), scale),
              *by_hand(list(dict.fromkeys(trained.recipe)), scale),
              'The intervals are those of each line alone, of seeds and validation examples; in the figure '
@@ -771,7 +812,7 @@ def write_budgets(
     if 'minimal_pairs' in t: notes.insert(-1, PAIRS_NOTE)
     scores = reference_scores(reference, tasks)
     table, fig = with_reference(budgets_table(t, tasks), scores), figure_budgets(t, tasks, scores)
-    if scores: notes.insert(-1, REFERENCE_NOTE)
+    if scores: notes.insert(-1, about_reference(reference, tasks))
     sources = [*mine, *(r for r in reference if r['metric'] == 'headline')] if scores else mine
     caption, gained = f'What a budget buys, scale {scale}.', 'What the longest budget gained, points.'
     return [*write_table(table, folder/'budgets', caption, notes, sources),

@@ -350,6 +350,19 @@ def _one_suite(rows: list[dict]) -> str:
                          'give the rows of one')
     return suites[0]
 
+# %% ../../nbs/reporting/70_tables.ipynb #58f3aa11
+def _one_score_each(rows: list[dict]):
+    "Raise `UsageError` where a network has two different scores of one task, validation set and metric"
+    known, names = dict[tuple, dict](), model_names(rows)
+    for r in rows:
+        if not r.get('aggregate'): continue
+        network = names[_model(r)], r['variant'], r.get('pooling')
+        first = known.setdefault((*network, r['task'], r.get('split', ''), r['metric']), r)
+        if first['value'] == r['value']: continue
+        scores = f'{r["metric"]} {shown(first, 1)} and {shown(r, 1)}'
+        raise UsageError(f'{network[0]}, {network[1]} has two scores of {r["task"]} ({scores}): these rows '
+                         'are of two fine-tunings, give those of one')
+
 # %% ../../nbs/reporting/70_tables.ipynb #50022d89
 def about_lengths(
     recipes: Collection[str],
@@ -380,7 +393,8 @@ def write_table4(
     rows: list[dict],  # of fine-tuning
     folder: Path,      # where the files go
 ) -> list[Path]:       # the files written
-    "Table 4 of measured rows, and the published numbers in a file of their own"
+    "Table 4 of measured rows, and the published numbers in a file of their own; raises `UsageError`"
+    _one_score_each(rows)
     glue = _one_suite(rows) == 'glue'
     models = sorted(model_names([r for r in rows if r['metric'] == 'headline']).values())
     found = gains(rows)
@@ -439,6 +453,7 @@ def write_poolings(
     folder: Path,      # where the files go
 ) -> list[Path]:       # the files written
     "The table of both poolings"
+    _one_score_each(rows)
     found = poolings(rows)
     if found.empty: raise CramlitError('no network was fine-tuned with both poolings: run the stage poolings')
     named = found.set_index(found.model + ', ' + found.variant + ', ' + found.task)

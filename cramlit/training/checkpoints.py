@@ -15,12 +15,13 @@ from pathlib import Path
 from threading import Thread
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core.recipes import CramlitError, Model, UsageError, recipe_from_dict
-from ..core.results import atomic, cannot_write, note, result_row, set_aside, sha256, sync_folder
+from ..core.results import (
+    atomic, cannot_write, note, os_error, result_row, set_aside, sha256, sync_folder)
 from ..data.packing import open_data, verify
 from ..data.tokenizer import load_tokenizer, padded_vocab
 from ..model.encoder import MaskedLM
@@ -64,22 +65,18 @@ def checkpoints(
     return sorted(p for p in found if p.is_dir())
 
 # %% ../../nbs/training/33_checkpoints.ipynb #f006ae0c
-def _os_error(e: Exception) -> OSError|None:
-    "A failed write as an `OSError`: safetensors and tokenizers, written in Rust, raise their own kinds"
-    if isinstance(e, OSError): return e
-    code = re.search(r'\(os error (\d+)\)', str(e))  # as in "File too large (os error 27)"
-    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
-
 def _write_tensors(path: Path, tensors: dict[str, Tensor]):
     "Write tensors and read them back; raises `OSError` when the disk is full or does not keep them"
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
     try: save_file(tensors, path)
-    except SafetensorError as e: raise _os_error(e) or OSError(errno.EIO, str(e)) from e
+    except SafetensorError as e: raise os_error(e) or OSError(errno.EIO, str(e)) from e
     with open(path, 'rb') as f: os.fsync(f.fileno())
     def content(t: Tensor) -> Tensor: return t.cpu().reshape(-1).view(torch.uint8)  # NaN is not equal to NaN
-    for k, v in load_file(path).items():
-        if not torch.equal(content(v), content(tensors[k])):
-            raise OSError(errno.EIO, f'the disk does not keep what was written: {k} was read back changed')
+    with safe_open(path, 'pt') as f:
+        for k, v in tensors.items():
+            if not torch.equal(content(f.get_tensor(k)), content(v)):
+                why = f'the disk does not keep what was written: {k} was read back changed'
+                raise OSError(errno.EIO, why)
 
 def _state_sha256(state: dict) -> str:
     "Of the state as it will be read: JSON makes lists of tuples, and texts of numbers that are keys"
@@ -368,7 +365,8 @@ def export_run(
     kept: str = 'checkpoints',  # which checkpoints of the run, such as milestones/0.5
     finish: Callable[[Path], object]|None = None,  # called with the written files' folder before they appear
 ) -> Path:                      # the folder
-    "Write a run's model as a stock transformers folder with its tokenizer"
+    """Write a run's model as a stock transformers folder with its tokenizer; raises `UsageError` for a folder
+    that has something else in it, `CramlitError` for another tokenizer or a full disk"""
     to = Path(to)
     check_export_folder(to)
     model, info = load_run(run, kept)
@@ -393,7 +391,7 @@ def export_run(
     except UnicodeEncodeError:
         raise UsageError(f'this locale cannot spell {to}: set PYTHONUTF8=1, or choose another name') from None
     except Exception as e:
-        if error := _os_error(e): raise cannot_write(to, error) from e
+        if error := os_error(e): raise cannot_write(to, error) from e
         raise
     finally:
         if made: shutil.rmtree(part, ignore_errors=True)

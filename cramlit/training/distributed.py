@@ -8,7 +8,7 @@ __all__ = ['TIMEOUT', 'KEPT', 'AFTERWARDS', 'World', 'processes', 'join_world', 
            'kill_all', 'launch']
 
 # %% ../../nbs/training/32_distributed.ipynb #ee2f4182
-import os, signal, subprocess, sys, threading
+import codecs, os, signal, subprocess, sys, threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -203,7 +203,8 @@ class Gradients:
         stop: bool,      # was this process asked to stop?
         tokens: int = 0, # in this process's batches
     ) -> tuple[float, float, bool, int]:  # mean loss, seconds, stop, all tokens: the same in every process
-        "Add everything up over all processes, and turn the sum of gradients into that of the mean loss"
+        """Add everything up over all processes, and turn the sum of gradients into that of the mean loss;
+        raises `CramlitError` when no token of a step is predicted"""
         self._receive()
         said = [seconds if self.world.main else 0., float(stop), float(tokens)]
         totals = torch.cat([self.totals.double(), self.totals.new_tensor(said, dtype=torch.float64)])
@@ -336,6 +337,7 @@ def launch(
     (out/'stop').unlink(missing_ok=True)
     command = [sys.executable, '-m', *torchrun, '-m', 'cramlit', 'pretrain', *arguments]
     # what it prints is printed again from its rows
+    decode = codecs.getincrementaldecoder('utf-8')('replace').decode  # a read may end within a character
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                start_new_session=True, env=os.environ | limits)
     signals = list[int]()
@@ -346,9 +348,9 @@ def launch(
         (out/'stop').touch()
         print('\nfinishing the step and saving; once more to leave at once', file=sys.stderr)
     assert process.stderr is not None  # it is a pipe
-    with on_stop_signals(request_stop):
+    with process.stderr, on_stop_signals(request_stop):
         while chunk := os.read(process.stderr.fileno(), 4096):
-            sys.stderr.write(chunk.decode(errors='replace'))
+            sys.stderr.write(decode(chunk))
             sys.stderr.flush()
         process.wait()
     go_on = f'The same command goes on from the last checkpoint in {out}'

@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.recipes import Recipe, UsageError
+from ..data.batches import validation_batch_size
 from ..data.masking import count_predictions
 from ..model.encoder import MaskedLM
 from ..model.kernels import Dropout
@@ -40,7 +41,7 @@ class ByteDropout(nn.Dropout):
     def forward(self, x): return torch.native_dropout(x, self.p, self.training)[0]
 
 # %% ../../nbs/training/35_memory.ipynb #0f147ae5
-PARTS = dict(PARAM='parameters', GRAD='gradients', OPT='optimiser state', ACT='activations', TEMP='temporary',
+PARTS = dict(PARAM='parameters', GRAD='gradients', OPT='optimizer state', ACT='activations', TEMP='temporary',
              BUFFER='buffers', OTH='other')
 
 @cache
@@ -131,7 +132,7 @@ def gpu_memory(
     if gpus > 1:
         share, every = largest_share(recipe, vocab_size, gpus)
         busiest, whole = largest_state(recipe, vocab_size, gpus)
-        parts['optimiser state'] = parts['optimiser state']*busiest//whole
+        parts['optimizer state'] = parts['optimizer state']*busiest//whole
         in_passes, in_exchange = parts['activations'] + parts['temporary'], 2*every + 4*share
         parts |= dict(exchange=max(0, in_exchange - in_passes) if training else 0, NCCL=NCCL)
     return parts | dict(context=int(RESERVED))
@@ -145,9 +146,9 @@ def phases(
 ) -> dict[str, int]:        # bytes on each GPU, by phase
     "The first step of a fresh run, every other step (and all of a resumed run), a validation"
     step = gpu_memory(recipe, vocab_size, micro_batch_size, gpus)
-    at_a_time = max(micro_batch_size, min(64, 8192//recipe.packing.seq_len))  # as in a validation
+    at_a_time = validation_batch_size(micro_batch_size, recipe.packing.seq_len)
     validation = gpu_memory(recipe, vocab_size, at_a_time, gpus, training=False)
-    fresh = sum(step.values()) - step['optimiser state']
+    fresh = sum(step.values()) - step['optimizer state']
     return {'first step': fresh, 'resumed': sum(step.values()), 'validation': sum(validation.values())}
 
 # %% ../../nbs/training/35_memory.ipynb #67501079

@@ -77,11 +77,13 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
         self.adamw.state = self.state  # again each time, because loading a checkpoint makes new ones
         self.adamw.param_groups = self._adamw_groups()
         self.adamw.step()
         for group in self.param_groups:
             if 'parts' in group: self._muon(group)
+        return loss
 
     def _muon(self, group: dict):
         "Muon's step for one group"

@@ -9,7 +9,7 @@ __all__ = ['Opened', 'TRACKERS', 'TO_SEE', 'SENTENCES', 'SHORTEST', 'LONGEST', '
 # %% ../../nbs/training/34_tracking.ipynb #10b7f056
 import io, json, os, secrets, sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
@@ -101,11 +101,14 @@ def append_lines(
     path: Path,             # a log
     lines: Iterable[dict],  # JSON-able
 ):
-    "Add lines to a log; raises `CramlitError` when the disk is full"
+    "Add lines to a log, all or none; raises `CramlitError` when the disk is full"
+    size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, 'a', encoding='utf-8', newline='\n') as f:
             f.writelines(json.dumps(line, ensure_ascii=False) + '\n' for line in lines)
-    except OSError as e: raise cannot_write(path, e) from e
+    except OSError as e:
+        with suppress(OSError): os.truncate(path, size)  # half a line
+        raise cannot_write(path, e) from e
 
 # %% ../../nbs/training/34_tracking.ipynb #65767734
 class Tracker:
@@ -213,7 +216,7 @@ def prediction_writer(
     device = next(model.parameters()).device
     batch = _masked_sentences(data, recipe, tok)
     def listen(line: dict):
-        if batch is None or 'validation_loss' not in line: return
+        if batch is None or line.get('validation_loss') is None: return  # of a network that says NaN
         when = dict(step=line['step'], seconds=line['seconds'])
         predicted = predict(model, batch.to(device), precision)
         append_lines(out/'samples.jsonl', [when | said for said in _readable(batch, predicted, tok)])

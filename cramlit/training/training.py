@@ -147,8 +147,9 @@ def check_run(
         found = next((name for name in names if (run.out/name).exists()), '')
         if found: raise UsageError(f'{run.out} has {found} and no run.json, so it is no run that could be '
                                    'continued: choose another --out')
-    if run.clock.budget <= 0 and run.clock.steps <= 0:
-        raise UsageError('give a budget of time or a number of steps above zero')
+    if run.clock.steps < 0 or not (run.clock.steps or run.clock.budget > 0):
+        raise UsageError(f'steps={run.clock.steps}, budget={run.clock.budget:g}: '
+                         'give a budget of time or a number of steps above zero')
     rank_slice(run.recipe, 0, 0, run.world.size)
     if run.world.main: verify(run.data)
 
@@ -189,13 +190,14 @@ def validate(
     world: World,         # the processes that share the work
     ruler: str = 'tune',  # tune | report | paper
 ) -> float:               # mean cross-entropy of the masked tokens, nats
-    "The loss on held-out text, without dropout"
+    "The loss on held-out text, without dropout; the model is left in the mode that it had"
+    training = model.training
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, predictions
     for batch in islice(validation_batches(data, recipe, ruler), world.rank, None, world.size):
         loss, count = summed_loss(model, batch.to(world.device), precision)
         sums += torch.stack([loss.double(), count])
-    model.train()
+    model.train(training)
     total, predictions = world.all_reduce(sums).tolist()
     return total/predictions
 
@@ -557,7 +559,7 @@ def count_skips(
     norm: float,   # of its gradient
     scaler: torch.amp.GradScaler,
 ):
-    "Count and log steps not taken; stop the run after too many in a row, or with the loss scale at its floor"
+    "Count and log steps not taken; stop the run after too many in a row, or with a loss scale below 1"
     if math.isfinite(norm):
         run.in_a_row = 0
         return
@@ -566,7 +568,7 @@ def count_skips(
     run.log(skipped=run.skipped, loss=loss, gradient_norm=norm, loss_scale=scale)
     why = ''
     if run.in_a_row >= PATIENCE: why = f'{PATIENCE} steps in a row had no finite gradient'
-    if scale < 1: why = 'the loss scale is stuck at its floor'
+    if scale < 1: why = 'the loss scale has fallen below 1'
     if not why: return
     last = run.step - 1
     run.stopped = (f'{why}, lastly step {last} with loss {loss:.4g}, gradient norm {norm:.4g} '
@@ -678,9 +680,9 @@ def go_on(
             run.listeners += [prediction_writer(run.out, run.data, recipe, model, precision), tracker]
         try: losses = train(run, model, precision, hook)
         except torch.OutOfMemoryError:
+            smaller = 'a smaller number' if run.micro_batch_size else '0, which chooses, or a smaller number'
             raise CramlitError(f'micro-batches of {size} sequences do not fit into the memory of this GPU: '
-                               'try -o batch.micro_batch_size=0, which chooses, or a smaller one, with '
-                               'another --out') from None
+                               f'give -o batch.micro_batch_size {smaller}, with another --out') from None
         rows = result_rows(run, losses, precision)
     if world.main: write_rows(run.out/'rows.jsonl', rows)
     if run.asked_to_stop and 'TORCHELASTIC_RUN_ID' not in os.environ:  # there its parent has to stop
