@@ -273,7 +273,7 @@ def test_a_loss_that_is_no_number_at_the_end_alone_is_said_as_well(recipe, data,
     assert saved(tmp_path/'run')['stopped'] == rows[0]['stopped']
 
 
-def test_a_loss_scale_at_its_floor_ends_the_run(recipe, data, tmp_path, monkeypatch):
+def test_a_loss_scale_below_one_ends_the_run(recipe, data, tmp_path, monkeypatch):
     real, half = train.accumulate, Precision(torch.float16, 'the test is about its loss scale')
 
     def overflow(micro, batches, grads):
@@ -282,7 +282,7 @@ def test_a_loss_scale_at_its_floor_ends_the_run(recipe, data, tmp_path, monkeypa
     monkeypatch.setattr(train, 'accumulate', overflow)
     monkeypatch.setattr(train, 'choose_precision', lambda device: half)
     rows = pretrain(override(recipe, ['validation.every=0.9']), data, tmp_path/'run', steps=60)
-    assert 'the loss scale is stuck at its floor' in rows[0]['stopped']
+    assert 'the loss scale has fallen below 1' in rows[0]['stopped']
     assert value(rows, 'skipped_steps') == 17  # 2^16 halved 17 times is below 1
 
 

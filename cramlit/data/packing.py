@@ -272,7 +272,7 @@ def _progress(docs: Iterable[Document], label: str, total: int|None = None) -> I
 def read_documents(
     path: str|Path,  # a .jsonl.gz of `prepare`, such as DATA/holdout.jsonl.gz
 ) -> Iterator[Document]:
-    "Documents as `prepare` wrote them"
+    "Documents as `prepare` wrote them; raises `OSError` when there is no such file"
     with gzip.open(path, 'rt', encoding='utf-8') as f:
         for line in f: yield Document(**json.loads(line))
 
