@@ -249,7 +249,7 @@ def read_json_lines(
     growing: bool = False,  # leave out a last line that is still being written
     keys: Iterable[str] = (),  # that each object must have
 ) -> list[dict]:
-    "Read JSON lines; `CramlitError` names a line that is broken or of another program; `OSError`: no such file"
+    "Read JSON lines; raises `CramlitError` for a line that is broken or of another program, else `OSError`"
     rows = []
     with open(path, 'rb') as f:  # bytes: a string may hold U+2028, and half a line may end in half a letter
         for n, line in enumerate(f, 1):
