@@ -41,6 +41,7 @@ from cramlit.efficiency.benchmark import (
 )
 from cramlit.efficiency.planner import GPU, gpu_called, training_flops
 from cramlit.model.encoder import MaskedLM
+from cramlit.model.kernels import dropout
 from cramlit.model.stock_models import stock_config
 from cramlit.training import training
 from cramlit.training.checkpoints import checkpoints, load_run, optimizer_tensors, restore_optimizer
@@ -359,12 +360,28 @@ def compile_(here: Here):
         off = difference(gradients['compiled'], gradients['eager'])
         here.row('gradient_difference', off, 'of the largest element', **ids)
         assert off < TOLERANCE[name_of(best)], f'differs by {off:.2g} from eager'
+    with here.check('compiled_dropout'): compiled_dropout(here)
     for rows in sizes(here):  # what is compiled here is timed in the next step
         large = sized(here, 'large', rows, steps=1)
         ids = dict(shape='large', micro_batch_size=rows)
         if here.small or not here.time_for(60, 'compiles', **ids): continue
         with here.check('compiles', **ids):
             first_passes(here, large, best, 'compiled', both_masks(large)[1:], ids)
+
+
+def compiled_dropout(here: Here, p: float = .1):
+    "Both passes have one mask, and neighbours are independent, unlike in pytorch/pytorch#198333"
+    h = torch.ones(32, 128, 768, device=here.device, requires_grad=True)
+    y = torch.compile(lambda h: 2*dropout(h, p))(h)
+    y.sum().backward()
+    kept = y != 0
+    groups = kept.view(-1, 4)  # as many share a random number
+    alike, independent = (groups == groups[:, :1]).all(1).float().mean().item(), p**4 + (1 - p)**4
+    here.row('dropout_kept', kept.float().mean().item(), 'of the values', p=p)
+    here.row('dropout_groups_alike', alike, 'of the groups of four', independent=independent)
+    assert torch.equal(kept, h.grad != 0), 'forward and backward pass have different masks'
+    assert abs(kept.float().mean().item() - 1 + p) < .002, 'another share is kept'
+    assert abs(alike - independent) < .005, 'neighbours are dropped together'
 
 
 def first_passes(here: Here, recipe: Recipe, precision: Precision, form: str, batches: list[Batch],
