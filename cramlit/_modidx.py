@@ -1402,6 +1402,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'cramlit/running/pipeline.py'),
                                           'cramlit.running.pipeline._with_needs': ( 'running/pipeline.html#_with_needs',
                                                                                     'cramlit/running/pipeline.py'),
+                                          'cramlit.running.pipeline.check_asked': ( 'running/pipeline.html#check_asked',
+                                                                                    'cramlit/running/pipeline.py'),
                                           'cramlit.running.pipeline.code_of': ( 'running/pipeline.html#code_of',
                                                                                 'cramlit/running/pipeline.py'),
                                           'cramlit.running.pipeline.is_noise': ( 'running/pipeline.html#is_noise',

@@ -28,7 +28,7 @@ from cramlit.evaluation.finetuning import (
     padding_rows,
     run_job,
 )
-from cramlit.evaluation.glue import Examples, Task, majority
+from cramlit.evaluation.glue import Examples, Task, format_prediction, majority
 from cramlit.evaluation.protocol import (
     average,
     evaluate,
@@ -44,6 +44,7 @@ from cramlit.evaluation.protocol import (
     suite_work,
     task_rows,
 )
+from cramlit.evaluation.statistics import headline_difference
 from cramlit.model.stock_models import load_parts
 from cramlit.reporting.tables import (
     NINE,
@@ -519,7 +520,9 @@ def test_a_tokenizer_without_padding_is_one_line(model, tmp_path, capsys):
 def test_all_cores_work_unless_the_user_says_otherwise():
     with protocol.local_workers(): assert effective_n_jobs(None) == cpu_count()
     with parallel_config('loky', n_jobs=1), protocol.local_workers(): assert effective_n_jobs(None) == 1
-    with parallel_config('threading', n_jobs=3), protocol.local_workers(): assert effective_n_jobs(None) == 3
+    with parallel_config('loky', n_jobs=3), protocol.local_workers(): assert effective_n_jobs(None) == 3
+    with parallel_config('threading', n_jobs=3), pytest.raises(UsageError, match='one stream of random'):
+        protocol.run_parallel([delayed(str)()], 1, 'jobs')
 
 
 def test_a_cluster_that_the_user_chose_does_the_work(model, tmp_path):
@@ -884,3 +887,40 @@ def test_unknown_names(capsys, tmp_path):
     assert load_tasks('surrogate', ['review_polarity'])[0].name == 'review_polarity'
     assert main(['glue', '--model', 'm', '--tasks', 'review_polarty', '--out', str(tmp_path/'o')]) == 2
     assert "Did you mean 'review_polarity'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(variant='from scratch'), "variant.*Did you mean 'from-scratch'"),
+    (dict(max_length=999), 'positions'), (dict(epochs=0), 'at least one epoch'),
+    (dict(max_length=1), 'leave no room')])
+def test_an_impossible_job_is_refused(model, change, message):
+    job, = jobs(toy(), GRID, 1, ('pretrained',))[:1]
+    with pytest.raises(UsageError, match=message): finetuning.run_job(replace(job, **change), model, toy())
+
+
+def test_averages_over_other_tasks_are_not_compared():
+    def row(task, *seeds): return dict(task=task, value=1., seed_values=list(seeds), resampled=[1., 2.])
+    two, one = [row('a', 1., 2.), row('b', 3., 4.)], [row('a', 1., 2.)]
+    with pytest.raises(ValueError, match='same tasks'): headline_difference(two, one)
+    odd = [row('a', 1.), row('b', 3., 4.)]
+    with pytest.raises(ValueError, match='same seeds'): headline_difference(two, odd)
+    assert headline_difference(two, two).change == 0
+
+
+def test_what_is_no_prediction_is_not_written():
+    assert [format_prediction('stsb', x) for x in (7., -1.)] == ['5.000', '0.000']
+    assert format_prediction('rte', 1) == 'not_entailment'
+    for task, wrong in (('stsb', float('nan')), ('rte', -1), ('rte', .9), ('rte', 2)):
+        with pytest.raises(ValueError, match='is no prediction'): format_prediction(task, wrong)
+
+
+def test_a_network_of_mnli_that_diverged_is_not_kept(model, tmp_path, monkeypatch):
+    real = finetuning.run_job
+    monkeypatch.setattr(protocol, 'run_job', lambda *a, **k: real(*a, **k) | dict(diverged=True))
+    job, = jobs(toy(), GRID, 1, ('pretrained',))[:1]
+    assert 'its training diverged' in protocol._train_and_keep(job, model, toy(), tmp_path/'mnli')
+
+
+def test_a_suite_needs_a_seed(model, tmp_path):
+    with pytest.raises(UsageError, match='at least one is needed'):
+        run_suite(model, [toy()], GRID, 0, tmp_path, IDS)

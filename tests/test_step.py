@@ -296,6 +296,7 @@ class Cards:
 
 def test_each_job_has_a_gpu_of_its_own_and_gives_it_back(monkeypatch):
     cards = Cards(monkeypatch, 2)
+    monkeypatch.setattr(protocol, 'local_workers', nullcontext)  # threads stand for processes
     with joblib.parallel_config('threading', n_jobs=4):  # more workers than GPUs
         protocol.run_parallel([joblib.delayed(cards.work)() for _ in range(12)], 12, 'jobs')
         with pytest.raises(CramlitError, match='fails'):

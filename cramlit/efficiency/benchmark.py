@@ -31,7 +31,7 @@ from torch.utils.benchmark import Timer
 
 from ..core.devices import Precision, autocast, choose_precision
 from ..core.randomness import make_key
-from ..core.recipes import Recipe, override
+from ..core.recipes import Recipe, UsageError, override
 from ..core.results import provenance, result_row
 from ..data.batches import Batch, Prefetcher, epochs_and_rows, rank_slice, train_batches
 from ..data.masking import IGNORE, count_predictions, mask_rows
@@ -264,6 +264,7 @@ def take_turns(
     least: float = .2,  # seconds for each piece in each turn
 ) -> tuple[dict[str, list[Timing]], dict[str, str]]:  # timings of each turn; why a contender has none
     "Time several contenders, turn after turn"
+    if turns < 1: raise ValueError('there is nothing to time without a turn')
     taken = {name: list[Timing]() for name in contenders}
     why: dict[str, str] = {}
     for turn in range(turns):
@@ -403,7 +404,9 @@ def lengthen(
     times: int,           # how many times as long
     at_most: int = 8192,  # sequences
 ) -> tuple[Data, Recipe]:
-    "The same tokens in longer, fewer sequences, with as many predictions among them"
+    "The same tokens in longer, fewer sequences, with as many predictions among them; raises `UsageError`"
+    if not 1 <= times <= len(data.train):
+        raise UsageError(f'sequences cannot be made {times} times as long')
     p, k, b, pad = recipe.packing, recipe.masking, recipe.batch, data.manifest['special_ids']['pad']
     longer = override(recipe, [f'packing.seq_len={p.seq_len*times}',
                                f'masking.max_predictions={k.max_predictions*times}',
@@ -447,7 +450,8 @@ def our_steps(
     r, model = setup.recipe, setup.model
     few = min(32, max(1, r.batch.global_batch_size//4))
     often = override(r, [f'batch.micro_batch_size={few}', f'batch.global_batch_size={few}'])
-    joined, long = lengthen(data, r, min(4, r.model.max_positions//r.packing.seq_len))
+    times = min(4, r.model.max_positions//r.packing.seq_len)  # as long, where there are positions for it
+    joined, long = lengthen(data, r, times)
     unfused, eager = make_optimizer(model, r.optim), form_of(setup.device) == 'eager'
     for group in unfused.param_groups: group.update(fused=False, foreach=False)
     unfused._step_supports_amp_scaling = False  # dividing by a loss scale is in the fused kernel alone
@@ -461,6 +465,7 @@ def our_steps(
              WITHOUT + 'large_batches': step(recipe=often),
              WITHOUT + 'short_sequences': step(data=joined, recipe=long),
              WITHOUT + 'prepared_rows': step(text_batches(data, r))}
+    if times < 2: del steps[WITHOUT + 'short_sequences']
     if not eager: steps[WITHOUT + 'compilation'] = step(form='eager')
     elif compiled: steps[WITH + 'compilation'] = step(form='compiled')
     if setup.precision.dtype != torch.float32: steps[WITHOUT + 'mixed_precision'] = step(precision=FULL)

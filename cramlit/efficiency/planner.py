@@ -167,10 +167,14 @@ def plan(
     if not gpu and not rate:
         raise UsageError(f'name a GPU, or give a measured rate: --gpu {"|".join(GPUS)} '
                          'or --measured run/rows.jsonl')
+    if not isinstance(gpus, int) or min(rate, ceiling) < 0:
+        raise UsageError('--gpus is a whole number, and rates are not below 0')
     if gpus > 100_000: raise UsageError(f'--gpus {gpus}: there are not so many; at most 100,000')
     if not 0 < mfu <= 1 or min(gpus, budget) <= 0 or not 0 <= price < float('inf'):
         raise UsageError('--gpus and --budget must be above 0, --mfu between 0 and 1, --price not below 0')
     vocab_size = padded_vocab(recipe.tokenizer.vocab_size)
+    if gpu and rate*training_flops(recipe, vocab_size) > gpu.tflops*1e12:
+        raise UsageError(f'{rate:g} tokens/s are more than the peak of {gpu.name}: was it measured there?')
     usable = gpu.usable*2**30 if gpu else 0.
     micro = recipe.batch.micro_batch_size
     if gpu or not micro: micro = micro_batch_for(recipe, vocab_size, usable, gpus)

@@ -35,6 +35,7 @@ class Examples:
         n: int,  # at most so many; 0 = all
     ) -> 'Examples':
         "A random subset, the same one each time, in the order of the whole"
+        if n < 0: raise ValueError(f'{n} examples: expected 0 or more')
         if not n or n >= len(self): return self
         keep = np.sort(np.random.default_rng(0).permutation(len(self))[:n])
         second = [self.second[i] for i in keep] if self.second else None
@@ -62,7 +63,9 @@ def score(
     predictions: np.ndarray,   # classes [N], or scores [N]
     labels: list[int]|list[float],
 ) -> dict[str, float]:         # metric → percent
-    "Judge predictions; percent, as GLUE prints them"
+    "Judge predictions; percent, as GLUE prints them; f1 is for two classes; raises `ValueError`"
+    if len(predictions) != len(labels) or not len(labels):
+        raise ValueError(f'{len(predictions)} predictions for {len(labels)} labels')
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
     known = {'accuracy': lambda: accuracy_score(labels, predictions),
@@ -70,6 +73,8 @@ def score(
              'matthews': lambda: matthews_corrcoef(labels, predictions),
              'pearson': lambda: _correlation(pearsonr, predictions, labels),
              'spearman': lambda: _correlation(spearmanr, predictions, labels)}
+    for m in metrics:
+        if m not in known: raise unknown('metric', m, known)
     return {m: 100*float(known[m]()) for m in metrics}
 
 def headline(
@@ -414,9 +419,11 @@ def format_prediction(
     task: str,              # its name
     prediction: int|float,  # a class, or a score
 ) -> str:
-    "A prediction as the benchmark writes it"
+    "A prediction as the benchmark writes it; raises `ValueError` for what is none"
     classes = GLUE[task].classes
-    return classes[int(prediction)] if classes else f'{min(5., max(0., prediction)):.3f}'
+    if classes and prediction in range(len(classes)): return classes[int(prediction)]
+    if classes or not math.isfinite(prediction): raise ValueError(f'{task}: {prediction!r} is no prediction')
+    return f'{min(5., max(0., prediction)):.3f}'
 
 def submission_zip(
     predictions: dict[str, dict[str, list]],  # task → test set → predictions in order

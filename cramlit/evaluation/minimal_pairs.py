@@ -54,7 +54,7 @@ def minimal_pairs(
     n: int,         # of each kind, even; the same pairs every time
 ) -> list[Pair]:    # those of order first
     "Sentences of held-out Wikipedia, each beside itself with two words swapped or an agreement broken"
-    if n % 2: raise ValueError(f'{n} pairs of each kind: an even number is needed')
+    if n < 0 or n % 2: raise ValueError(f'{n} pairs of each kind: an even number from 0 on is needed')
     rng, made = np.random.default_rng(3), {kind: list[Pair]() for kind in KINDS}
     whole = [s for _, s in whole_sentences()]
     for i in rng.permutation(len(whole)):
@@ -141,6 +141,9 @@ def count_ngrams(
 ) -> tuple[np.ndarray, int]:  # float64 [m], how often each stands in one sequence; of all runs of k tokens
     "How often runs of tokens stand in the training text"
     rows, special, k = data.train, list(data.manifest['special_ids'].values()), asked.shape[1]
+    if not len(asked): return np.zeros(0), 0
+    if data.padded_vocab_size**k > 2**63:
+        raise ValueError(f'runs of {k} tokens of {data.padded_vocab_size} do not fit into 64 bits')
     digits = data.padded_vocab_size**np.arange(k)  # a run as one number
     wanted, places = np.unique(asked@digits, return_inverse=True)
     counts, total = np.zeros(len(wanted)), 0

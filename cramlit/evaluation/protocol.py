@@ -78,8 +78,12 @@ def with_retry(
 # %% ../../nbs/evaluation/43_protocol.ipynb #747902c8
 @contextmanager
 def local_workers() -> Iterator[None]:
-    "One process for each GPU, or one single-threaded process for each core; a backend the caller chose stays"
+    """One process for each GPU, or one single-threaded process for each core; a backend that the caller chose
+    stays, unless it is one of threads, which is a `UsageError`"""
     backend, n = get_active_backend()
+    if isinstance(backend, BACKENDS['threading']) and n != 1 and not backend.nesting_level:
+        raise UsageError('threads share one stream of random numbers, and their results could not be had '
+                         "again: choose a backend of processes, such as 'loky'")
     if not isinstance(backend, BACKENDS['loky']) or n is not None:
         yield
         return
@@ -284,7 +288,9 @@ def median_run(
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #f338aee9
 def _train_and_keep(job: Job, folder: Path, task: Task, place: Path) -> str:
-    return with_retry('the network of MNLI', lambda: run_job(job, folder, task, keep=place))
+    def work():
+        if run_job(job, folder, task, keep=place)['diverged']: raise CramlitError('its training diverged')
+    return with_retry('the network of MNLI', work)
 
 def mnli_model(
     folder: Path,    # a stock transformers model with its tokenizer
@@ -487,6 +493,7 @@ def run_suite(
 ) -> list[dict]:        # all rows
     "The grid and the baselines on every task; finished jobs are not run again"
     check_protocol(protocol, [t.name for t in tasks])
+    if seeds < 1: raise UsageError(f'{seeds} seeds of each configuration: at least one is needed')
     folder, out = Path(folder), Path(out)
     check_length(folder, grid.max_length)
     few = [f'{t.name} ({name})' for t in tasks for name, e in t.validation.items() if len(e.labels) < 2]
@@ -508,6 +515,7 @@ def task_names(
     names: list[str],  # empty: all of the suite
 ) -> list[str]:
     "Names of tasks; raises `UsageError` for those that the suite does not have"
+    if isinstance(names, str): names = [names]
     if suite not in SUITES: raise unknown('suite', suite, SUITES)
     for n in names:
         if n not in SUITES[suite]: raise unknown(f'task of the suite {suite}', n, SUITES[suite])
@@ -556,7 +564,7 @@ def note_seen_text(
 # %% ../../nbs/evaluation/43_protocol.ipynb #cf5f4b63
 def _seeds(seeds: int, scale: Scale) -> int:
     "How many seeds a configuration gets"
-    if seeds < 0: raise UsageError(f'--seeds {seeds}: expected a number above zero')
+    if seeds < 0: raise UsageError(f'--seeds {seeds}: expected 0 for that of the scale, or more')
     return seeds or scale.finetune.seeds
 
 def evaluate(
@@ -613,6 +621,7 @@ def evaluate_reference(
     glue_dir: str = '',  # a local copy of GLUE; empty: the hub
 ) -> list[dict]:         # rows, also in out/rows.jsonl
     "Fine-tune the reference encoder on a suite under the protocol of a scale, with `REFERENCE_LRS`"
+    refuse_run(out)
     tasks = load_tasks(suite, [], glue_dir)
     model = reference_encoder(Path(out)/'all-MiniLM-L6-v2')
     ids = model_ids(model, scale, suite) | dict(reference=True)
@@ -635,6 +644,7 @@ def submit(
     refuse_run(out)
     seeds, model, out = _seeds(seeds, scale), Path(model), Path(out)
     if Path(to).is_dir(): raise UsageError(f'{to} is a folder: name the zip to write')
+    check_writable(Path(to).absolute().parent)
     ids = model_ids(model, scale, 'glue')
     tasks = load_submission_tasks(glue_dir, examples)
     labelled = {t.name: replace(t, test={}) for t in tasks}

@@ -72,7 +72,12 @@ def headline_difference(
     a: list[dict],  # headline rows of a network, a task each
     b: list[dict],  # of another one or of a baseline, on the same tasks in the same order
 ) -> Difference:    # points
-    "The difference of two averages over tasks, with both its errors"
+    "The difference of two averages over tasks, with both its errors; `seed_values` are paired by place"
+    if [r.get('task') for r in a] != [r.get('task') for r in b]:
+        raise ValueError('both sides need rows of the same tasks in the same order')
+    for side in (a, b):
+        if len({len(r['seed_values']) for r in side if 'seed_values' in r}) > 1:
+            raise ValueError('every task of an average needs the same seeds')
     ours = pd.DataFrame([r['seed_values'] for r in a]).mean(skipna=False)
     if all('seed_values' in r for r in b):
         theirs = pd.DataFrame([r['seed_values'] for r in b]).mean(skipna=False)

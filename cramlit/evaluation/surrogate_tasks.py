@@ -193,6 +193,7 @@ def continuations(
     sides = [held_out_group(f'{prefix} {n}') for n in range(len(long))]
     for n, text in enumerate(long):
         others = [m for m, side in enumerate(sides) if side == sides[n] and m != n]  # none is on both sides
+        if not others: continue
         for (place, first), (after, following) in pairwise(text):
             if after != place + 1: continue
             label = int(rng.integers(3))
@@ -224,6 +225,7 @@ def damage(
     kind: str = '',  # one of `DAMAGES`; '' = drawn
 ) -> str|None:       # None when this damage cannot be done to it
     "Swap two neighbouring words, drop a function word, or break an agreement"
+    if kind and kind not in DAMAGES: raise unknown('damage', kind, DAMAGES)
     w = sentence.split()
     plain = [x.isalpha() and x.islower() for x in w]
     kind = kind or DAMAGES[int(rng.integers(3))]

@@ -236,7 +236,8 @@ def recipes_to_compare(
     scale: str = '',       # whose own recipes join them; empty: none
 ) -> list[str]:            # at least two
     "The recipes of a comparison; one alone is compared with `modern`, and `modern` with 24hBERT"
-    names = list(names)
+    names = [names] if isinstance(names, str) else list(names)
+    if not names: raise UsageError('name a recipe')
     if len(names) == 1: names = ['24hbert', 'modern'] if names == ['modern'] else [*names, 'modern']
     return list(dict.fromkeys([*names, *(get_scale(scale).comparison.recipes if scale else ())]))
 
@@ -417,9 +418,11 @@ def reached(
     mark: float,   # nats
 ) -> float:        # fraction of the run's budget, or of its time where it had none; inf when never
     "When a run's validation loss first came down to a mark"
-    for (before, high), (after, low) in pairwise(curve.points):
+    points = [(when, loss) for when, loss in curve.points if loss == loss]
+    if points and points[0][1] <= mark: return points[0][0]/curve.budget
+    for (before, high), (after, low) in pairwise(points):
         if low > mark: continue
-        when = before + (after - before)*(high - mark)/(high - low) if high > mark else before
+        when = before + (after - before)*(high - mark)/(high - low)
         return when/curve.budget  # one that was stopped early had more than its time
     return float('inf')
 

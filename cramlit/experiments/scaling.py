@@ -131,6 +131,8 @@ def fit_law(
     if len(loss) <= UNKNOWNS:
         raise CramlitError(f'{len(loss)} runs have a loss, and a law of {UNKNOWNS} unknowns takes at least '
                            f"{UNKNOWNS + 1}: give the scale's comparison more sizes or spans")
+    if not all(np.isfinite(x).all() and np.min(x) > 0 for x in (N, D, loss)):
+        raise ValueError('weights, tokens and losses of a law are finite and above 0')
     middle_n, middle_d, y = np.log(N).mean(), np.log(D).mean(), np.log(loss)
     n, d = np.log(N) - middle_n, np.log(D) - middle_d
     def terms(x): return np.stack([x[0] + 0*n, x[1] - x[3]*n, x[2] - x[4]*d])  # their logarithms

@@ -471,6 +471,7 @@ def plan_trials(
     timings: Path,  # the file of what a step takes
 ) -> Plan:
     "Turn budgets into steps, and name each trial by all that decides it; `UsageError` for what cannot be"
+    if not trials: raise UsageError('a study without trials: are all its lists and seeds above zero?')
     study = Study(name, data, t, nproc or max(1, torch.cuda.device_count()), glue_dir)
     for trial in trials: rank_slice(trial.recipe, 0, 0, study.nproc)  # refuses a batch that cannot be divided
     if not t.steps: trials = calibrate(trials, study, timings)

@@ -89,6 +89,8 @@ def _is_fine(name: str, value) -> bool:
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #50e9a915
 def _read(path: Path) -> Entry:
+    if path.suffix != '.json' or set(path.stem) & set('|<\n'):
+        raise UsageError('the file of an entry has a plain name that ends in .json')
     try: found = json.loads(path.read_text('utf-8'))
     except OSError as e: raise UsageError(e.strerror or str(e)) from None
     except ValueError as e: raise UsageError(f'not JSON: {e}') from None
@@ -318,6 +320,7 @@ def run_race(
 ) -> tuple[list[Entry], list[dict]]:  # of the track, and their rows
     "Run, time and keep what is missing; raises `UsageError` for entries that cannot be"
     page, out = Path(page), Path(out)/track
+    if isinstance(files, str): files = [files]
     given = sorted([(read_entry(path), Path(path)) for path in files], key=lambda g: _place(g[0]))
     for entry, path in given:
         if entry.track == track: continue

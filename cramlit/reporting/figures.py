@@ -46,10 +46,13 @@ def write_figure(
 def read_log(
     run: Path,      # a run's folder
 ) -> pd.DataFrame:  # step, seconds, tokens, loss, lr, validation_loss …; what a line does not have is NaN
-    "A run's metrics.jsonl; raises `CramlitError` when it is not there"
+    "A run's metrics.jsonl; raises `CramlitError` when it is not there, or has no line yet"
     path = run/'metrics.jsonl'
     if not path.exists(): raise CramlitError(f'{path} is missing: {run} is not a run of `cramlit pretrain`')
-    return pd.DataFrame(read_json_lines(path, growing=True))
+    lines = read_json_lines(path, growing=True)
+    if not lines: raise CramlitError(f'{path} has no line yet: wait for the first steps')
+    known = 'step', 'seconds', 'tokens', 'loss', 'lr', 'validation_loss', 'tokens_per_second'
+    return pd.DataFrame(lines, columns=list(dict.fromkeys([*known, *(k for line in lines for k in line)])))
 
 def time_unit(
     longest: float,    # seconds

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from ..core.recipes import CramlitError, Recipe, UsageError, recipe_from_dict, settings_of
-from ..core.results import note, read_rows
+from ..core.results import atomic, note, read_rows
 from ..core.scales import LARGE_TASKS, SCALES
 from ..data.corpus import split_source
 from ..data.tokenizer import load_tokenizer
@@ -142,12 +142,12 @@ Stock transformers loads it; no other code is needed.
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-fill = pipeline('fill-mask', model='{{ name }}')
+fill = pipeline('fill-mask', model={{ '%r'|format(name) }})
 fill('{{ example }}')
 
-tokenizer = AutoTokenizer.from_pretrained('{{ name }}')
+tokenizer = AutoTokenizer.from_pretrained({{ '%r'|format(name) }})
 # to be fine-tuned:
-classifier = AutoModelForSequenceClassification.from_pretrained('{{ name }}', num_labels=2)
+classifier = AutoModelForSequenceClassification.from_pretrained({{ '%r'|format(name) }}, num_labels=2)
 ```
 
 ## What was trained
@@ -302,7 +302,7 @@ def add_card(
     card = model_card(name, info, read_rows(run/'rows.jsonl'), found, load_tokenizer(folder).mask_token)
     ModelCard(spelled(str(card))).save(folder/'README.md')
     public = info | dict(recipe=asdict(public_recipe(recipe_from_dict(info['recipe']))))
-    (folder/'cramlit.json').write_text(json.dumps(public, indent=1), encoding='utf-8')
+    with atomic(folder/'cramlit.json') as f: json.dump(public, f, indent=1)
 
 # %% ../../nbs/reporting/73_model_card.ipynb #30d65d57
 def export_with_card(

@@ -66,7 +66,9 @@ def read_run(
     folder = Path(folder)
     try:
         info = json.loads((folder/'run.json').read_bytes())
-        if not {'recipe', 'budget', 'steps'} <= set(info): raise ValueError  # of another program
+        known = {'recipe', 'recipe_hash', 'scale', 'seed', 'data', 'budget', 'steps'}
+        parts = {'name', 'corpus', 'optim', 'schedule'}
+        if not (known <= set(info) and parts <= set(info['recipe'])): raise ValueError  # of another program
     except (OSError, ValueError, TypeError):
         raise UsageError(f'{folder} is no run: it has no run.json that can be read. '
                          f'`cramlit pretrain --out {folder}` makes one') from None
@@ -313,7 +315,7 @@ def _provenance(run: Snapshot) -> dict[str, object]:
                  budget=f"{info['steps']:,} steps" if info['steps'] else duration(info['budget']))
     program, *arguments = sys.argv
     ours = Path(program).name in ('cramlit', '__main__.py')
-    if ours: known['command'] = shlex.join(['cramlit', *arguments])
+    if ours: known['this page made by'] = shlex.join(['cramlit', *arguments])
     written = _written(run.folder/'metrics.jsonl')
     if written: known['date'] = f'{datetime.fromtimestamp(written, UTC):%Y-%m-%d %H:%M UTC}'
     if not run.rows: return known | {'commit, hardware, versions': 'recorded when the run is over'}

@@ -921,7 +921,7 @@ def race_tables(
                 'p, record': '' if first else p_text(v.p_faster),
                 'commit': ', '.join(commits), 'by': e.author}
         if not v.record: line['why not'] = v.why
-        lines[bool(v.record)][f'[{e.name}](entries/{e.track}/{e.name}.json)'] = line
+        lines[bool(v.record)][e.name] = line
     return tuple(pd.DataFrame(part).T for part in (lines[True], lines[False]))
 
 # %% ../../nbs/reporting/75_studies.ipynb #2a3c60cd
@@ -973,12 +973,13 @@ def write_race(
         notes.insert(1, f'The first entry takes {seconds} by definition. By the clock a step of it took '
                         f"{1000*clock['measured']:.1f} ms ({clock['hardware']}), all of them {real:.0f} s: "
                         f'a second of this table was {real/TRACKS[track].seconds:.2f} s there.')
-    files = write_table(records, page/track, f'Records, track {track}.', notes, rows)
+    links = {e.name: f'entries/{track}/{e.name}.json' for e in entries}
+    files = write_table(records, page/track, f'Records, track {track}.', notes, rows, links)
     for suffix in ('md', 'csv', 'tex'):  # of an entry that is a record now
         (page/f'{track}_rejected.{suffix}').unlink(missing_ok=True)
     if len(rejected):
         caption = f'Entries that were no records, track {track}.'
-        files += write_table(rejected, page/f'{track}_rejected', caption, [], rows)
+        files += write_table(rejected, page/f'{track}_rejected', caption, [], rows, links)
     files += write_figure(figure_race(entries, verdict), page/f'{track}_seconds', rows)
     readme = page/'README.md'
     if readme.exists():

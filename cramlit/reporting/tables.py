@@ -82,7 +82,7 @@ def shown(
     digits: int = 0, # behind the decimal point
 ) -> str:            # '' where nothing was measured
     "A number as the tables print it, marked by its kind, with its range"
-    if row is None or row['value'] is None: return ''
+    if row is None or pd.isna(row['value']): return ''
     def text(x): return f'{x:,.{digits}f}'
     value = MARKS[row.get('kind', 'measured')] + text(row['value'])
     if 'spread_low' not in row: return value
@@ -106,6 +106,7 @@ def _latex(
     columns = 'l' + 'r'*(len(body.columns) - 1)
     text = body.map(_with_minus).to_latex(index=False, escape=True, column_format=columns)
     for character, command in _IN_LATEX.items(): text = text.replace(character, command)
+    text = re.sub(r'(?m)^\[', '{[}', text)  # after \\ it would be an argument of it
     return ''.join(f'% {line}\n' for line in comments.splitlines()) + text
 
 # %% ../../nbs/reporting/70_tables.ipynb #db4bfe7c
@@ -115,7 +116,8 @@ def markdown_table(
     body: pd.DataFrame,  # of texts
 ) -> str:
     "A table for Markdown, with columns of numbers to the right and minus signs for hyphens"
-    body = body.map(_with_minus)
+    def escaped(text) -> str: return str(text).replace('|', r'\|')
+    body = body.map(lambda text: escaped(_with_minus(text))).rename(columns=escaped)
     filled = [[text for text in body.iloc[:, k] if text] for k in range(body.shape[1])]
     sides = ['right' if texts and all(map(_NUMBER.match, texts)) else 'left' for texts in filled]
     return body.to_markdown(index=False, disable_numparse=True, colalign=sides if len(body) else None)
@@ -127,10 +129,13 @@ def write_table(
     caption: str,
     notes: list[str],     # below the table
     rows: list[dict],     # where the numbers come from
+    links: dict[str, str]|None = None,  # name of a line → where it leads, in Markdown
 ) -> list[Path]:          # the files written
     "A table as Markdown, CSV and LaTeX"
     body, made_of = table.reset_index(names=table.index.name or ''), origin(rows)
-    blocks = [f'**{caption}**', markdown_table(body), *notes, f'```\n{made_of}\n```']
+    linked = table.rename(index={name: f'[{name}]({to})' for name, to in (links or {}).items()})
+    shown_body = markdown_table(linked.reset_index(names=table.index.name or ''))
+    blocks = [f'**{caption}**', shown_body, *notes, f'```\n{made_of}\n```']
     texts = {'.md': '\n\n'.join(blocks) + '\n',
              '.csv': body.to_csv(index=False), '.tex': _latex(body, f'{made_of}\n{caption}')}
     for suffix, text in texts.items():
@@ -193,7 +198,8 @@ def table4(
     "Summaries of fine-tuning as a table; raises `CramlitError` when there are none"
     rows = [r for r in rows if r.get('aggregate') and r['metric'] != 'headline']
     if not rows: raise CramlitError('the rows hold no summaries of fine-tuning: run `cramlit glue` first')
-    rows.sort(key=lambda r: (r['task'] == 'average', VARIANTS.index(r['variant'])))
+    order = {variant: i for i, variant in enumerate(VARIANTS)}
+    rows.sort(key=lambda r: (r['task'] == 'average', order.get(r['variant'], len(order))))
     models, names = model_names(rows), dict[tuple, str]()
     columns: dict[str, dict[tuple, str]] = {}
     on_glue: dict[str, dict[str, float]] = {}

@@ -56,7 +56,8 @@ def _verdict(rows: list[dict]) -> str:
     "What a run has learned, in words"
     found = {r.get('metric'): r.get('value') for r in rows}
     loss, baseline = found.get('validation_loss'), found.get('unigram_entropy')
-    if not loss or not baseline: return 'the run has no validation loss'
+    if loss is None or not baseline: return 'the run has no validation loss'
+    if not math.isfinite(loss): return 'the validation loss is NaN or inf: the run has diverged'
     text = f'validation loss {loss:.3f} nats a token'
     if loss < 20: text += f', perplexity {math.exp(loss):,.0f}'
     if loss < baseline - .1: return f'{text}: {baseline - loss:.2f} nats below the unigram baseline'
@@ -180,9 +181,9 @@ def reproduce(
     recipes = recipe if isinstance(recipe, str) else ','.join(recipe)
     ws = pipeline.workspace(scale, out, figures or Path(out)/'paper_figures', recipes, glue_dir)
     sources = [get_recipe(name, scale).corpus.source for name in ws.recipes]
+    if glue_dir: load_tasks('glue', [], glue_dir)  # whatever is wrong with it is said before anything is run
     if dry_run: return pipeline.planned(ws, only, headline, force)
     if 'enwik8' in sources: enwik8()  # before any notebook, which could show no bar
-    if glue_dir: load_tasks('glue', [], glue_dir)  # whatever is wrong with it is said before anything is run
     rows = pipeline.reproduce(ws, only, force, headline)
     table = ws.figures/'table4_glue.md'
     if table.exists(): print('\n' + table.read_text(encoding='utf-8'), file=sys.stderr)
@@ -330,6 +331,7 @@ def watch(
 ) -> list[dict]:
     "See how a run gets on: its loss, rate, time left and checkpoints"
     from cramlit.reporting.run_report import read_run, state_rows, watch as show, write_page
+    if once + html + json > 1: raise UsageError('--once, --html and --json exclude one another')
     if json: return state_rows(read_run(folder))
     if html: write_page(folder)
     else: show(folder, once)
@@ -414,7 +416,9 @@ def _next(name: str, given: dict) -> list[str]:
     def call(*words) -> str: return 'next: ' + shlex.join(['cramlit', *map(str, words)])
     g, out = given, given.get('out')
     if name in ('plan', 'prepare'): same = '--recipe', g['recipe'], '--scale', g['scale']
-    if name == 'plan': return [call('prepare', *same, '--out', 'data')]
+    if name == 'plan':
+        settings = [word for s in g['Override'] or [] for word in ('-o', s)]
+        return [call('prepare', *same, *settings, '--out', 'data')]
     if name == 'prepare':
         of_data = 'corpus.', 'tokenizer.', 'packing.'  # what the data says itself
         rest = [word for s in g['Override'] or [] if not s.startswith(of_data) for word in ('-o', s)]
@@ -424,8 +428,9 @@ def _next(name: str, given: dict) -> list[str]:
         page = Path(g['out'])/'report.html'
         course = [f'the course of the run is in {page}'] if page.exists() else []  # it takes an extra
         if g['bare']: return course
+        suite = ['--suite', 'glue'] if get_scale(g['scale']).suite == 'glue' else []
         return [f'the model is in {out}/model', *course,
-                call('glue', '--model', f'{out}/model', '--scale', g['scale'], '--out', 'scores')]
+                call('glue', '--model', f'{out}/model', '--scale', g['scale'], *suite, '--out', 'scores')]
     if name == 'glue':
         run = Path(g['model']).parent
         lines = [f'the scores are in {out}/rows.jsonl']

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'run_notebook', 'Stage', 'paper_notebook', 'code_of', 'Workspace', 'workspace', 'is_noise', 'page_origin',
-           'timetable', 'write_index', 'reproduce', 'pretraining_of', 'planned']
+           'timetable', 'write_index', 'check_asked', 'reproduce', 'pretraining_of', 'planned']
 
 # %% ../../nbs/running/80_pipeline.ipynb #24cb8400
 import ast, json, os, re, signal, sys, time
@@ -499,7 +499,8 @@ def write_index(
         name = label = _label(stage, recipe)
         rows_of[label] = _publish_rows(ws, stage, recipe)
         if not why: name = f'[{label}](notebooks/{_publish_notebook(ws, stage, recipe).name})'
-        lines.append(f'| {name} | {seconds/60:.1f} | {why} |')
+        reason = why.replace(str(ws.out), f'runs/{ws.scale}').replace('|', r'\|')
+        lines.append(f'| {name} | {seconds/60:.1f} | {reason} |')
         total += seconds
     parts = [f'{_HEADING} {ws.scale}',
              f'Recipes: {", ".join(ws.recipes)}. The times of its stages add up to {total/3600:.2f} hours. '
@@ -598,6 +599,20 @@ def _wanted(ws: Workspace, only: str, headline: bool) -> list[tuple[str, str]]:
     return [task for task in _tasks(ws) if task[0] in stages and (not headline or STAGES[task[0]].headline)]
 
 # %% ../../nbs/running/80_pipeline.ipynb #a31d12c2
+def check_asked(
+    ws: Workspace,
+    only: str,       # a stage, or ''
+    force: str,      # a stage, or ''
+    headline: bool,
+):
+    "Raise `UsageError` for stages that do not exist, or that a command does not run"
+    for name in filter(None, (only, force)):
+        if name not in STAGES: raise unknown('stage', name, STAGES)
+    stages = [stage for stage, _ in _wanted(ws, only, headline)]
+    if not stages: raise UsageError(f'--only {only} is no stage of --headline: leave one of them out')
+    if force and force not in stages:
+        raise UsageError(f'--force {force}: this command does not run {force}; give --only {force} with it')
+
 def reproduce(
     ws: Workspace,
     only: str = '',   # run this stage alone, with what it needs
@@ -606,10 +621,7 @@ def reproduce(
 ) -> list[dict]:      # all result rows of the workspace
     "Run all stages that are not done and write the page; raises `CramlitError` naming those that failed"
     from rich.console import Console
-    for name in filter(None, (only, force)):
-        if name not in STAGES: raise unknown('stage', name, STAGES)
-    if force and force not in [stage for stage, _ in _wanted(ws, only, headline)]:
-        raise UsageError(f'--force {force}: this command does not run {force}; give --only {force} with it')
+    check_asked(ws, only, force, headline)
     _check_figures(ws)
     lacking, wanted = dict[str, str](), _wanted(ws, only, headline)
     with locked(ws.out):
@@ -672,8 +684,7 @@ def planned(
     force: str = '',         # count this stage and those that need it, done or not
 ) -> list[dict]:  # a row for each stage that is not done, in hours, or in steps where these are counted
     "What is still to be run, and all pretraining of it; fine-tuning and evaluations are not counted"
-    for name in filter(None, (only, force)):
-        if name not in STAGES: raise unknown('stage', name, STAGES)
+    check_asked(ws, only, force, headline)
     rows, together, anew = list[dict](), _at_a_time(ws), _with_dependents(force) if force else []
     for stage, recipe in _wanted(ws, only, headline):
         if _is_done(ws, stage, recipe) and stage not in anew: continue
