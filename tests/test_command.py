@@ -242,3 +242,38 @@ def test_what_a_run_has_learned_in_words():
 def test_a_process_without_standard_streams(args, code, monkeypatch):
     for name in ('stdout', 'stderr'): monkeypatch.setattr(sys, name, None)
     assert main(args) == code
+
+
+@pytest.mark.parametrize('args, said', [
+    (['watch', 'run', 'extra'], "watch does not expect 'extra'"),
+    (['watch', 'run', '--pdb'], 'no option --pdb'),
+    (['watch', 'run', '--json', '--html'], 'exclude one another'),
+    (['plan', '--gpu', 'a100', '--gpus', '-1'], '--gpus -1'),
+    (['plan', '--gpu', 'a100', '--mfu', '2'], '--mfu 2')])
+def test_what_a_command_cannot_do_is_said_by_name(capsys, args, said):
+    assert main(args) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('args, said', [
+    (['--only', 'budgets', '--headline'], '--only budgets is no stage of --headline'),
+    (['--force', 'pretrain', '--only', 'table1_time'], 'does not run pretrain')])
+def test_a_dry_run_refuses_what_the_run_refuses(capsys, tmp_path, args, said):
+    for more in ([], ['--dry-run']):
+        assert main(['reproduce', '--scale', 'tiny', '--out', str(tmp_path/'w'), *args, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_foreign_run_is_one_line(capsys, tmp_path):
+    (tmp_path/'run.json').write_text('{"recipe": {}, "budget": 1, "steps": 0}')
+    for option in ('--once', '--json', '--html'):
+        assert main(['watch', str(tmp_path), option]) == 2
+        assert 'is no run' in capsys.readouterr().err
+
+
+def test_what_comes_next_keeps_settings_and_suite():
+    planned = dict(recipe='modern', scale='gpu', Override=['packing.seq_len=64'])
+    assert '-o packing.seq_len=64' in command._next('plan', planned)[0]
+    for scale, has in (('gpu', True), ('laptop', False)):
+        given = dict(out='run', bare=False, scale=scale)
+        assert ('--suite glue' in command._next('pretrain', given)[-1]) == has

@@ -429,4 +429,6 @@ def test_the_command_sends(run, tmp_path, hub, monkeypatch, capfd):
     assert code == 0 and json.loads(out)['sent_to'] == 'me/bert' and f'{hub.url}/me/bert' in err
     assert hidden(hub, out, err)
     assert set(arrived(hub)) == {p.name for p in to.iterdir()}
-    assert "model='me/bert'" in (to/'README.md').read_text()
+    card = (to/'README.md').read_text()
+    assert "model='me/bert'" in card
+    compile(card.split('```python')[1].split('```')[0], 'card', 'exec')

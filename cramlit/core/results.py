@@ -275,5 +275,6 @@ def read_rows(
     if path.is_dir():
         files = [p for p in files if LEFT_OUT.isdisjoint(p.relative_to(path).parts)]
     rows = [row for file in files for row in read_json_lines(file, keys=('metric', 'value', 'unit'))]
-    if not rows: raise CramlitError(f"no result rows at {path}: run `cramlit glue` or `reproduce` first")
+    why = 'run `cramlit pretrain`, `glue` or `reproduce` first' if path.exists() else 'it does not exist'
+    if not rows: raise CramlitError(f'no result rows at {path}: {why}')
     return rows

@@ -170,8 +170,9 @@ def plan(
     if not isinstance(gpus, int) or min(rate, ceiling) < 0:
         raise UsageError('--gpus is a whole number, and rates are not below 0')
     if gpus > 100_000: raise UsageError(f'--gpus {gpus}: there are not so many; at most 100,000')
-    if not 0 < mfu <= 1 or min(gpus, budget) <= 0 or not 0 <= price < float('inf'):
-        raise UsageError('--gpus and --budget must be above 0, --mfu between 0 and 1, --price not below 0')
+    if min(gpus, budget) <= 0: raise UsageError(f'--gpus {gpus}, a budget of {budget:g} s: must be above 0')
+    if not 0 < mfu <= 1: raise UsageError(f'--mfu {mfu:g}: must be between 0 and 1')
+    if not 0 <= price < float('inf'): raise UsageError(f'--price {price:g}: must not be below 0')
     vocab_size = padded_vocab(recipe.tokenizer.vocab_size)
     if gpu and rate*training_flops(recipe, vocab_size) > gpu.tflops*1e12:
         raise UsageError(f'{rate:g} tokens/s are more than the peak of {gpu.name}: was it measured there?')

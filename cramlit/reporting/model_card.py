@@ -87,6 +87,9 @@ def find_scores(
         if row.get('stage') != 'glue' or not row.get('aggregate') or row.get('weights') != weights: continue
         key = tuple(row.get(k) for k in ('suite', 'scale', 'task', 'variant', 'split', 'metric'))
         found[key] = row
+    poolings = sorted({r['pooling'] for r in found.values() if r.get('pooling')})
+    if len(poolings) > 1:
+        raise UsageError(f'these scores are of several poolings ({", ".join(poolings)}): give those of one')
     if given and not found:
         raise CramlitError(f'{given} holds no scores of these weights: '
                            f'run `cramlit glue --model {run}/model` first')

@@ -465,6 +465,10 @@ def _parser(
     parser.epilog = f'Example: cramlit {name} {EXAMPLES[name]}' if name in EXAMPLES else None
     needed = parser.add_argument_group('needed')
     for action in list(parser._actions):
+        if action.dest in ('pdb', 'xtra'):  # fastcore's own, which do nothing here
+            parser._remove_action(action)
+            for option in action.option_strings: del parser._option_string_actions[option]
+            continue
         kind = re.fullmatch(r'\((\w+)\)', str(action.metavar))
         if kind: action.metavar = _METAVARS.get(kind[1], action.metavar)
         if kind and action.dest in _FOLDERS: action.metavar = 'FOLDER'
@@ -480,6 +484,7 @@ def _parser(
 # %% ../../nbs/running/81_command.ipynb #553ac98d
 def _no_such_option(name: str, option: str, parser: argparse.ArgumentParser) -> UsageError:
     "What an option that does not exist was meant to be: a setting of the recipe, or another option"
+    if not option.startswith('-'): return UsageError(f'{name} does not expect {option!r} where it stands')
     word = option.lstrip('-').partition('=')[0]
     options = {text.lstrip('-'): text for action in parser._actions for text in action.option_strings}
     ending = '.' + word.replace('-', '_')
