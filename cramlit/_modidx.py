@@ -385,6 +385,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'cramlit/efficiency/benchmark.py')},
             'cramlit.efficiency.planner': { 'cramlit.efficiency.planner.GPU': ( 'efficiency/planner.html#gpu',
                                                                                 'cramlit/efficiency/planner.py'),
+                                            'cramlit.efficiency.planner._check_numbers': ( 'efficiency/planner.html#_check_numbers',
+                                                                                           'cramlit/efficiency/planner.py'),
                                             'cramlit.efficiency.planner.forward_flops': ( 'efficiency/planner.html#forward_flops',
                                                                                           'cramlit/efficiency/planner.py'),
                                             'cramlit.efficiency.planner.get_gpu': ( 'efficiency/planner.html#get_gpu',

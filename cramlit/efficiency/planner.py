@@ -151,6 +151,20 @@ def needs(
             *(result_row('gpu_memory_bytes', x, 'bytes', **ids, phase=phase) for phase, x in on_gpu.items()),
             result_row('micro_batch_size', micro_batch_size, 'sequences', **ids)]
 
+# %% ../../nbs/efficiency/50_planner.ipynb #f3b4c10e
+def _check_numbers(gpus: int, budget: float, gpu: GPU|None, rate: float, mfu: float, price: float,
+                   ceiling: float):
+    "Raise `UsageError` for what no plan can be made of"
+    if not gpu and not rate:
+        raise UsageError(f'name a GPU, or give a measured rate: --gpu {"|".join(GPUS)} '
+                         'or --measured run/rows.jsonl')
+    if not isinstance(gpus, int) or min(rate, ceiling) < 0:
+        raise UsageError('--gpus is a whole number, and rates are not below 0')
+    if gpus > 100_000: raise UsageError(f'--gpus {gpus}: there are not so many; at most 100,000')
+    if min(gpus, budget) <= 0: raise UsageError(f'--gpus {gpus}, a budget of {budget:g} s: must be above 0')
+    if not 0 < mfu <= 1: raise UsageError(f'--mfu {mfu:g}: must be between 0 and 1')
+    if not 0 <= price < float('inf'): raise UsageError(f'--price {price:g}: must not be below 0')
+
 # %% ../../nbs/efficiency/50_planner.ipynb #f3b4c10f
 def plan(
     recipe: Recipe,
@@ -164,15 +178,7 @@ def plan(
     ceiling: float = 0.,       # FLOP/s that a large product reached; 0 = unknown
 ) -> list[dict]:               # result rows
     "What a run needs and does; raises `UsageError` when neither a GPU nor a rate is known"
-    if not gpu and not rate:
-        raise UsageError(f'name a GPU, or give a measured rate: --gpu {"|".join(GPUS)} '
-                         'or --measured run/rows.jsonl')
-    if not isinstance(gpus, int) or min(rate, ceiling) < 0:
-        raise UsageError('--gpus is a whole number, and rates are not below 0')
-    if gpus > 100_000: raise UsageError(f'--gpus {gpus}: there are not so many; at most 100,000')
-    if min(gpus, budget) <= 0: raise UsageError(f'--gpus {gpus}, a budget of {budget:g} s: must be above 0')
-    if not 0 < mfu <= 1: raise UsageError(f'--mfu {mfu:g}: must be between 0 and 1')
-    if not 0 <= price < float('inf'): raise UsageError(f'--price {price:g}: must not be below 0')
+    _check_numbers(gpus, budget, gpu, rate, mfu, price, ceiling)
     vocab_size = padded_vocab(recipe.tokenizer.vocab_size)
     if gpu and rate*training_flops(recipe, vocab_size) > gpu.tflops*1e12:
         raise UsageError(f'{rate:g} tokens/s are more than the peak of {gpu.name}: was it measured there?')

@@ -57,7 +57,6 @@ def _verdict(rows: list[dict]) -> str:
     found = {r.get('metric'): r.get('value') for r in rows}
     loss, baseline = found.get('validation_loss'), found.get('unigram_entropy')
     if loss is None or not baseline: return 'the run has no validation loss'
-    if not math.isfinite(loss): return 'the validation loss is NaN or inf: the run has diverged'
     text = f'validation loss {loss:.3f} nats a token'
     if loss < 20: text += f', perplexity {math.exp(loss):,.0f}'
     if loss < baseline - .1: return f'{text}: {baseline - loss:.2f} nats below the unigram baseline'
