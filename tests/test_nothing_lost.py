@@ -222,7 +222,7 @@ def test_more_gpus_than_there_are_take_no_memory(capsys):
 
 
 @pytest.mark.parametrize('args, says', [
-    (['plan', '--scale', 'tiny', '--gpu', 'a100', '--price', 'nan'], '--price not below 0'),
+    (['plan', '--scale', 'tiny', '--gpu', 'a100', '--price', 'nan'], '--price nan: must be finite'),
     (['plan', '--scale', 'tiny', '--gpu', 'a100', '--budget', '9'*400], 'expected a duration'),
     (['pretrain', '--data', 'data', '--out', 'out', '--nproc', '-3', '--scale', 'tiny'], '--nproc -3')])
 def test_numbers_that_are_none_are_refused(args, says, tmp_path, monkeypatch, capsys):

@@ -163,7 +163,7 @@ def _check_numbers(gpus: int, budget: float, gpu: GPU|None, rate: float, mfu: fl
     if gpus > 100_000: raise UsageError(f'--gpus {gpus}: there are not so many; at most 100,000')
     if min(gpus, budget) <= 0: raise UsageError(f'--gpus {gpus}, a budget of {budget:g} s: must be above 0')
     if not 0 < mfu <= 1: raise UsageError(f'--mfu {mfu:g}: must be between 0 and 1')
-    if not 0 <= price < float('inf'): raise UsageError(f'--price {price:g}: must not be below 0')
+    if not 0 <= price < float('inf'): raise UsageError(f'--price {price:g}: must be finite, and not below 0')
 
 # %% ../../nbs/efficiency/50_planner.ipynb #f3b4c10f
 def plan(
