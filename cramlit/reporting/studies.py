@@ -204,29 +204,38 @@ def whole_runs(
     return t[~t.trial.isin(t.trial[t.stopped != ''])]
 
 def best_table(
-    t: pd.DataFrame,  # of the grid, as `trial_table` gives it
-    task: str,        # the one that judges
-) -> pd.DataFrame:    # texts: batch and judge × settings, loss, score
+    runs: pd.DataFrame,  # of the grid, as `trial_table` gives it
+    task: str,           # the one that judges
+) -> pd.DataFrame:       # texts: batch and judge × settings, loss, score
     "The best configuration of each batch size and length of the schedule, by loss and by the task"
-    lines = {}
+    t, lines = over_seeds(runs), {}
     several = t.schedule_length.nunique() > 1
     for r in pd.concat([best(mine, task) for _, mine in t.groupby('schedule_length')]).to_dict('records'):
+        seeds = runs[runs.trial == r['trial']]
         stopped = ' (stopped early)' if r['stopped'] else ''
         line = {'peak LR': f'{r["lr"]:g}', 'warm-up': f'{100*r["warmup"]:g}%',
                 'schedule, budgets': f'{r["schedule_length"]:g}', 'steps': f'{r["steps"]:,.0f}',
-                'MLM loss, nats': f'{r["validation_loss"]:.3f}{stopped}'}
-        if task in r: line[f'{task}, %'] = '' if pd.isna(r[task]) else f'{r[task]:.1f}'
+                'MLM loss, nats': mean_and_deviation(seeds.validation_loss, 3) + stopped}
+        if task in r: line[f'{task}, %'] = '' if pd.isna(r[task]) else mean_and_deviation(seeds[task], 1)
         judge = 'loss' if r['best_by'] == 'tuning_loss' else task
         length = f', schedule {r["schedule_length"]:g} budgets long' if several else ''
         lines[f'batch {r["global_batch_size"]:g}{length}, best by {judge}'] = line
     return pd.DataFrame(lines).T
 
 # %% ../../nbs/reporting/75_studies.ipynb #8041cfee
+def _in_field(losses: pd.Series, stopped: bool) -> str:
+    "Mean over the seeds of a combination, lowest and highest below it; empty if one is not there"
+    if losses.hasnans: return ''  # not run yet, or diverged
+    text = f'{losses.mean():.2f}' + '†'*stopped
+    return text + (f'\n{losses.min():.2f}–{losses.max():.2f}' if len(losses) > 1 else '')
+
 @matplotlib.rc_context(STYLE | {'axes.spines.left': False, 'axes.spines.bottom': False})
 def figure_grid(
-    table: pd.DataFrame,  # as `trial_table` gives it
+    runs: pd.DataFrame,  # of the grid, as `trial_table` gives it
 ) -> Figure:
-    "The loss of every combination, a panel for each batch size and length of the schedule"
+    "The loss of every combination over its seeds, a panel for each batch size and length of the schedule"
+    table, losses = over_seeds(runs), runs.groupby('trial').validation_loss
+    table['text'] = [_in_field(losses.get_group(r.trial), r.stopped != '') for r in table.itertuples()]
     sizes, lengths = (sorted(table[name].unique()) for name in ('global_batch_size', 'schedule_length'))
     low, high = table.validation_loss.min(), table.validation_loss.max()
     height = len(lengths)*(1.2 + .45*table.warmup.nunique())
@@ -234,15 +243,12 @@ def figure_grid(
     axes = fig.subplots(len(lengths), len(sizes), squeeze=False).ravel()
     for ax, (length, size) in zip(axes, product(lengths, sizes), strict=True):
         mine = table[(table.global_batch_size == size) & (table.schedule_length == length)]
-        field, stopped = (mine.pivot(index='warmup', columns='lr', values=values)
-                          for values in ('validation_loss', 'stopped'))
+        field, texts = (mine.pivot(index='warmup', columns='lr', values=values)
+                        for values in ('validation_loss', 'text'))
         image = ax.imshow(field, cmap='cividis_r', vmin=low, vmax=high, aspect='auto', origin='lower')
-        for y, line in enumerate(field.to_numpy()):
-            for x, loss in enumerate(line):
-                color = 'white' if loss > (low + high)/2 else 'black'
-                if math.isnan(loss): continue  # not run yet, or diverged
-                text = f'{loss:.2f}' + '†'*(stopped.iloc[y, x] != '')
-                ax.text(x, y, text, ha='center', va='center', color=color)
+        for (y, x), loss in np.ndenumerate(field):
+            color = 'white' if loss > (low + high)/2 else 'black'
+            ax.text(x, y, texts.iloc[y, x], ha='center', va='center', color=color, fontsize='small')
         ax.set_xticks(range(len(field.columns)), [f'{lr:g}' for lr in field.columns])
         ax.set_yticks(range(len(field)), [f'{w:.0%}' for w in field.index])
         title = f'batch {size:g}' + (f', schedule × {length:g}' if len(lengths) > 1 else '')
@@ -268,7 +274,8 @@ def write_search(
     early, t, seeds = stopped_early(each), over_seeds(each), get_scale(first['scale']).trials.grid_seeds
     stopped = f'{(each.stopped != "").sum()} of {len(each)} runs stopped early'
     about = f'{len(t)} combinations, {seeds_and_seconds(each, seeds)}; {stopped}. '
-    about += 'Means over the seeds.' if seeds > 1 else 'One seed each, so small differences mean little.'
+    about += ('Mean ± standard deviation over seeds.' if seeds > 1 else
+              'One seed each, so small differences mean little.')
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
     ends = each.set_index('trial').validation_loss
     scored = [f'The best by {task} is the highest of all scores of its line, and no estimate of what it '
@@ -276,8 +283,8 @@ def write_search(
               *about_lengths(recipes, first['scale'])] if task in t else []
     notes = [about, VALIDATION, *scored, *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *early,
              NOT_RECOVERED]
-    return [*write_table(best_table(t, task), folder/'table3_search', caption, notes, mine),
-            *write_figure(figure_grid(t), folder/'search_grid', mine)]
+    return [*write_table(best_table(each, task), folder/'table3_search', caption, notes, mine),
+            *write_figure(figure_grid(each), folder/'search_grid', mine)]
 
 # %% ../../nbs/reporting/75_studies.ipynb #674cc9a8
 def tasks_of_rows(rows: list[dict]) -> list[str]:
