@@ -30,7 +30,7 @@ env: $(STAMP)  ## create .venv with everything in it; make env TORCH=cu126 for a
 reproduce: env  ## raw text to table and figures at scale laptop, 20 minutes on 2 cores
 	$(BIN)/cramlit reproduce --scale laptop --headline --out $(OUT)
 
-reproduce-all: env  ## tables and figures of scale laptop but those of packing, poolings and budgets: hours on 2 cores
+reproduce-all: env  ## tables and figures of scale laptop but the optional ones (reference, packing, poolings, budgets): hours on 2 cores
 	$(BIN)/cramlit reproduce --scale laptop --out $(OUT)
 
 page: env  ## the committed page of a scale, from a clean commit: make page SCALE=laptop

@@ -97,8 +97,8 @@ class Model:
     max_positions: int = limited(512, at_least=8, at_most=10**6)  # tokens of the longest sequence
     dropout: float = limited(0.1, at_least=0, below=1)
     attention_dropout: float = limited(0.1, at_least=0, below=1)
-    layer_norm_eps: float = limited(1e-12, above=0)
-    initializer_range: float = limited(0.02, above=0)  # standard deviation of the initial weights
+    layer_norm_eps: float = limited(1e-12, at_least=1e-30)
+    initializer_range: float = limited(0.02, above=0, at_most=100)  # standard deviation of initial weights
     init: str = limited('normal', among=('normal', 'paper'))
     # normal: from N(0, initializer_range²), with zero biases | paper: the same but for the first matrix of
     # each feed-forward network and the head's, which start as the official code leaves them (chapter 21)
@@ -113,8 +113,9 @@ class Model:
     global_every: int = limited(3, at_least=1) # with a window: layers 0, n, 2n … attend to all the same
     rope_theta: float = limited(160_000., above=1)  # rotary: the slowest rotation takes about 2π·theta tokens
     local_rope_theta: float = limited(10_000., above=1)  # the same in local layers
-    cooccurrence: float = limited(0., at_least=0)  # above 0: embeddings begin as factors of counts
-    # of neighbours, with this standard deviation in units of `initializer_range` (chapter 23); 0 = at random
+    cooccurrence: float = limited(0., at_least=0, at_most=1000)  # above 0: embeddings begin as factors of
+    # counts of neighbours, with this standard deviation in units of `initializer_range` (chapter 23);
+    # 0 = at random
 
     def local_layers(self) -> list[bool]:  # by layer
         "Which layers attend to a window only"
@@ -127,7 +128,7 @@ class Optim:
     lr: float = limited(2e-3, above=0, at_most=1e6)  # peak; the paper's grid also has 1e-3 and 5e-4
     beta1: float = limited(0.9, at_least=0, below=1)
     beta2: float = limited(0.98, at_least=0, below=1)
-    eps: float = limited(1e-6, above=0)
+    eps: float = limited(1e-6, at_least=1e-30)
     weight_decay: float = limited(0.01, at_least=0, at_most=1e6)
     clip: float = limited(0., at_least=0)  # gradient norm to clip to; 0 = never, as published
     method: str = limited('adamw', among=('adamw', 'muon'))
@@ -143,7 +144,8 @@ class Schedule:
 @dataclass(frozen=True)
 class Batch:
     "Sequences an optimizer step, and how many of them are in memory at a time"
-    global_batch_size: int = limited(4096, at_least=1)  # 4096 = 32 a GPU · 8 GPUs · 16 accumulation steps
+    global_batch_size: int = limited(4096, at_least=1, at_most=10**7)
+    # 4096 = 32 a GPU · 8 GPUs · 16 accumulation steps
     micro_batch_size: int = limited(32, at_least=0)  # 0 = the largest that fits and divides a process's share
 
 # %% ../../nbs/core/00_recipes.ipynb #07a61f95

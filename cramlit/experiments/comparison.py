@@ -29,8 +29,9 @@ from ..data.packing import open_data, prepare
 from ..data.tokenizer import load_tokenizer
 from ..evaluation.glue import Task
 from ..evaluation.minimal_pairs import NGRAMS, ngram_result, pair_results, pair_rows
-from ..evaluation.protocol import (
-    baseline, best_runs, common_provenance, find_result, job_results, jobs, load_tasks, save_result, summary)
+from cramlit.evaluation.protocol import (
+    BASELINES, baseline, best_runs, common_provenance, find_result, job_results, jobs, load_tasks,
+    save_result, summary)
 from ..evaluation.statistics import Difference, difference, holm, sampling_error
 from ..model.encoder import MaskedLM
 from ..training.checkpoints import save_stock
@@ -351,7 +352,7 @@ def without_network(
 ) -> list[dict]:   # rows of headlines and pairs
     "What needs no network: baselines of the tasks, and tables of neighbours"
     s, rows, ids = get_scale(scale), list[dict](), ids | dict(seed=None)
-    for task, name in product(tasks, ('majority', 'bag-of-words')):
+    for task, name in product(tasks, BASELINES):
         found = summary(task, name, [baseline(name, task, s.finetune, out)], ids | dict(trial=name))
         rows += [r for r in found if r['metric'] == 'headline']
     if not s.comparison.pairs: return rows

@@ -810,7 +810,10 @@ def write_budgets(
              'The intervals are those of each line alone, of seeds and validation examples; in the figure '
              'they are of seeds alone.', *early]
     claims = [*partial, 'Claimed is no more than this table, which has the longest budget alone: '
-              f'{", ".join(longest.trial.unique())}. {SIGNIFICANCE}', *same_seeds(mine, list(longest.trial))]
+              f'{", ".join(longest.trial.unique())}. {SIGNIFICANCE} Networks from scratch have the '
+              'seeds of fine-tuning of the pretrained ones and none of pretraining: the two are compared '
+              'without pairs.',
+              *same_seeds(mine, list(longest.trial))]
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
     gains, told = budget_gains(t[~(t.budget > max(whole))], tasks), dict[str, dict[str, str]]()
     for value, lines in gains.groupby('value', sort=False):

@@ -22,7 +22,7 @@ from ..core.recipes import RECIPES, CramlitError, Recipe, UsageError, settings_o
 from ..core.results import atomic
 from ..core.scales import LARGE_TASKS, Finetune, Scale, get_recipe, get_scale
 from ..evaluation.glue import NOT_AVERAGED
-from ..evaluation.protocol import REFERENCE_NOTE
+from ..evaluation.protocol import BASELINES, REFERENCE_NOTE
 from ..evaluation.statistics import Difference, headline_difference, holm
 
 # %% ../../nbs/reporting/70_tables.ipynb #7fe00161
@@ -143,7 +143,7 @@ def write_table(
     return [path.with_suffix(suffix) for suffix in texts]
 
 # %% ../../nbs/reporting/70_tables.ipynb #aea09e56
-VARIANTS = ('majority', 'bag-of-words', 'from-scratch', 'pretrained', 'mnli-first')
+VARIANTS = (*BASELINES, 'from-scratch', 'pretrained', 'mnli-first')
 PUBLISHED = {  # task, validation set, metric → column of published.csv
     ('cola', 'validation', 'matthews'): 'cola_mcc',
     ('sst2', 'validation', 'accuracy'): 'sst2',
@@ -205,7 +205,7 @@ def table4(
     on_glue: dict[str, dict[str, float]] = {}
     for r in rows:
         key = r['task'], r.get('split', ''), r['metric']
-        baseline = r['variant'] in ('majority', 'bag-of-words')  # the same for every model
+        baseline = r['variant'] in BASELINES  # the same for every model
         column = r['variant'] if baseline else f'{models[_model(r)]}, {r["variant"]}'
         names[key] = _line_name(r, chance)
         columns.setdefault(column, {})[key] = shown(r, 1) + ' ‡'*bool(r.get('diverged'))
@@ -299,7 +299,7 @@ def standard_errors(
     "The error of each task that comes from its validation examples alone, the largest of the networks"
     errors: dict[str, float] = {}
     for r in rows:
-        if r['metric'] != 'headline' or r['variant'] in ('majority', 'bag-of-words'): continue
+        if r['metric'] != 'headline' or r['variant'] in BASELINES: continue
         if 'resampled' not in r: continue
         errors[r['task']] = max(errors.get(r['task'], 0.), float(np.std(r['resampled'], ddof=1)))
     told = ', '.join(f'{task} {error:.1f}' for task, error in errors.items())
