@@ -60,6 +60,7 @@ def menu() -> dict[str, dict[str, dict[str, str]]]:  # group → part, or '' →
     return {'Guide': {'': {'README': 'Front page'} | pages(contents(f'nbs/{guides}'))},
             'Chapters': {part.capitalize(): pages(contents(f'nbs/{part}')) for part in parts},
             'Results': {'': {f'{RESULTS}/README': 'All tables and figures',
+                             'paper_figures/laptop_slower/README': 'On a slower machine',
                              'paper_figures/evening/README': 'What a budget buys',
                              'paper_figures/race/README': 'The race to a loss'},
                         'Stages in order': pages(stages())},
