@@ -102,8 +102,8 @@ def test_random_combinations_are_refused_by_name_or_can_be_trained():
 
 
 @pytest.mark.parametrize('text', [
-    'nan', 'inf', '-inf', '-1', '1e300', '1e20', '1e-60', '1' + '0'*30, '1' + '0'*5000, '', 'x', '0x1', '1_0_', 'None', '[1]',
-    '１', '1,2', '0.1,nan'], ids=lambda text: text[:40])
+    'nan', 'inf', '-inf', '-1', '1e300', '1e20', '1e-60', '1' + '0'*30, '1' + '0'*5000, '', 'x', '0x1',
+    '1_0_', 'None', '[1]', '１', '1,2', '0.1,nan'], ids=lambda text: text[:40])
 def test_what_is_typed_in_is_refused_by_name_or_can_be_trained(text):
     for path in NUMERIC:
         try: recipe = validate(override(TINY, [f'{path}={text}']))
