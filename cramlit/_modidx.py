@@ -1456,6 +1456,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'cramlit/training/checkpoints.py'),
                                               'cramlit.training.checkpoints._write': ( 'training/checkpoints.html#_write',
                                                                                        'cramlit/training/checkpoints.py'),
+                                              'cramlit.training.checkpoints._write_and_publish': ( 'training/checkpoints.html#_write_and_publish',
+                                                                                                   'cramlit/training/checkpoints.py'),
                                               'cramlit.training.checkpoints._write_tensors': ( 'training/checkpoints.html#_write_tensors',
                                                                                                'cramlit/training/checkpoints.py'),
                                               'cramlit.training.checkpoints.check_export_folder': ( 'training/checkpoints.html#check_export_folder',

@@ -6,12 +6,14 @@ import pytest
 from conftest import make_text
 
 from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.core.results import locked
 from cramlit.data.packing import open_data, verify
 from cramlit.running import pipeline
 from cramlit.running.command import main
 from cramlit.running.pipeline import reproduce, workspace
 from cramlit.training.checkpoints import (
     checkpoints,
+    export_run,
     find_damage,
     remove_checkpoints,
     verify_folder,
@@ -86,6 +88,27 @@ def test_what_lies_where_data_is_made_is_moved_and_named(source, tmp_path, capsy
     assert prepare(source, out) == 0 and (out/'thesis.npy').exists()
 
 
+def test_data_is_made_after_two_attempts_that_were_killed(source, tmp_path, monkeypatch):
+    "The half-made part of the first, which the second moved aside, is nothing foreign"
+    def killed(*_): raise KeyboardInterrupt
+    thesis(tmp_path/'data'/'.prepare')
+    with monkeypatch.context() as m:
+        m.setattr('cramlit.data.packing._sources', killed)
+        assert prepare(source, tmp_path/'data') == 1
+    assert os.listdir(tmp_path/'data'/'superseded') and prepare(source, tmp_path/'data') == 0
+    verify(open_data(tmp_path/'data'))
+    assert len(found(tmp_path/'data')) == 1
+
+
+def test_a_source_that_is_named_after_another_is_read_too(source, tmp_path):
+    more = make_text(tmp_path/'more', documents=15, seed=1)
+    for n, folders in enumerate(([source, more], [source])):
+        sources = [part for folder in folders for part in ('--source', str(folder))]
+        assert main(['prepare', *sources, *SETTINGS, '--out', str(tmp_path/f'data{n}')]) == 0
+    both, one = (open_data(tmp_path/f'data{n}').manifest['splits']['train']['text_tokens'] for n in (0, 1))
+    assert both > 1.2*one
+
+
 def test_data_stays_where_nothing_can_be_moved_aside(source, tmp_path, capsys):
     out = tmp_path/'data'
     assert prepare(source, out) == 0
@@ -97,8 +120,8 @@ def test_data_stays_where_nothing_can_be_moved_aside(source, tmp_path, capsys):
     assert prepare(source, out) == 0 and found(out)
 
 
-@pytest.mark.parametrize('name', ['metrics.jsonl', 'samples.jsonl', 'rows.jsonl',
-                                  'checkpoints/step-00000001/thesis', 'model/thesis'])
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'samples.jsonl', 'rows.jsonl', 'report.html',
+                                  'tracked.json', 'checkpoints/step-00000001/thesis', 'model/thesis'])
 def test_a_folder_that_is_no_run_is_not_continued(data, tmp_path, name, capsys):
     path = tmp_path/'out'/name
     thesis(path.parent, path.name)
@@ -150,6 +173,26 @@ def test_other_files_beside_milestones_and_exports(data, tmp_path):
         (to/'model.safetensors').write_bytes(b'other weights')
         if n == 2: shutil.rmtree(to/'superseded'/'2')  # the numbers have a gap
     assert len(found(to)) == 1 and sorted(os.listdir(to/'superseded')) == ['1', '2', '3']
+
+
+def test_an_export_is_made_by_one_process_at_a_time(recipe, data, tmp_path):
+    "What another one is writing is not taken for half-made and moved away"
+    to = tmp_path/'gift'
+
+    def at_the_same_time(part):
+        with pytest.raises(UsageError, match='another process'), locked(to): pass
+    pretrain(recipe, data, tmp_path/'run', steps=2)
+    export_run(tmp_path/'run', data/'tokenizer', to, finish=at_the_same_time)
+    assert (to/'config.json').exists() and '.lock' not in os.listdir(to)
+
+
+def test_an_export_that_was_killed_before_its_last_file_is_finished(data, tmp_path):
+    assert train(data, tmp_path/'run') == 0
+    export = ['export', '--run', str(tmp_path/'run'), '--to', str(tmp_path/'gift')]
+    assert main(export) == 0
+    (tmp_path/'gift'/'.cramlit-export.part').mkdir()
+    (tmp_path/'gift'/'config.json').rename(tmp_path/'gift'/'.cramlit-export.part'/'config.json')
+    assert main(export) == 0 and (tmp_path/'gift'/'config.json').exists()
 
 
 @pytest.mark.parametrize('command', [

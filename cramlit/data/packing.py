@@ -617,7 +617,8 @@ def _fill(recipe: Recipe, out: Path) -> dict:
     if (work/'manifest.json').exists():  # another process was killed when it had only to move the files
         _move(work, out)
         return _kept(recipe, out) or _fill(recipe, out)
-    if not there and any(not p.name.startswith('.') and p.name != 'lost+found' for p in out.iterdir()):
+    ours = 'lost+found', 'superseded'  # of a new disk, and of attempts that were killed
+    if not there and any(not p.name.startswith('.') and p.name not in ours for p in out.iterdir()):
         raise UsageError(f'{out} is not empty and holds no prepared data: choose another --out')
     if os.path.lexists(work): note(f'what was in {work} is now in {set_aside([work], out)}')  # half-made
     try: work.mkdir()

@@ -324,7 +324,8 @@ def export_with_card(
     if (run/'run.json').exists() and not (run/'model'/'config.json').exists():
         raise CramlitError(f'{run}/model, with the tokenizer, is missing: '
                            'the same `cramlit pretrain` makes it')
-    if (to/'README.md').exists() and weights_digest(to) == weights_digest(run/'model'):
+    whole = (to/'README.md').exists() and (to/'config.json').exists()  # which comes last
+    if whole and weights_digest(to) == weights_digest(run/'model'):
         print(f'{to} is there with these weights and left as it is; '
               'to have its card made anew, move its README.md away', file=sys.stderr)
         return to

@@ -245,6 +245,7 @@ def figure_grid(
         mine = table[(table.global_batch_size == size) & (table.schedule_length == length)]
         field, texts = (mine.pivot(index='warmup', columns='lr', values=values)
                         for values in ('validation_loss', 'text'))
+        texts = texts.fillna('')  # of combinations that were not run
         image = ax.imshow(field, cmap='cividis_r', vmin=low, vmax=high, aspect='auto', origin='lower')
         for (y, x), loss in np.ndenumerate(field):
             color = 'white' if loss > (low + high)/2 else 'black'

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.recipes import CramlitError, Model, UsageError, recipe_from_dict
 from ..core.results import (
-    atomic, cannot_write, note, os_error, result_row, set_aside, sha256, sync_folder)
+    atomic, cannot_write, locked, note, os_error, result_row, set_aside, sha256, sync_folder)
 from ..data.packing import open_data, verify
 from ..data.tokenizer import load_tokenizer, padded_vocab
 from ..model.encoder import MaskedLM
@@ -341,6 +341,17 @@ def _publish(part: Path, to: Path):
         raise
     print(f'another export was in {to}: it is now in {aside}', file=sys.stderr)
 
+def _write_and_publish(write: Callable[[Path], None], to: Path):
+    "Have an export written beside what is there, and put it in its place; `to` is this process's alone"
+    check_export_folder(to)  # another process may have been here before
+    part = to/_PART
+    if os.path.lexists(part): note(f'what was in {part} is now in {set_aside([part], to)}')  # half-made
+    part.mkdir()
+    try:
+        write(part)
+        _publish(part, to)
+    finally: shutil.rmtree(part, ignore_errors=True)
+
 # %% ../../nbs/training/33_checkpoints.ipynb #33b60002
 def save_stock(
     model: MaskedLM,
@@ -375,26 +386,22 @@ def export_run(
     if padded_vocab(ids) != info['vocab_size']:
         raise CramlitError(f'the tokenizer in {tokenizer} has {ids} ids, '
                            f"the model of {run} {info['vocab_size']}: they do not belong together")
-    new, made = not to.exists(), False
-    part = to/_PART
-    try:
-        to.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(part): note(f'what was in {part} is now in {set_aside([part], to)}')  # half-made
-        part.mkdir()
-        made = True
+    def write(part):
         save_stock(model, cfg, tok, part)
         (part/'cramlit.json').write_text(json.dumps(info, indent=1), encoding='utf-8')
         if finish: finish(part)
         mode = (part/'cramlit.json').stat().st_mode  # the umask's; safetensors hides its file
         for p in part.iterdir(): p.chmod(mode)
-        _publish(part, to)
+
+    new = not to.exists()
+    try:
+        with locked(to, wait=True): _write_and_publish(write, to)
     except UnicodeEncodeError:
         raise UsageError(f'this locale cannot spell {to}: set PYTHONUTF8=1, or choose another name') from None
     except Exception as e:
         if error := os_error(e): raise cannot_write(to, error) from e
         raise
     finally:
-        if made: shutil.rmtree(part, ignore_errors=True)
         if new and to.is_dir() and not any(to.iterdir()): to.rmdir()
     return to
 

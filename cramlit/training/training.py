@@ -143,7 +143,7 @@ def check_run(
         raise UsageError(f'{run.data.folder} was prepared with {other}: '
                          'run `cramlit prepare` with this recipe and scale into another folder')
     if run.world.main and not (run.out/'run.json').exists():
-        names = 'manifest.json', 'checkpoints', 'rows.jsonl', *LOGS
+        names = 'manifest.json', 'checkpoints', 'rows.jsonl', 'report.html', 'tracked.json', *LOGS
         found = next((name for name in names if (run.out/name).exists()), '')
         if found: raise UsageError(f'{run.out} has {found} and no run.json, so it is no run that could be '
                                    'continued: choose another --out')
