@@ -110,14 +110,26 @@ def test_what_was_forced_goes_on_without_force(monkeypatch, capsys):
         assert capsys.readouterr().err == says
 
 
-def test_sigterm_counts_as_ctrl_c_so_that_workers_are_ended_too(monkeypatch, capsys):
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_sighup_count_as_ctrl_c_so_that_workers_are_ended_too(monkeypatch, capsys, number):
     def command(folder: str):
-        signal.raise_signal(signal.SIGTERM)
+        try: signal.raise_signal(number)
+        finally: signal.raise_signal(signal.SIGHUP)  # as a shell that is closed sends it once more
     monkeypatch.setitem(COMMANDS, 'verify', command)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     assert main(['verify', 'x']) == 1
     assert capsys.readouterr().err == 'cramlit: interrupted; the same command starts anew\n'
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_what_nohup_has_started_hears_no_sighup(monkeypatch, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    def command(folder: str):
+        signal.raise_signal(signal.SIGHUP)
+        return []
+    monkeypatch.setitem(COMMANDS, 'verify', command)
+    try: assert main(['verify', 'x']) == 0
+    finally: signal.signal(signal.SIGHUP, before)
 
 
 def test_a_missing_extra_is_named_and_a_missing_report_is_no_failure(monkeypatch, capsys, data, tmp_path):

@@ -1,7 +1,12 @@
 "What the commands did not make they do not remove, empty or write over, wherever they are sent"
 import os
 import shutil
+import subprocess
+import sys
+import time
+from threading import Thread
 
+import psutil
 import pytest
 from conftest import make_text
 
@@ -11,6 +16,7 @@ from cramlit.data.packing import open_data, verify
 from cramlit.running import pipeline
 from cramlit.running.command import main
 from cramlit.running.pipeline import reproduce, workspace
+from cramlit.training import checkpoints as checkpoint
 from cramlit.training.checkpoints import (
     checkpoints,
     export_run,
@@ -175,6 +181,112 @@ def test_other_files_beside_milestones_and_exports(data, tmp_path):
     assert len(found(to)) == 1 and sorted(os.listdir(to/'superseded')) == ['1', '2', '3']
 
 
+def test_a_checkpoint_that_one_may_not_read_is_not_passed_over(recipe, data, tmp_path, monkeypatch, capsys):
+    "The run does not go back to an older one, and the newest is not replaced"
+    pretrain(recipe, data, tmp_path/'run', steps=2)
+    (tmp_path/'run'/'rows.jsonl').unlink()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/'run'/'checkpoints').rglob('*')}
+    real = checkpoint.sha256
+
+    def refuse(path):
+        if 'step-00000002' in str(path): raise PermissionError(13, 'Permission denied')
+        return real(path)
+    monkeypatch.setattr(checkpoint, 'sha256', refuse)
+    says = 'step-00000002/.*: Permission denied. Ask for the right to read it'
+    with pytest.raises(CramlitError, match=says): pretrain(recipe, data, tmp_path/'run', steps=2)
+    with pytest.raises(CramlitError, match=says): verify_folder(tmp_path/'run')
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path/'run'/'checkpoints').rglob('*')} == before
+
+
+STUDY = '''
+import sys
+from dataclasses import replace
+from cramlit.core.scales import get_scale
+from cramlit.experiments.search import grid_trials, run_trials
+if __name__ == '__main__':
+    trials = replace(get_scale('tiny').trials, steps=int(sys.argv[3]), tasks=(), batch_sizes=(32,),
+                     lrs=(1e-3, 2e-3), warmups=(.06,), lengths=(1.,))
+    run_trials(grid_trials('24hbert', 'tiny', trials), 'grid', sys.argv[1], sys.argv[2], trials)
+'''
+
+
+def test_a_study_goes_on_although_workers_of_one_that_was_killed_are_still_busy(source, tmp_path):
+    args = '--source', str(source), '--scale', 'tiny', '-o', 'corpus.holdout=0.1'
+    assert main(['prepare', *args, '--out', str(tmp_path/'data')]) == 0
+    (tmp_path/'study.py').write_text(STUDY)
+    command = [sys.executable, str(tmp_path/'study.py'), str(tmp_path/'data'), str(tmp_path/'study'), '20']
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob('study/trials/*/run/metrics.jsonl'))) < 2:
+        assert first.poll() is None, 'it ended before its trials began'
+        time.sleep(.02)
+    workers = psutil.Process(first.pid).children(recursive=True)
+    for worker in workers: worker.suspend()
+    first.kill()  # the workers know nothing of it
+    first.wait()
+    second = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def waits():
+        return any('waiting for its end' in p.read_text() for p in tmp_path.glob('study/trials/*/log.txt'))
+    while second.poll() is None and not waits(): time.sleep(.02)
+    for worker in workers: worker.resume()
+    _, err = second.communicate()
+    assert second.returncode == 0, err
+
+
+def test_a_second_training_in_a_process_is_refused(recipe, data, tmp_path, monkeypatch):
+    why = []
+
+    def meanwhile(*args):
+        def begin():
+            try: pretrain(recipe, data, tmp_path/'other', steps=1)
+            except UsageError as e: why.append(str(e))
+        thread = Thread(target=begin)
+        thread.start()
+        thread.join()
+    with monkeypatch.context() as patch:
+        patch.setattr('cramlit.training.training.acquire_run_dir', meanwhile)
+        pretrain(recipe, data, tmp_path/'run', steps=1)
+    assert len(why) == 1 and 'another training goes on in this process' in why[0]
+    pretrain(recipe, data, tmp_path/'other', steps=1)
+
+
+def test_a_run_with_other_data_is_not_to_be_deleted(source, tmp_path, capsys):
+    data, run = tmp_path/'data', tmp_path/'run'
+    assert prepare(source, data) == 0 and train(data, run) == 0
+    (source/'000.txt').write_text('Another text than before. It has two sentences.')
+    assert prepare(source, data) == 0 and train(data, run) == 2
+    says = capsys.readouterr().err
+    assert 'give --data the folder that it was begun with, or choose another --out' in says
+    assert 'delete' not in says
+
+
+def test_a_run_beside_texts_is_none_of_them(source, data, tmp_path):
+    assert train(data, source/'run') == 0 and prepare(source, tmp_path/'data') == 0
+    assert open_data(tmp_path/'data').manifest['documents']['documents'] == 40
+    assert prepare(source, tmp_path/'data') == 0  # the same text as before
+    assert not (tmp_path/'data'/'superseded').exists()
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(tmp_path, capsys):
+    name = os.fsdecode(str(tmp_path/'B').encode() + b'\xfccher')
+    assert main(['prepare', '--source', 'enwik8', '--out', name]) == 2
+    assert 'is not UTF-8' in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('options', [('--shape', 'tiny', '--brief'), ('--model', 'model')])
+def test_a_benchmark_that_cannot_be_written_is_not_measured(options, tmp_path, monkeypatch, capsys):
+    (tmp_path/'out').write_text('a file')
+    for name in ('prepare', 'open_data', 'jobs'):
+        monkeypatch.setattr(f'cramlit.reporting.speed.{name}', lambda *args: pytest.fail('it went on'))
+    assert main(['bench', *options, '--out', str(tmp_path/'out')]) == 1
+    assert 'cannot write' in capsys.readouterr().err
+
+
+def test_what_is_private_is_a_repository(tmp_path, capsys):
+    assert main(['export', '--run', str(tmp_path), '--to', str(tmp_path/'to'), '--private']) == 2
+    assert 'name it with --push' in capsys.readouterr().err
+
+
 def test_an_export_is_made_by_one_process_at_a_time(recipe, data, tmp_path):
     "What another one is writing is not taken for half-made and moved away"
     to = tmp_path/'gift'
@@ -254,9 +366,20 @@ def test_files_of_other_programs_in_a_run_are_named(recipe, data, tmp_path, caps
 
 
 def test_rows_that_are_empty_are_none(recipe, data, tmp_path, capsys):
-    pretrain(recipe, data, tmp_path/'run', steps=1)
+    rows = pretrain(recipe, data, tmp_path/'run', steps=1)
     (tmp_path/'run'/'rows.jsonl').write_text('')
-    with pytest.raises(CramlitError, match='no result rows'): pretrain(recipe, data, tmp_path/'run', steps=1)
+    assert pretrain(recipe, data, tmp_path/'run', steps=1) == rows
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"mine": 1}'])
+def test_a_note_of_a_run_or_a_model_that_is_damaged_is_one_line(data, tmp_path, capsys, content):
+    assert train(data, tmp_path/'run') == 0
+    for name in ('run.json', 'model/cramlit.json'): (tmp_path/'run'/name).write_text(content)
+    command = 'report', '--runs', str(tmp_path/'run'), '--out', str(tmp_path/'figures')
+    assert main(command) == 1 and 'run.json is damaged' in capsys.readouterr().err.splitlines()[-1]
+    if content == '{"mine": 1}': return  # a folder of another program may be fine-tuned
+    command = 'glue', '--model', str(tmp_path/'run'/'model'), '--scale', 'tiny', '--out', str(tmp_path/'x')
+    assert main(command) == 1 and 'cramlit.json is damaged' in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_more_gpus_than_there_are_take_no_memory(capsys):

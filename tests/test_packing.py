@@ -9,6 +9,7 @@ import pytest
 import cramlit.data.packing as packing
 from cramlit.core.randomness import make_key
 from cramlit.core.recipes import CramlitError, Packing, UsageError, override
+from cramlit.core.scales import get_recipe
 from cramlit.data.corpus import documents, holdout_position
 from cramlit.data.packing import (
     document_rows,
@@ -223,6 +224,18 @@ def test_text_too_small_for_the_split(tmp_path, capsys):
     assert main(command) == 1
     err = capsys.readouterr().err
     assert 'fell into the' in err and 'split' in err and os.listdir(tmp_path) == ['x.txt']
+
+
+def test_a_text_without_ends_of_sentences_is_cut_between_words(tmp_path):
+    "Such as text8, whose hundred million letters are one line"
+    words = [f'word{n % 97}' for n in range(5000)]
+    (tmp_path/'x.txt').write_text(' '.join(words))
+    recipe = override(get_recipe('modern', 'tiny'), [f"corpus.source={tmp_path/'x.txt'}"])
+    packing.prepare(recipe, tmp_path/'out')
+    held_out, = (d.text for d in packing.read_documents(tmp_path/'out'/'holdout.jsonl.gz'))
+    tail = held_out.split()
+    assert len(held_out) >= packing.MIN_HOLDOUT and tail == words[-len(tail):]
+    assert len(open_data(tmp_path/'out').train) > 100
 
 
 @pytest.mark.parametrize('text, parts', [

@@ -146,12 +146,14 @@ def test_a_folder_is_let_go_when_nothing_is_being_written_there(recipe, data, tm
     assert saved(tmp_path/'run')['step'] == 1, 'the checkpoint that was on its way is whole'
 
 
-def test_a_signal_saves_the_step_that_was_under_way(recipe, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize('numbers', [[signal.SIGTERM], [signal.SIGHUP, signal.SIGHUP]])  # twice when closed
+def test_a_signal_saves_the_step_that_was_under_way(recipe, data, tmp_path, monkeypatch, numbers):
     real, calls = train.accumulate, []
 
     def signalled(*args):
         calls.append(1)
-        if len(calls) == 5: os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == 5:
+            for number in numbers: os.kill(os.getpid(), number)
         return real(*args)
     monkeypatch.setattr(train, 'accumulate', signalled)
     with pytest.raises(Interrupted, match='after step 5 and saved'):
@@ -296,9 +298,12 @@ def test_a_run_that_began_without_a_loss_scale_goes_on_with_one(recipe, data, tm
     assert value(rows, 'steps') == 4 and rows[0]['precision'] == 'float16'
 
 
-@pytest.mark.parametrize('where', ['warm_up', 'update'])
-def test_a_micro_batch_that_does_not_fit_is_one_line(recipe, data, tmp_path, monkeypatch, where):
-    def full(*args): raise torch.OutOfMemoryError('CUDA out of memory')
+@pytest.mark.parametrize('where, error', [
+    ('warm_up', torch.OutOfMemoryError('CUDA out of memory')),
+    ('update', torch.OutOfMemoryError('CUDA out of memory')),
+    ('update', RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"))])
+def test_a_micro_batch_that_does_not_fit_is_one_line(recipe, data, tmp_path, monkeypatch, where, error):
+    def full(*args): raise error
     if where == 'warm_up': monkeypatch.setattr(train, 'form_of', lambda device: 'compiled')
     monkeypatch.setattr(train, where, full)
     with pytest.raises(CramlitError, match='do not fit into the memory.*micro_batch_size 0, which chooses'):

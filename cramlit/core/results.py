@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEFT_OUT', 'note', 'cache_dir', 'cannot_write', 'os_error', 'first_line', 'cannot_read', 'sync_folder', 'atomic',
            'locked', 'set_aside', 'refuse_run', 'sha256', 'provenance', 'result_row', 'write_rows', 'read_json_lines',
-           'read_rows']
+           'read_object', 'read_rows']
 
 # %% ../../nbs/core/02_results.ipynb #e2a83050
 import errno, hashlib, json, math, os, platform, re, subprocess, sys, tempfile
@@ -262,6 +262,18 @@ def read_json_lines(
                 raise CramlitError(f'{path}, line {n}: no {lacking[0]}, so this is not of cramlit: remove it')
             rows.append(row)
     return rows
+
+def read_object(
+    path: str|Path,  # UTF-8, one JSON object
+    keys: Iterable[str] = (),  # that it must have
+) -> dict:
+    "Read a JSON object; raises `CramlitError` when it is damaged or of another program"
+    try: found = json.loads(Path(path).read_bytes())
+    except OSError as e: raise cannot_read(path, e) from None
+    except ValueError: found = None
+    if not isinstance(found, dict) or not set(keys) <= set(found):
+        raise CramlitError(f'{path} is damaged, or of another program: make its folder again')
+    return found
 
 # %% ../../nbs/core/02_results.ipynb #9909ad4e
 LEFT_OUT = frozenset(('trials', 'superseded', 'poolings'))  # the last repeats rows of other stages

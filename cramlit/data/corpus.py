@@ -401,7 +401,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        if {'manifest.json', 'holdout.jsonl.gz'} <= set(names):  # prepared data is no text to prepare
+        data, run = {'manifest.json', 'holdout.jsonl.gz'}, {'run.json', 'metrics.jsonl'}
+        if data <= set(names) or run <= set(names):  # made of text, and no text to prepare
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(('.', '__MACOSX')))

@@ -285,6 +285,8 @@ def _line(d: Document) -> str: return json.dumps(asdict(d)) + '\n'
 def _split_end(d: Document, characters: int) -> list[Document]:
     "A document and, if it has several sentences, its last ones, of so many characters or more"
     starts = [start for start, _ in sentence_spans(d.text)][1:]
+    if not starts and len(d.text) > MIN_HOLDOUT:  # no sentence is so long: it has no full stops
+        starts = [m.end() for m in re.finditer(' ', d.text)]
     start = max((s for s in starts if s <= len(d.text) - characters), default=next(iter(starts), 0))
     if not start: return [d]
     return [Document(d.id, d.text[:start]), Document(f'{d.id}, its end', d.text[start:])]

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from ..core.devices import choose_precision, pick_device, take_gpu, threads
 from ..core.recipes import CramlitError, Interrupted, UsageError, digest, unknown
-from ..core.results import (
-    atomic, cannot_write, note, provenance, read_json_lines, refuse_run, result_row, sha256, write_rows)
+from cramlit.core.results import (
+    atomic, cannot_write, note, provenance, read_json_lines, read_object, refuse_run, result_row, sha256,
+    write_rows)
 from ..core.scales import Finetune, Scale
 from ..data.corpus import fetch_member
 from .finetuning import FINETUNING_VERSION, POOL, Job, check_length, classifier, run_job
@@ -543,8 +544,7 @@ def model_ids(
     "What identifies a model in its rows: recipe and seed as its folder says, and a checksum of its weights"
     load_parts(model)
     made = Path(model)/'cramlit.json'
-    try: info = json.loads(made.read_text('utf-8')) if made.exists() else {}
-    except ValueError as e: raise CramlitError(f'{made} is not JSON ({e}): export the model again') from None
+    info = read_object(made) if made.exists() else {}
     recipe = info.get('recipe', {}).get('name', Path(model).resolve().name)
     return dict(stage='glue', suite=suite, scale=scale.name, recipe=recipe,
                 recipe_hash=info.get('recipe_hash', ''), pretraining_seed=info.get('seed'),
@@ -558,7 +558,7 @@ def note_seen_text(
     "Say so where the held-out articles of two surrogate tasks may have been pretrained on"
     made = Path(model)/'cramlit.json'
     if suite != 'surrogate' or not made.exists(): return
-    corpus = json.loads(made.read_text('utf-8')).get('recipe', {}).get('corpus', {})
+    corpus = read_object(made).get('recipe', {}).get('corpus', {})
     source, kept = corpus.get('source', ''), corpus.get('holdout', 0.)
     if source == 'enwik8' and kept < HOLDOUT or 'wikipedia' in source:
         note(f'{model} was pretrained on {source} with {kept:.1%} held out: articles of the tasks '

@@ -408,10 +408,13 @@ def run_trial(
     def work():
         with threads(1 if study.nproc == 1 else 0):  # another number of threads gives other last digits
             save_result(folder.parent, key, lambda: dict(rows=trial_rows(trial, study, folder)))
-        tidy(folder)
+    def work_alone():
+        with locked(folder, wait=True):  # a worker of a study that was killed may still be busy with it
+            if not find_result(folder.parent, key)[1]: work()
+            tidy(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'log.txt', 'a', buffering=1, encoding='utf-8') as log, redirect_stderr(log):
-        why = with_retry(f'{trial.name}, seed {trial.seed}', work)
+        why = with_retry(f'{trial.name}, seed {trial.seed}', work_alone)
         return why and f'{why} (its log: {folder/"log.txt"})'
 
 # %% ../../nbs/experiments/60_search.ipynb #82855ace

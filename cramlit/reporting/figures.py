@@ -7,7 +7,6 @@ __all__ = ['COLOURS', 'STYLE', 'write_figure', 'read_log', 'time_unit', 'draw_un
            'write_curves']
 
 # %% ../../nbs/reporting/71_figures.ipynb #e97bc776
-import json
 from itertools import cycle
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.recipes import CramlitError
-from ..core.results import atomic, read_json_lines, read_rows
+from ..core.results import atomic, read_json_lines, read_object, read_rows
 from .tables import origin
 from ..training.schedule import lr_factor
 
@@ -110,7 +109,7 @@ def figure_lr(
         fig = Figure(figsize=(5.5, 2.4))
         ax = fig.subplots()
         logs, unit, size = _read_logs(runs)
-        infos = {name: json.loads((run/'run.json').read_text(encoding='utf-8')) for name, run in runs.items()}
+        infos = {name: read_object(run/'run.json', ['recipe']) for name, run in runs.items()}
         by_steps = all(info['steps'] for info in infos.values())
         for (name, log), colour in zip(logs.items(), cycle(COLOURS), strict=False):
             info = infos[name]

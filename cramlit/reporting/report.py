@@ -6,11 +6,10 @@
 __all__ = ['STAGES', 'STUDIES', 'finished_runs', 'report']
 
 # %% ../../nbs/reporting/76_report.ipynb #2c9538ef
-import json
 from pathlib import Path
 
 from ..core.recipes import CramlitError, UsageError
-from ..core.results import read_rows
+from ..core.results import read_object, read_rows
 from .studies import (
     write_ablation, write_choices, write_comparison, write_search, write_tuning)
 from .figures import write_curves
@@ -26,7 +25,7 @@ def finished_runs(
     for log in sorted(folder.rglob('metrics.jsonl')):
         left_out = {'trials', 'packing', 'superseded'} & set(log.relative_to(folder).parts)
         if not left_out and (log.parent/'rows.jsonl').exists(): found.append(log.parent)
-    recipes = [json.loads((run/'run.json').read_text(encoding='utf-8'))['recipe'] for run in found]
+    recipes = [read_object(run/'run.json', ['recipe'])['recipe'] for run in found]
     names = [r['name'] for r in recipes]
     if len(set(names)) < len(names): names = [f"{r['name']} (seed {r['seed']})" for r in recipes]
     if len(set(names)) < len(names): names = [run.relative_to(folder).as_posix() for run in found]

@@ -29,7 +29,7 @@ from ..efficiency.benchmark import (BATCHES, DOCUMENTED, WITH, WITHOUT, bench_ro
                                           our_steps, stock_steps)
 from ..efficiency.planner import GPU, GPUS, MFU, training_flops
 from ..evaluation.finetuning import padding_rows
-from ..evaluation.protocol import jobs, load_tasks, model_ids
+from ..evaluation.protocol import check_writable, jobs, load_tasks, model_ids
 from .figures import COLOURS, STYLE, write_figure
 from .tables import KINDS, needed, published, shown, write_table
 
@@ -343,6 +343,7 @@ def bench_steps(
     recipe, folder = get_recipe(name, scale, [*text, *own, *settings]), data or out/'data'/shape
     if not recipe.batch.micro_batch_size:
         raise UsageError('a benchmark needs a micro-batch: give batch.micro_batch_size above 0')
+    check_writable(out)
     if not data: prepare(recipe, folder)
     opened, device = open_data(folder), pick_device()
     V, ids = opened.padded_vocab_size, dict(stage='bench', scale=scale, shape=shape)
@@ -363,6 +364,7 @@ def bench_finetuning(
     out: Path,   # for rows and table
 ) -> list[dict]: # rows, also in out/bench_finetuning.jsonl
     "The surrogate tasks, with tight batches and padded ones, two epochs of the laptop's setting"
+    check_writable(out)
     tasks, grid = load_tasks('surrogate', []), get_scale('laptop').finetune
     job = replace(jobs(tasks[0], grid, 1, ('pretrained',))[0], epochs=2)
     rows = padding_rows(model, tasks, job, model_ids(model, get_scale('laptop'), 'surrogate'), turns)

@@ -154,6 +154,7 @@ def export(
 ) -> list[dict]:
     "Make a folder of a run that others can load, and send it to the hub"
     from cramlit.reporting.model_card import export_with_card, push as send
+    if private and not push: raise UsageError('--private is of a repository: name it with --push OWNER/NAME')
     folder = export_with_card(run, to, scores, push)
     if push: print(send(folder, push, private), file=sys.stderr)
     return [result_row('files_written', len(list(folder.iterdir())), 'files', stage='export', sent_to=push)]
@@ -502,6 +503,9 @@ TRAINING = ('pretrain', 'glue', 'search', 'bench', 'race')  # commands that trai
 def _run(name: str, args: list[str]):
     "Parse the arguments of a command, run it and show its rows; raises what the command raises"
     if name not in COMMANDS: raise unknown('command', name, COMMANDS)
+    for text in args:
+        if not text.isascii() and text != text.encode('utf-8', 'replace').decode():
+            raise UsageError(f'{text!r} is not UTF-8, as all that cramlit writes is: choose another name')
     command, parser = COMMANDS[name], _parser(name)
     parsed, more = parser.parse_known_args(args)
     if more: raise _no_such_option(name, more[0], parser)
@@ -591,14 +595,21 @@ def _main(argv: list[str]) -> int:
 # %% ../../nbs/running/81_command.ipynb #1517c426
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    "SIGTERM, as `kill` and batch systems send it, counts as Ctrl-C: or its workers would go on"
+    "SIGTERM, from `kill` and batch systems, and SIGHUP, from a closed terminal, count as Ctrl-C"
     in_main = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
     if not in_main or 'TORCHELASTIC_RUN_ID' in os.environ:  # torchrun ends its processes itself
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    def interrupt(number, frame):
+        if number != signal.SIGTERM: signal.signal(number, signal.SIG_IGN)  # SIGHUP comes twice
+        raise KeyboardInterrupt
+    numbers = [signal.SIGTERM]
+    hangup = getattr(signal, 'SIGHUP', None)  # Windows has none, and `nohup` ignores it
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN: numbers.append(hangup)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)
 
 # %% ../../nbs/running/81_command.ipynb #f5b58788
 def main(

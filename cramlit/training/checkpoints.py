@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.recipes import CramlitError, Model, UsageError, recipe_from_dict
 from ..core.results import (
-    atomic, cannot_write, locked, note, os_error, result_row, set_aside, sha256, sync_folder)
+    atomic, cannot_read, cannot_write, locked, note, os_error, result_row, set_aside, sha256, sync_folder)
 from ..data.packing import open_data, verify
 from ..data.tokenizer import load_tokenizer, padded_vocab
 from ..model.encoder import MaskedLM
@@ -138,11 +138,12 @@ def settle(
 def find_damage(
     path: str|Path,  # one checkpoint
 ) -> str:            # what is wrong with it; '' when it is whole
-    "Compare a checkpoint with its checksums"
+    "Compare a checkpoint with its checksums; raises `CramlitError` where this user has no right to read it"
     path = Path(path)
     try:
         whole = json.loads((path/'state.json').read_text(encoding='utf-8'))
         files, state = dict(whole['files']), whole['state']
+    except PermissionError as e: raise cannot_read(path/'state.json', e) from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f'{path}/state.json cannot be read ({type(e).__name__})'
     if whole.get('state_sha256', known := _state_sha256(state)) != known:  # older ones have none
@@ -150,6 +151,7 @@ def find_damage(
     for name, digest in files.items():
         if not (path/name).exists(): return f'{path}/{name} is missing'
         try: found = sha256(path/name)
+        except PermissionError as e: raise cannot_read(path/name, e) from None
         except OSError as e: return f'{path}/{name} cannot be read ({e.strerror or e})'
         if found != digest: return f'{path}/{name} does not match its checksum'
     return ''
@@ -231,7 +233,7 @@ def newest_whole(
         damage = find_damage(path)
         if not damage: return path
         print(f'damaged checkpoint passed over: {damage}', file=sys.stderr)
-    if found: raise CramlitError(f'every checkpoint in {folder} is damaged: delete the folder to start anew')
+    if found: raise CramlitError(f'every checkpoint in {folder} is damaged: start anew with another --out')
     return None
 
 # %% ../../nbs/training/33_checkpoints.ipynb #47fcc565

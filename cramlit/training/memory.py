@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'FEW', 'RESERVED', 'NCCL', 'ON_CPU', 'replace_modules', 'ByteDropout', 'step_memory', 'peak_memory',
            'largest_share', 'largest_state', 'gpu_memory', 'phases', 'room_for', 'micro_batch_for', 'free_memory',
-           'choose_micro_batch']
+           'choose_micro_batch', 'out_of_memory']
 
 # %% ../../nbs/training/35_memory.ipynb #35b60004
 import sys
@@ -207,3 +207,10 @@ def choose_micro_batch(
             why = 'no longer fits' if divides else 'does not divide the share of a process'
             print(f'the micro-batch of {earlier} sequences {why}: from here on it is {size}', file=sys.stderr)
     return int(world.broadcast(size))
+
+# %% ../../nbs/training/35_memory.ipynb #4f4b6e82
+def out_of_memory(
+    e: RuntimeError,  # as torch raises it
+) -> bool:
+    "Was there too little memory, of a GPU or of the machine?"
+    return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)

@@ -6,11 +6,11 @@
 __all__ = ['RUN_FORMAT', 'TRAINING_VERSION', 'STATE', 'LOGS', 'PATIENCE', 'Run', 'fingerprint', 'acquire_run_dir', 'check_run',
            'summed_loss', 'check_same_weights', 'validate', 'form_of', 'program_shapes', 'compile_model', 'micro_step',
            'accumulate', 'make_scaler', 'update', 'Hook', 'resume', 'passes_multiple', 'progress_bar', 'warm_up',
-           'train', 'should_stop_early', 'count_skips', 'result_rows', 'pretrain', 'shared_precision', 'begin', 'go_on',
-           'pretrain_in']
+           'train', 'should_stop_early', 'count_skips', 'result_rows', 'one_at_a_time', 'pretrain', 'shared_precision',
+           'begin', 'is_finished', 'go_on', 'pretrain_in']
 
 # %% ../../nbs/training/36_training.ipynb #2f299dc1
-import hashlib, json, math, os, sys
+import hashlib, json, math, os, sys, threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -39,7 +39,7 @@ from .checkpoints import Saver, checkpoints, find_damage, newest_whole
 from .checkpoints import read_checkpoint, settle
 from .distributed import AFTERWARDS, Gradients, World, catch_stop_signals, join_world
 from .distributed import keep_share, launch, step_together, whole_state
-from .memory import choose_micro_batch
+from .memory import choose_micro_batch, out_of_memory
 from .optimizers import make_optimizer, set_lr
 from .schedule import Clock, lr_factor, parse_budget
 from .tracking import Tracker, append_lines, check_tracker, prediction_writer
@@ -130,8 +130,8 @@ def acquire_run_dir(
         except (ValueError, KeyError, TypeError, AttributeError, UsageError) as e:
             raise UsageError(f'{path} cannot be compared with this run ({e}): choose another --out') from e
         if other:
-            raise UsageError(f'{run.out} holds a run with another {other}: '
-                             'choose another --out, or delete the folder')
+            back = 'give --data the folder that it was begun with, or ' if other == 'data' else ''
+            raise UsageError(f'{run.out} holds a run with another {other}: {back}choose another --out')
     if theirs != json.loads(json.dumps(run.identity())): _write_identity(run)
 
 # %% ../../nbs/training/36_training.ipynb #f9c110c9
@@ -603,6 +603,16 @@ def result_rows(
         result_row('seconds', seconds, 's', **ids)]
 
 # %% ../../nbs/training/36_training.ipynb #43829500
+_busy = threading.Lock()
+
+@contextmanager
+def one_at_a_time():
+    "Refuse a second training in this process: two threads would draw dropout from one stream of numbers"
+    if not _busy.acquire(blocking=False):
+        raise UsageError('another training goes on in this process: start this one in a process of its own')
+    try: yield
+    finally: _busy.release()
+
 def pretrain(
     recipe: Recipe,       # text, tokenizer and packing are those of the data
     data: str|Path,       # folder made by `prepare`
@@ -617,7 +627,7 @@ def pretrain(
     "Train a recipe for a budget, or go on where an interrupted run stopped; a finished run is not run again"
     check_tracker(track)
     seconds = parse_budget(budget) if isinstance(budget, str) else budget
-    with join_world() as world:
+    with one_at_a_time(), join_world() as world:
         prepared = open_data(data)
         run = Run(as_prepared(recipe, prepared), prepared, Path(out), Clock(seconds, steps), scale, world,
                   init=fingerprint(weights) if weights else '')
@@ -652,6 +662,13 @@ def begin(
     run.clock.spent = run.world.broadcast(run.clock.spent + run.clock.now() - began)
 
 # %% ../../nbs/training/36_training.ipynb #e16c9b27
+def is_finished(
+    out: Path,  # a run's folder
+) -> bool:
+    "Does it have result rows? An empty file, as a crash of the system may leave it, has none"
+    path = out/'rows.jsonl'
+    return path.exists() and path.stat().st_size > 0
+
 def go_on(
     run: Run,             # its folder is its own
     track: str,           # as `pretrain` takes them, and what follows too
@@ -659,7 +676,7 @@ def go_on(
     hook: Hook|None,
 ) -> list[dict]:          # result rows, also in out/rows.jsonl
     "Train to the end, unless that has been done"
-    if (run.out/'rows.jsonl').exists(): return read_rows(run.out/'rows.jsonl')
+    if is_finished(run.out): return read_rows(run.out/'rows.jsonl')
     recipe, world, precision = run.recipe, run.world, shared_precision(run.world)
     V, size = run.data.padded_vocab_size, recipe.batch.micro_batch_size
     if not size:
@@ -679,9 +696,11 @@ def go_on(
         if world.main:
             run.listeners += [prediction_writer(run.out, run.data, recipe, model, precision), tracker]
         try: losses = train(run, model, precision, hook)
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:
+            if not out_of_memory(e): raise
+            memory = f"the memory of this {'GPU' if world.device.type == 'cuda' else 'machine'}"
             smaller = 'a smaller number' if run.micro_batch_size else '0, which chooses, or a smaller number'
-            raise CramlitError(f'micro-batches of {size} sequences do not fit into the memory of this GPU: '
+            raise CramlitError(f'micro-batches of {size} sequences do not fit into {memory}: '
                                f'give -o batch.micro_batch_size {smaller}, with another --out') from None
         rows = result_rows(run, losses, precision)
     if world.main: write_rows(run.out/'rows.jsonl', rows)
@@ -705,5 +724,5 @@ def pretrain_in(
     run = Run(recipe, open_data(data), out, Clock(budget, steps), scale, World(size=nproc))
     check_run(run)
     with locked(out): pass  # it is for the first of the processes
-    if not (out/'rows.jsonl').exists(): launch(nproc, options, out)
+    if not is_finished(out): launch(nproc, options, out)
     return read_rows(out/'rows.jsonl')
