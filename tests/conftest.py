@@ -9,8 +9,9 @@ import pytest
 from cramlit.core.scales import get_recipe
 from cramlit.data.packing import prepare
 
-# a shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt
+# a shell's background jobs ignore Ctrl-C, and those of `nohup` SIGHUP, and so would the processes of tests
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # seconds until what has not happened counts as hanging: a machine may be twenty times overbooked
 PATIENCE = 900
