@@ -504,8 +504,10 @@ def _run(name: str, args: list[str]):
     "Parse the arguments of a command, run it and show its rows; raises what the command raises"
     if name not in COMMANDS: raise unknown('command', name, COMMANDS)
     for text in args:
-        if not text.isascii() and text != text.encode('utf-8', 'replace').decode():
-            raise UsageError(f'{text!r} is not UTF-8, as all that cramlit writes is: choose another name')
+        try: os.fsencode(text).decode('utf-8')
+        except UnicodeError:
+            raise UsageError(f'{text!r} is not UTF-8, as all that cramlit writes is: choose another '
+                             'name') from None
     command, parser = COMMANDS[name], _parser(name)
     parsed, more = parser.parse_known_args(args)
     if more: raise _no_such_option(name, more[0], parser)
