@@ -4,13 +4,13 @@ import shutil
 import subprocess
 import sys
 import time
-from threading import Thread
+from threading import Event, Thread, Timer
 
 import psutil
 import pytest
-from conftest import make_text
+from conftest import PATIENCE, make_text
 
-from cramlit.core.recipes import CramlitError, UsageError
+from cramlit.core.recipes import CramlitError, UsageError, override
 from cramlit.core.results import locked
 from cramlit.data.packing import open_data, verify
 from cramlit.running import pipeline
@@ -25,7 +25,7 @@ from cramlit.training.checkpoints import (
     verify_folder,
     write_checkpoint,
 )
-from cramlit.training.training import pretrain
+from cramlit.training.training import pretrain, pretrain_in
 
 SETTINGS = ('--scale', 'tiny', '-o', 'corpus.holdout=0.1', '-o', 'tokenizer.vocab_size=128',
             '-o', 'validation.max_sequences=64')
@@ -194,7 +194,13 @@ def test_a_checkpoint_that_one_may_not_read_is_not_passed_over(recipe, data, tmp
     monkeypatch.setattr(checkpoint, 'sha256', refuse)
     says = 'step-00000002/.*: Permission denied. Ask for the right to read it'
     with pytest.raises(CramlitError, match=says): pretrain(recipe, data, tmp_path/'run', steps=2)
-    with pytest.raises(CramlitError, match=says): verify_folder(tmp_path/'run')
+    broken = tmp_path/'run'/'checkpoints'/'step-00000001'/'model.safetensors'
+    content = broken.read_bytes()
+    broken.write_bytes(content[:-1])
+    both = f'(?s)2 of 2 .*step-00000001.*{says}'
+    with pytest.raises(CramlitError, match=both): verify_folder(tmp_path/'run')
+    broken.write_bytes(content)
+    os.utime(broken, ns=(before[broken], before[broken]))
     assert {p: p.stat().st_mtime_ns for p in (tmp_path/'run'/'checkpoints').rglob('*')} == before
 
 
@@ -214,10 +220,12 @@ def test_a_study_goes_on_although_workers_of_one_that_was_killed_are_still_busy(
     args = '--source', str(source), '--scale', 'tiny', '-o', 'corpus.holdout=0.1'
     assert main(['prepare', *args, '--out', str(tmp_path/'data')]) == 0
     (tmp_path/'study.py').write_text(STUDY)
-    command = [sys.executable, str(tmp_path/'study.py'), str(tmp_path/'data'), str(tmp_path/'study'), '20']
+    command = [sys.executable, str(tmp_path/'study.py'), str(tmp_path/'data'), str(tmp_path/'study'), '60']
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + PATIENCE
     while len(list(tmp_path.glob('study/trials/*/run/metrics.jsonl'))) < 2:
         assert first.poll() is None, 'it ended before its trials began'
+        assert time.monotonic() < until
         time.sleep(.02)
     workers = psutil.Process(first.pid).children(recursive=True)
     for worker in workers: worker.suspend()
@@ -227,10 +235,29 @@ def test_a_study_goes_on_although_workers_of_one_that_was_killed_are_still_busy(
 
     def waits():
         return any('waiting for its end' in p.read_text() for p in tmp_path.glob('study/trials/*/log.txt'))
-    while second.poll() is None and not waits(): time.sleep(.02)
+    while second.poll() is None and not waits() and time.monotonic() < until: time.sleep(.02)
+    waited = waits()
     for worker in workers: worker.resume()
-    _, err = second.communicate()
-    assert second.returncode == 0, err
+    _, err = second.communicate(timeout=PATIENCE)
+    assert second.returncode == 0 and waited, err
+
+
+def test_several_processes_of_a_trial_wait_for_those_left_behind(recipe, data, tmp_path, monkeypatch):
+    held, free, launched = Event(), Event(), []
+
+    def left_behind():
+        with locked(tmp_path/'run'):
+            held.set()
+            free.wait(PATIENCE)
+    Thread(target=left_behind, daemon=True).start()
+    held.wait(PATIENCE)
+    monkeypatch.setattr('cramlit.training.training.launch', lambda *args: launched.append(free.is_set()))
+    half = override(recipe, ['batch.micro_batch_size=16'])
+    arguments = half, data, tmp_path/'run', 0., 1, ''
+    with pytest.raises(UsageError, match='another process works in'): pretrain_in(2, [], *arguments)
+    Timer(.3, free.set).start()
+    with pytest.raises(CramlitError, match='no result rows'): pretrain_in(2, [], *arguments, wait=True)
+    assert launched == [True]
 
 
 def test_a_second_training_in_a_process_is_refused(recipe, data, tmp_path, monkeypatch):
@@ -244,7 +271,7 @@ def test_a_second_training_in_a_process_is_refused(recipe, data, tmp_path, monke
         thread.start()
         thread.join()
     with monkeypatch.context() as patch:
-        patch.setattr('cramlit.training.training.acquire_run_dir', meanwhile)
+        patch.setattr('cramlit.training.training.resume', meanwhile)
         pretrain(recipe, data, tmp_path/'run', steps=1)
     assert len(why) == 1 and 'another training goes on in this process' in why[0]
     pretrain(recipe, data, tmp_path/'other', steps=1)
@@ -256,8 +283,8 @@ def test_a_run_with_other_data_is_not_to_be_deleted(source, tmp_path, capsys):
     (source/'000.txt').write_text('Another text than before. It has two sentences.')
     assert prepare(source, data) == 0 and train(data, run) == 2
     says = capsys.readouterr().err
-    assert 'give --data the folder that it was begun with, or choose another --out' in says
-    assert 'delete' not in says
+    assert f'{data}/superseded has what was moved aside), or choose another --out' in says
+    assert train(data/'superseded'/'1', run) == 0
 
 
 def test_a_run_beside_texts_is_none_of_them(source, data, tmp_path):

@@ -226,9 +226,10 @@ def test_text_too_small_for_the_split(tmp_path, capsys):
     assert 'fell into the' in err and 'split' in err and os.listdir(tmp_path) == ['x.txt']
 
 
-def test_a_text_without_ends_of_sentences_is_cut_between_words(tmp_path):
+@pytest.mark.parametrize('title', ['', 'Of words. '])
+def test_a_text_without_ends_of_sentences_is_cut_between_words(tmp_path, title):
     "Such as text8, whose hundred million letters are one line"
-    words = [f'word{n % 97}' for n in range(5000)]
+    words = (title + ' '.join(f'word{n % 97}' for n in range(5000))).split()
     (tmp_path/'x.txt').write_text(' '.join(words))
     recipe = override(get_recipe('modern', 'tiny'), [f"corpus.source={tmp_path/'x.txt'}"])
     packing.prepare(recipe, tmp_path/'out')

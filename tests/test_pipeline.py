@@ -598,8 +598,8 @@ sys.exit(main(sys.argv[1:]))
 '''
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_stage_and_what_it_has_started_with_one_line(number, tmp_path):
+@pytest.mark.parametrize('numbers', [[signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP, signal.SIGHUP]])
+def test_a_signal_ends_a_stage_and_what_it_has_started_with_one_line(numbers, tmp_path):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in ('x = 1', AT_WORK)])
     nb.cells[0].metadata['tags'] = ['parameters']
     nb.metadata['kernelspec'] = dict(name='python3', display_name='python3', language='python')
@@ -611,7 +611,9 @@ def test_a_signal_ends_a_stage_and_what_it_has_started_with_one_line(number, tmp
     until = time.monotonic() + PATIENCE
     while not (tmp_path/'worker').exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(.1)
-    process.send_signal(number)  # a terminal's reaches no kernel either, which has a session of its own
+    for number in numbers:  # a terminal's reaches no kernel either, which has a session of its own
+        process.send_signal(number)
+        time.sleep(.1)
     err = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 1, err
     assert err == 'cramlit: interrupted; the same command goes on where it stopped\n'

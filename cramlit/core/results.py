@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEFT_OUT', 'note', 'cache_dir', 'cannot_write', 'os_error', 'first_line', 'cannot_read', 'sync_folder', 'atomic',
            'locked', 'set_aside', 'refuse_run', 'sha256', 'provenance', 'result_row', 'write_rows', 'read_json_lines',
-           'read_object', 'read_rows']
+           'read_object', 'read_rows', 'has_rows']
 
 # %% ../../nbs/core/02_results.ipynb #e2a83050
 import errno, hashlib, json, math, os, platform, re, subprocess, sys, tempfile
@@ -290,3 +290,10 @@ def read_rows(
     why = 'run `cramlit pretrain`, `glue` or `reproduce` first' if path.exists() else 'it does not exist'
     if not rows: raise CramlitError(f'no result rows at {path}: {why}')
     return rows
+
+def has_rows(
+    folder: str|Path,  # of a run, a stage or a study
+) -> bool:
+    "Has it result rows of its own? An empty file, as a crash of the system may leave it, has none"
+    path = Path(folder)/'rows.jsonl'
+    return path.exists() and path.stat().st_size > 0

@@ -284,10 +284,10 @@ def _line(d: Document) -> str: return json.dumps(asdict(d)) + '\n'
 # %% ../../nbs/data/12_packing.ipynb #4bbaed66
 def _split_end(d: Document, characters: int) -> list[Document]:
     "A document and, if it has several sentences, its last ones, of so many characters or more"
-    starts = [start for start, _ in sentence_spans(d.text)][1:]
-    if not starts and len(d.text) > MIN_HOLDOUT:  # no sentence is so long: it has no full stops
-        starts = [m.end() for m in re.finditer(' ', d.text)]
-    start = max((s for s in starts if s <= len(d.text) - characters), default=next(iter(starts), 0))
+    starts, latest = [start for start, _ in sentence_spans(d.text)][1:], len(d.text) - characters
+    start = max((s for s in starts if s <= latest), default=next(iter(starts), 0))
+    if latest > start + MIN_HOLDOUT:  # no sentence is so long: here are no full stops
+        start = d.text.rfind(' ', 0, latest) + 1 or latest
     if not start: return [d]
     return [Document(d.id, d.text[:start]), Document(f'{d.id}, its end', d.text[start:])]
 

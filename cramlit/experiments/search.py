@@ -27,9 +27,9 @@ from joblib import delayed
 from ..core.devices import choose_precision, pick_device, threads
 from ..core.recipes import (
     Checkpoint, CramlitError, Model, Optim, Recipe, Schedule, UsageError, Validation, digest, unknown)
-from cramlit.core.results import (
-    atomic, locked, note, provenance, read_json_lines, read_rows, refuse_run, result_row, set_aside, sha256,
-    write_rows)
+from ..core.results import (
+    atomic, has_rows, locked, note, provenance, read_json_lines, read_object, read_rows, refuse_run,
+    result_row, set_aside, sha256, write_rows)
 from ..core.scales import Trials, get_recipe, get_scale
 from ..data.batches import rank_slice
 from ..data.packing import as_prepared, open_data, prepare
@@ -287,7 +287,8 @@ def train_trial(
     options += ['--steps', str(steps)]*bool(steps) + ['--budget', f'{budget}s']*bool(budget)
     for setting in trial.all_settings: options += ['-o', setting]
     if not has_stock(recipe.model): options.append('--bare')
-    return pretrain_in(study.nproc, options, recipe, data, run, **how)
+    # processes that a killed study has left behind may still train in this folder
+    return pretrain_in(study.nproc, options, recipe, data, run, **how, wait=True)
 
 # %% ../../nbs/experiments/60_search.ipynb #a61f0c1c
 def calibrated_rows(
@@ -315,7 +316,7 @@ def learning_curve(
 ) -> Curve:
     "The losses in a run's log, at the times of calibrated steps where it counted these"
     about, log = run/'run.json', read_json_lines(run/'metrics.jsonl')
-    info = json.loads(about.read_text(encoding='utf-8')) if about.exists() else {}
+    info = read_object(about) if about.exists() else {}
     budget, steps = info.get('budget'), info.get('steps')
     def when(line):
         return before + line['step']*(budget - before)/steps if budget and steps else line['seconds']
@@ -517,7 +518,7 @@ def run_trials(
             pretrained, _ = find_result(place, key | dict(finetune={}))  # other tasks or rules: the same run
             folder = pretrained.with_suffix('')
             if not find_result(place, key)[1]: missing.append(delayed(run_trial)(trial, study, folder, key))
-            elif (folder/'run'/'rows.jsonl').exists(): tidy(folder)  # it may have been killed before it could
+            elif has_rows(folder/'run'): tidy(folder)  # it may have been killed before it could
         done = len(trials) - len(missing)
         if known: note(f'of {len(trials)} trials {done} are known, here or from {KNOWN}')
         try: run_parallel(missing, len(trials), 'trials', one_by_one=study.nproc > 1)

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.recipes import CramlitError
-from ..core.results import atomic, read_json_lines, read_object, read_rows
+from ..core.results import atomic, has_rows, read_json_lines, read_object, read_rows
 from .tables import origin
 from ..training.schedule import lr_factor
 
@@ -109,12 +109,13 @@ def figure_lr(
         fig = Figure(figsize=(5.5, 2.4))
         ax = fig.subplots()
         logs, unit, size = _read_logs(runs)
-        infos = {name: read_object(run/'run.json', ['recipe']) for name, run in runs.items()}
+        keys = 'recipe', 'budget', 'steps'
+        infos = {name: read_object(run/'run.json', keys) for name, run in runs.items()}
         by_steps = all(info['steps'] for info in infos.values())
         for (name, log), colour in zip(logs.items(), cycle(COLOURS), strict=False):
             info = infos[name]
             lr, schedule = info['recipe']['optim']['lr'], info['recipe']['schedule']
-            done = read_rows(rows) if (rows := runs[name]/'rows.jsonl').exists() else []
+            done = read_rows(runs[name]/'rows.jsonl') if has_rows(runs[name]) else []
             whole = bool(done) and not done[0].get('stopped')
             x = log.step if by_steps else log.seconds/size
             if by_steps: end = info['steps']

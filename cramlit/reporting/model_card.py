@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from ..core.recipes import CramlitError, Recipe, UsageError, recipe_from_dict, settings_of
-from ..core.results import atomic, note, read_rows
+from ..core.results import atomic, has_rows, note, read_rows
 from ..core.scales import LARGE_TASKS, SCALES
 from ..data.corpus import split_source
 from ..data.tokenizer import load_tokenizer
@@ -319,7 +319,7 @@ def export_with_card(
     check_export_folder(to)
     if to.resolve() == (run/'model').resolve():
         raise UsageError(f"{to} is the run's own model: choose another folder")
-    if (run/'run.json').exists() and not (run/'rows.jsonl').exists():
+    if (run/'run.json').exists() and not has_rows(run):
         raise CramlitError(f'{run} is not finished: let `cramlit pretrain` go on')
     if (run/'run.json').exists() and not (run/'model'/'config.json').exists():
         raise CramlitError(f'{run}/model, with the tokenizer, is missing: '

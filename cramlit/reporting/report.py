@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'STUDIES', 'finished_runs', 'report']
 from pathlib import Path
 
 from ..core.recipes import CramlitError, UsageError
-from ..core.results import read_object, read_rows
+from ..core.results import has_rows, read_object, read_rows
 from .studies import (
     write_ablation, write_choices, write_comparison, write_search, write_tuning)
 from .figures import write_curves
@@ -24,7 +24,7 @@ def finished_runs(
     folder, found = Path(folder), []
     for log in sorted(folder.rglob('metrics.jsonl')):
         left_out = {'trials', 'packing', 'superseded'} & set(log.relative_to(folder).parts)
-        if not left_out and (log.parent/'rows.jsonl').exists(): found.append(log.parent)
+        if not left_out and has_rows(log.parent): found.append(log.parent)
     recipes = [read_object(run/'run.json', ['recipe'])['recipe'] for run in found]
     names = [r['name'] for r in recipes]
     if len(set(names)) < len(names): names = [f"{r['name']} (seed {r['seed']})" for r in recipes]

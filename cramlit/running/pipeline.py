@@ -25,9 +25,9 @@ from ..core.scales import get_recipe, get_scale
 # %% ../../nbs/running/80_pipeline.ipynb #cf1dc3fd
 @contextmanager
 def _stopped_in_order() -> Iterator[Callable]:  # to be called before each cell, and when one has failed
-    "SIGINT and SIGTERM end the cell that runs, a second one the kernel; then raises KeyboardInterrupt"
+    "SIGINT, SIGTERM and SIGHUP end the cell that runs, a second one the kernel; raises KeyboardInterrupt"
     import psutil
-    from cramlit.training.distributed import kill_all, on_stop_signals
+    from cramlit.training.distributed import HANGUP, kill_all, on_stop_signals
     signals, cells = list[int](), list[int]()
     def to_kernels(number):
         for p in psutil.Process().children():
@@ -36,6 +36,7 @@ def _stopped_in_order() -> Iterator[Callable]:  # to be called before each cell,
                 if number == signal.SIGKILL: kill_all(p.pid)  # its workers have sessions of their own
                 else: os.killpg(p.pid, number)
     def pass_on(number, frame):
+        if signals and number == HANGUP: return  # it comes from the shell and from the system
         signals.append(number)
         if len(signals) > 1: to_kernels(signal.SIGKILL)
         elif cells: to_kernels(signal.SIGINT)  # while it starts, it would die of it, and say so

@@ -157,6 +157,10 @@ def find_damage(
     return ''
 
 # %% ../../nbs/training/33_checkpoints.ipynb #cf526f40
+def _may_be_whole(path: Path) -> bool:
+    try: return not find_damage(path)
+    except CramlitError: return True  # who may not read it cannot know
+
 def write_checkpoint(
     folder: str|Path,    # where the checkpoints of a run are
     tensors: dict[str, dict[str, Tensor]],  # as `tensors_of` gave them
@@ -176,7 +180,7 @@ def write_checkpoint(
         settle(folder)
         kept = 1
         for old in reversed([p for p in checkpoints(folder) if p.name < name]):  # a later one was damaged
-            if kept < keep and not find_damage(old): kept += 1
+            if kept < keep and _may_be_whole(old): kept += 1
             else: _remove(old)
         sync_folder(folder)
     except (OSError, CramlitError) as e:
@@ -233,7 +237,7 @@ def newest_whole(
         damage = find_damage(path)
         if not damage: return path
         print(f'damaged checkpoint passed over: {damage}', file=sys.stderr)
-    if found: raise CramlitError(f'every checkpoint in {folder} is damaged: start anew with another --out')
+    if found: raise CramlitError(f'every checkpoint in {folder} is damaged: train anew in another folder')
     return None
 
 # %% ../../nbs/training/33_checkpoints.ipynb #47fcc565
@@ -270,8 +274,11 @@ def verify_folder(
     for path in data:
         try: verify(open_data(path))
         except CramlitError as e: damage.append(str(e))
-    checked = [(path, find_damage(path)) for path in saved]
-    found = [why for path, why in checked if path.exists()]  # a run that goes on removes its older ones
+    def why(path: Path) -> str:
+        try: return find_damage(path)
+        except CramlitError as e: return str(e)
+    checked = [(path, why(path)) for path in saved]
+    found = [text for path, text in checked if path.exists()]  # a run that goes on removes its older ones
     damage += filter(None, found)
     if damage:
         raise CramlitError(f'{len(damage)} of {len(data) + len(found)} damaged:\n  ' + '\n  '.join(damage))

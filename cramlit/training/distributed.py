@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..core.devices import check_build, pick_device
 from ..core.recipes import CramlitError, Interrupted, UsageError
+from ..core.results import has_rows
 
 # %% ../../nbs/training/32_distributed.ipynb #91540659
 TIMEOUT = timedelta(minutes=30)  # for a message; one process may compile or read a disk long after the others
@@ -362,5 +363,5 @@ def launch(
     if process.returncode < 0 and signals: raise KeyboardInterrupt
     if process.returncode:
         raise CramlitError(f'training in {nproc} processes failed; the reason is above. {go_on}')
-    if not (out/'rows.jsonl').exists(): raise Interrupted(f'stopped and saved. {go_on}')
+    if not has_rows(out): raise Interrupted(f'stopped and saved. {go_on}')
     if signals: raise Interrupted(f'{out} had just been finished. {AFTERWARDS}')

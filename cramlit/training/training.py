@@ -6,8 +6,8 @@
 __all__ = ['RUN_FORMAT', 'TRAINING_VERSION', 'STATE', 'LOGS', 'PATIENCE', 'Run', 'fingerprint', 'acquire_run_dir', 'check_run',
            'summed_loss', 'check_same_weights', 'validate', 'form_of', 'program_shapes', 'compile_model', 'micro_step',
            'accumulate', 'make_scaler', 'update', 'Hook', 'resume', 'passes_multiple', 'progress_bar', 'warm_up',
-           'train', 'should_stop_early', 'count_skips', 'result_rows', 'one_at_a_time', 'pretrain', 'shared_precision',
-           'begin', 'is_finished', 'go_on', 'pretrain_in']
+           'train', 'should_stop_early', 'count_skips', 'result_rows', 'one_at_a_time', 'memory_errors', 'pretrain',
+           'shared_precision', 'begin', 'go_on', 'pretrain_in']
 
 # %% ../../nbs/training/36_training.ipynb #2f299dc1
 import hashlib, json, math, os, sys, threading
@@ -27,7 +27,7 @@ from ..core.devices import Precision, autocast, choose_precision, why_eager
 from ..core.randomness import make_key
 from ..core.recipes import CramlitError, Interrupted, Recipe, UsageError
 from ..core.recipes import differences, digest, override, recipe_from_dict, recipe_hash
-from ..core.results import atomic, cannot_write, locked, provenance
+from ..core.results import atomic, cannot_write, has_rows, locked, provenance
 from ..core.results import read_json_lines, read_rows, result_row, write_rows
 from ..data.batches import RULERS, WIDTH, Batch, Prefetcher, rank_slice, train_batches
 from ..data.batches import validation_batches, validation_rows
@@ -130,8 +130,9 @@ def acquire_run_dir(
         except (ValueError, KeyError, TypeError, AttributeError, UsageError) as e:
             raise UsageError(f'{path} cannot be compared with this run ({e}): choose another --out') from e
         if other:
-            back = 'give --data the folder that it was begun with, or ' if other == 'data' else ''
-            raise UsageError(f'{run.out} holds a run with another {other}: {back}choose another --out')
+            moved = f'{run.data.folder}/superseded has what was moved aside'
+            advice = f'give --data the one it began with ({moved}), or ' if other == 'data' else ''
+            raise UsageError(f'{run.out} holds a run with another {other}: {advice}choose another --out')
     if theirs != json.loads(json.dumps(run.identity())): _write_identity(run)
 
 # %% ../../nbs/training/36_training.ipynb #f9c110c9
@@ -602,7 +603,7 @@ def result_rows(
         result_row('skipped_steps', run.skipped, 'steps', **ids),
         result_row('seconds', seconds, 's', **ids)]
 
-# %% ../../nbs/training/36_training.ipynb #43829500
+# %% ../../nbs/training/36_training.ipynb #e0e0e3bb
 _busy = threading.Lock()
 
 @contextmanager
@@ -613,6 +614,25 @@ def one_at_a_time():
     try: yield
     finally: _busy.release()
 
+# %% ../../nbs/training/36_training.ipynb #2d9b086f
+@contextmanager
+def memory_errors(
+    run: Run,
+):
+    "Say in one line, as a `CramlitError`, that there was too little memory, and what to do"
+    try: yield
+    except RuntimeError as e:
+        if not out_of_memory(e): raise
+        place, size = 'machine', run.sized().batch.micro_batch_size
+        advice = 'a smaller number'
+        if isinstance(e, torch.OutOfMemoryError):
+            place = 'GPU'
+            if not run.micro_batch_size: advice = f'0, which chooses, or {advice}'
+        raise CramlitError(f'the network and micro-batches of {size} sequences do not fit into the memory '
+                           f'of this {place}: give -o batch.micro_batch_size {advice}, with another '
+                           '--out') from None
+
+# %% ../../nbs/training/36_training.ipynb #43829500
 def pretrain(
     recipe: Recipe,       # text, tokenizer and packing are those of the data
     data: str|Path,       # folder made by `prepare`
@@ -627,7 +647,7 @@ def pretrain(
     "Train a recipe for a budget, or go on where an interrupted run stopped; a finished run is not run again"
     check_tracker(track)
     seconds = parse_budget(budget) if isinstance(budget, str) else budget
-    with one_at_a_time(), join_world() as world:
+    with join_world() as world:
         prepared = open_data(data)
         run = Run(as_prepared(recipe, prepared), prepared, Path(out), Clock(seconds, steps), scale, world,
                   init=fingerprint(weights) if weights else '')
@@ -636,7 +656,9 @@ def pretrain(
         with locked(run.out) if world.main else nullcontext():
             if world.main: acquire_run_dir(run)
             world.broadcast(0.)  # the others wait here until the folder is the run's own
-            try: return go_on(run, track, weights, hook)
+            try:
+                if has_rows(run.out): return read_rows(run.out/'rows.jsonl')
+                with one_at_a_time(), memory_errors(run): return go_on(run, track, weights, hook)
             finally: run.saver.join()  # nothing is being written when others may train here
 
 # %% ../../nbs/training/36_training.ipynb #97f1d961
@@ -662,21 +684,13 @@ def begin(
     run.clock.spent = run.world.broadcast(run.clock.spent + run.clock.now() - began)
 
 # %% ../../nbs/training/36_training.ipynb #e16c9b27
-def is_finished(
-    out: Path,  # a run's folder
-) -> bool:
-    "Does it have result rows? An empty file, as a crash of the system may leave it, has none"
-    path = out/'rows.jsonl'
-    return path.exists() and path.stat().st_size > 0
-
 def go_on(
     run: Run,             # its folder is its own
     track: str,           # as `pretrain` takes them, and what follows too
     weights: dict[str, Tensor]|None,
     hook: Hook|None,
 ) -> list[dict]:          # result rows, also in out/rows.jsonl
-    "Train to the end, unless that has been done"
-    if is_finished(run.out): return read_rows(run.out/'rows.jsonl')
+    "Train to the end"
     recipe, world, precision = run.recipe, run.world, shared_precision(run.world)
     V, size = run.data.padded_vocab_size, recipe.batch.micro_batch_size
     if not size:
@@ -695,13 +709,7 @@ def go_on(
     with Tracker(track if world.main else '', run.out, run.identity()) as tracker:
         if world.main:
             run.listeners += [prediction_writer(run.out, run.data, recipe, model, precision), tracker]
-        try: losses = train(run, model, precision, hook)
-        except RuntimeError as e:
-            if not out_of_memory(e): raise
-            memory = f"the memory of this {'GPU' if world.device.type == 'cuda' else 'machine'}"
-            smaller = 'a smaller number' if run.micro_batch_size else '0, which chooses, or a smaller number'
-            raise CramlitError(f'micro-batches of {size} sequences do not fit into {memory}: '
-                               f'give -o batch.micro_batch_size {smaller}, with another --out') from None
+        losses = train(run, model, precision, hook)
         rows = result_rows(run, losses, precision)
     if world.main: write_rows(run.out/'rows.jsonl', rows)
     if run.asked_to_stop and 'TORCHELASTIC_RUN_ID' not in os.environ:  # there its parent has to stop
@@ -718,11 +726,12 @@ def pretrain_in(
     budget: float,       # seconds; 0 = by steps
     steps: int,          # 0 = by the clock
     scale: str,          # for the record
+    wait: bool = False,  # for another process that trains in this folder, else raise `UsageError`
 ) -> list[dict]:         # result rows, also in out/rows.jsonl
     "As `pretrain`, in several processes; whatever can be found wrong is found before they are started"
     out = Path(out)
     run = Run(recipe, open_data(data), out, Clock(budget, steps), scale, World(size=nproc))
     check_run(run)
-    with locked(out): pass  # it is for the first of the processes
-    if not is_finished(out): launch(nproc, options, out)
+    with locked(out, wait): pass  # it is for the first of the processes
+    if not has_rows(out): launch(nproc, options, out)
     return read_rows(out/'rows.jsonl')
