@@ -1172,6 +1172,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'cramlit/reporting/studies.py'),
                                            'cramlit.reporting.studies.first_trial': ( 'reporting/studies.html#first_trial',
                                                                                       'cramlit/reporting/studies.py'),
+                                           'cramlit.reporting.studies.grid_edges': ( 'reporting/studies.html#grid_edges',
+                                                                                     'cramlit/reporting/studies.py'),
                                            'cramlit.reporting.studies.mean_and_deviation': ( 'reporting/studies.html#mean_and_deviation',
                                                                                              'cramlit/reporting/studies.py'),
                                            'cramlit.reporting.studies.median_and_range': ( 'reporting/studies.html#median_and_range',

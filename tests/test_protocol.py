@@ -864,7 +864,7 @@ def test_runs_of_one_recipe_and_one_seed_have_the_names_of_their_folders(tmp_pat
     def add(folder, seed):
         (tmp_path/folder).mkdir(parents=True)
         (tmp_path/folder/'run.json').write_text(json.dumps(dict(recipe=dict(name='24hbert', seed=seed))))
-        for name in ('metrics.jsonl', 'rows.jsonl'): (tmp_path/folder/name).write_text('')
+        for name in ('metrics.jsonl', 'rows.jsonl'): (tmp_path/folder/name).write_text('{}\n')
     add('a', 1)
     assert list(finished_runs(tmp_path)) == ['24hbert']
     add('b/run', 2)

@@ -6,7 +6,7 @@
 __all__ = ['TIMED', 'NEAR', 'SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARKS', 'PAIRS_NOTE', 'POOR', 'FEW',
            'mean_and_deviation', 'median_and_range', 'seeds_and_seconds', 'by_hand', 'about_rates', 'about_diverged',
            'on_plateau', 'first_trial', 'not_compared', 'by_paper_masks', 'about_masks', 'stopped_early', 'same_seeds',
-           'whole_runs', 'best_table', 'figure_grid', 'write_search', 'tasks_of_rows', 'choices_table',
+           'whole_runs', 'best_table', 'figure_grid', 'grid_edges', 'write_search', 'tasks_of_rows', 'choices_table',
            'figure_choices', 'figure_schedules', 'figure_loss_task', 'write_choices', 'with_average', 'final_loss',
            'comparison_table', 'unigram_baselines', 'figure_by_time', 'write_comparison', 'tuning_table', 'at_edge',
            'write_tuning', 'ablation_table', 'about_steps', 'ends_of', 'write_ablation', 'against', 'budgets_table',
@@ -70,7 +70,8 @@ def seeds_and_seconds(
     absent = {versus: 0 for versus in t.versus if versus and versus not in of_each}
     fewer = [f'{name}: {k}' for name, k in {**absent, **of_each}.items() if k < n]
     lacks = f' (**not finished**: so far {"; ".join(fewer)})' if fewer else ''
-    return f'{n} seed{"s"*(n > 1)}{lacks}, {t.seconds.median():.0f} s each (median), {TIMED}'
+    median = ' (median)' if t.seconds.nunique() > 1 else ''
+    return f'{n} seed{"s"*(n > 1)}{lacks}, {t.seconds.median():.0f} s each{median}, {TIMED}'
 
 # %% ../../nbs/reporting/75_studies.ipynb #75f00002
 NEAR = .2  # nats from the unigram baseline within which a network has hardly left the plateau
@@ -87,13 +88,17 @@ def by_hand(
 
 def about_rates(
     rows: list[dict],  # of trials
+    baselines: bool = False,  # are majority and bag of words in the table too?
 ) -> list[str]:        # a note, or none where the rows do not say it
-    "At which rates networks were fine-tuned"
+    "At which rates networks were fine-tuned, and whether with one seed"
     rates = sorted({rate for r in rows for rate in r.get('rates', ())})
+    seeds = {r['key']['finetune'].get('seeds') for r in rows if r.get('key', {}).get('finetune')}
+    once = ' Each run has one seed of fine-tuning.' if seeds == {1} else ''
     told = ', '.join(f'{rate:g}' for rate in rates)
-    if len(rates) < 2: return [f'All networks are fine-tuned at one rate, {told}.'] if rates else []
+    if len(rates) < 2: return [f'All networks are fine-tuned at one rate, {told}.{once}'] if rates else []
+    free = '; majority and bag of words have no such choice' if baselines else ''
     return [f'A score is that of the best of the rates {told}, chosen by the score itself, for each network '
-            'and task; majority and bag of words have no such choice.']
+            f'and task{free}.{once}']
 
 def about_diverged(
     rows: list[dict],  # of trials
@@ -118,8 +123,9 @@ def on_plateau(
     names = [name if n == seeds else f'{name} ({n} of {seeds} seeds)' for name, n, seeds in found]
     if len(near) > 1 and near['sum'].sum() == len(losses): names = ['all']
     return [f'**Within {NEAR:g} nats of the unigram baseline, {unigram:.2f} nats, {what}: '
-            f'{", ".join(names)}**. Differences between these say little, and those from them say who has '
-            'left the plateau from which all set out.']
+            f'{", ".join(names)}**. These predict little better than the frequencies of tokens: differences '
+            'among them are not informative, and a difference from one of them shows only that the other got '
+            'past this.']
 
 # %% ../../nbs/reporting/75_studies.ipynb #30c54a5f
 def first_trial(
@@ -143,8 +149,7 @@ SIGNIFICANCE = ('Change: difference of the means over seeds, by pairs where both
                 'with the 95 % interval of each line alone; in scores the error of the test examples is in '
                 "it. p: two-sided, after Holm's correction for all lines of the table.")
 VALIDATION = ('Validation: 15 % of the tokens of held-out sequences replaced by [MASK], the same tokens for '
-              'all, of the half of the held-out text by which no setting of this study was chosen. Times to '
-              'a loss are of the other half.')
+              'all, of the half of the held-out text by which no setting of this study was chosen.')
 
 # %% ../../nbs/reporting/75_studies.ipynb #75f00005
 def by_paper_masks(
@@ -256,8 +261,20 @@ def figure_grid(
         ax.set(xlabel='peak learning rate', title=title)
         if size == sizes[0]: ax.set_ylabel('warm-up')
         ax.tick_params(length=0)
-    fig.colorbar(image, ax=fig.axes, label='MLM loss, nats')
+    label = 'MLM loss, nats\n(mean; lowest–highest)' if losses.size().max() > 1 else 'MLM loss, nats'
+    fig.colorbar(image, ax=fig.axes, label=label)
     return fig
+
+# %% ../../nbs/reporting/75_studies.ipynb #d3347f40
+def grid_edges(
+    t: pd.DataFrame,  # a line for each combination
+) -> list[str]:       # such as `peak LR 0.001`, or none
+    "Where the combination with the lowest loss has an axis' first or last value"
+    best = t.loc[t.tuning_loss.idxmin()]
+    axes = dict(lr='peak LR', global_batch_size='batch', warmup='warm-up', schedule_length='schedule')
+    lists = {axis: sorted(t[axis].unique()) for axis in axes}
+    return [f'{name} {best[axis]:g}' for axis, name in axes.items()
+            if len(lists[axis]) > 1 and best[axis] in (lists[axis][0], lists[axis][-1]) and best[axis] != 0]
 
 # %% ../../nbs/reporting/75_studies.ipynb #04b1a2c0
 def write_search(
@@ -273,17 +290,22 @@ def write_search(
         raise UsageError(f'Table 3 is of one recipe, and these rows are of {", ".join(recipes)}: give the '
                          'folder of one search')
     early, t, seeds = stopped_early(each), over_seeds(each), get_scale(first['scale']).trials.grid_seeds
-    stopped = f'{(each.stopped != "").sum()} of {len(each)} runs stopped early'
-    about = f'{len(t)} combinations, {seeds_and_seconds(each, seeds)}; {stopped}. '
+    stopped = f'; {(each.stopped != "").sum()} of {len(each)} runs stopped early' if early else ''
+    about = f'{len(t)} combinations, {seeds_and_seconds(each, seeds)}{stopped}. '
     about += ('Mean ± standard deviation over seeds.' if seeds > 1 else
               'One seed each, so small differences mean little.')
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
     ends = each.set_index('trial').validation_loss
-    scored = [f'The best by {task} is the highest of all scores of its line, and no estimate of what it '
-              'would have on other examples.', *same_seeds(mine), *about_rates(mine), *about_diverged(mine),
-              *about_lengths(recipes, first['scale'])] if task in t else []
-    notes = [about, VALIDATION, *scored, *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *early,
-             NOT_RECOVERED]
+    chosen = ('Each line is the best of all combinations of its batch size: by the loss of the half of the '
+              'held-out text that is for choices, where the table has the other half')
+    by_score = (f', or by {task}, of which the highest is an optimistic estimate. Between combinations '
+                f'{task} goes from {t[task].min():.1f} to {t[task].max():.1f} %') if task in t else ''
+    scored = [*same_seeds(mine), *about_rates(mine), *about_diverged(mine),
+              *about_lengths(recipes, first['scale'], baselines=False)] if task in t else []
+    edges = grid_edges(t)
+    outside = [f'At an edge of the grid, and perhaps better outside: {", ".join(edges)}.'] if edges else []
+    notes = [about, f'{chosen}{by_score}.', *outside, VALIDATION, *scored,
+             *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *early, NOT_RECOVERED]
     return [*write_table(best_table(each, task), folder/'table3_search', caption, notes, mine),
             *write_figure(figure_grid(each), folder/'search_grid', mine)]
 
@@ -381,7 +403,7 @@ def write_choices(
     notes = [f'One change at a time, {about}. Median over seeds, lowest and highest in '
              'parentheses. Base instead of large takes half the layers and three quarters of the width.',
              SIGNIFICANCE, *not_compared(t), *same_seeds(mine), *about_rates(mine), *about_diverged(mine),
-             *about_lengths([first['recipe']], first['scale']),
+             *about_lengths([first['recipe']], first['scale'], baselines=False),
              VALIDATION,
              *on_plateau(ends, t.unigram_entropy[0], 'in the end'), *stopped_early(t), NOT_RECOVERED]
     caption = f"Table 5. Which choices matter, {first['recipe']} at scale {first['scale']}."
@@ -497,11 +519,12 @@ def write_comparison(
     notes = [f'{about}. Mean ± standard deviation over seeds. {VALIDATION}', tried,
              *by_hand(list(dict.fromkeys(t.recipe)), scale),
              *on_plateau(ends, t.unigram_entropy[0], 'in the end'),
-             'Times are parts of the budget: median over seeds, lowest and highest in parentheses. A seed '
-             'that never comes down to the mark took more than 100 %.', *same_seeds(mine),
+             'Times are parts of the budget, to a loss of the half of the held-out text that is for choices: '
+             'median over seeds, lowest and highest in parentheses. A seed that never comes down to the mark '
+             'took more than 100 %.', *same_seeds(mine),
              *about_rates(mine), *about_diverged(mine), *about_masks(t),
-             *about_lengths(list(dict.fromkeys(t.recipe)), scale), SIGNIFICANCE, *not_compared(t),
-             *stopped_early(t)]
+             *about_lengths(list(dict.fromkeys(t.recipe)), scale, baselines=False), SIGNIFICANCE,
+             *not_compared(t), *stopped_early(t)]
     if get_scale(scale).suite != 'glue': notes.append('The tasks are surrogate tasks and not GLUE.')
     return [*write_table(table, folder/'comparison', f'Recipes at equal time, scale {scale}.', notes, mine),
             *write_figure(figure_by_time(curves, t), folder/'comparison_by_time', mine)]
@@ -805,8 +828,8 @@ def write_budgets(
              'each budget is a run of its own, with a schedule of its own length. Mean ± '
              'standard deviation over seeds; a score is the median over seeds of fine-tuning, from scratch '
              'too. The recipes are as they are at this scale, and were not tuned for each budget. '
-             f'{VALIDATION}', *same_seeds(mine), *about_rates(mine), *about_diverged(mine), *about_masks(t),
-             *about_lengths(list(dict.fromkeys(trained.recipe)), scale),
+             f'{VALIDATION}', *same_seeds(mine), *about_rates(mine, baselines=True), *about_diverged(mine),
+             *about_masks(t), *about_lengths(list(dict.fromkeys(trained.recipe)), scale),
              *by_hand(list(dict.fromkeys(trained.recipe)), scale),
              'The intervals are those of each line alone, of seeds and validation examples; in the figure '
              'they are of seeds alone.', *early]

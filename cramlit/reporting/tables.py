@@ -373,12 +373,14 @@ def _one_score_each(rows: list[dict]):
 def about_lengths(
     recipes: Collection[str],
     scale: str,
+    baselines: bool = True,  # is the bag of words in the table too?
 ) -> list[str]:  # one or two notes
     "What of an example networks and the bag of words see, and where pretraining had shorter sequences"
     longest = get_scale(scale).finetune.max_length
-    notes = [f'Networks see at most {longest} tokens of an example; of two sentences the longer is cut. The '
-             'bag of words, a linear model of single words and of pairs of neighbours, sees all of it; of '
-             'two sentences it also has the products and differences of the weights of their words.']
+    seen = f'Networks see at most {longest} tokens of an example; of two sentences the longer is cut.'
+    linear = ('The bag of words, a linear model of single words and of pairs of adjacent words, sees all of '
+              'it; of two sentences it also has the products and differences of the weights of their words.')
+    notes = [f'{seen} {linear}' if baselines else seen]
     known = {name: get_recipe(name, scale) for name in recipes if name in RECIPES}
     short = {name: r for name, r in known.items() if r.packing.seq_len < longest}
     if not short: return notes

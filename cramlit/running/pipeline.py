@@ -505,8 +505,8 @@ def write_index(
         total += seconds
     parts = [f'{_HEADING} {ws.scale}',
              f'Recipes: {", ".join(ws.recipes)}. The times of its stages add up to {total/3600:.2f} hours. '
-             'Every table names the commit, the hardware and the versions it comes from; figures carry them '
-             'inside. Rows are in `rows/`, logs of main runs in `logs/`, and the notebooks of finished '
+             'Every table here names the commit, the hardware and the versions it comes from; figures carry '
+             'them inside. Rows are in `rows/`, logs of main runs in `logs/`, and the notebooks of finished '
              'stages [at the end](#time-spent), as they ran.', *page_origin(rows_of)]
     known = {stage for stage, recipe, _, why in _so_far(ws, lacking)
              if not why or rows_of[_label(stage, recipe)]}
