@@ -270,6 +270,7 @@ def grid_edges(
     t: pd.DataFrame,  # a line for each combination
 ) -> list[str]:       # such as `peak LR 0.001`, or none
     "Where the combination with the lowest loss has an axis' first or last value"
+    if t.tuning_loss.isna().all(): return []  # all of them diverged
     best = t.loc[t.tuning_loss.idxmin()]
     axes = dict(lr='peak LR', global_batch_size='batch', warmup='warm-up', schedule_length='schedule')
     lists = {axis: sorted(t[axis].unique()) for axis in axes}
@@ -296,10 +297,14 @@ def write_search(
               'One seed each, so small differences mean little.')
     caption = f"Table 3. Best configurations of each batch size, {first['recipe']} at scale {first['scale']}."
     ends = each.set_index('trial').validation_loss
-    chosen = ('Each line is the best of all combinations of its batch size: by the loss of the half of the '
-              'held-out text that is for choices, where the table has the other half')
-    by_score = (f', or by {task}, of which the highest is an optimistic estimate. Between combinations '
-                f'{task} goes from {t[task].min():.1f} to {t[task].max():.1f} %') if task in t else ''
+    several = ' and length of the schedule' if t.schedule_length.nunique() > 1 else ''
+    chosen = (f'Each line is the best of all combinations of its batch size{several}: by the loss of the '
+              'half of the held-out text that is for choices, where the table has the other half')
+    by_score = ''
+    if task in t and t[task].notna().any():
+        between = f'{t[task].min():.1f} to {t[task].max():.1f} %'
+        by_score = (f', or by {task}, of which the highest is an optimistic estimate. Between combinations '
+                    f'{task} goes from {between}')
     scored = [*same_seeds(mine), *about_rates(mine), *about_diverged(mine),
               *about_lengths(recipes, first['scale'], baselines=False)] if task in t else []
     edges = grid_edges(t)
