@@ -57,6 +57,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'cramlit.core.results': { 'cramlit.core.results._cpu': ('core/results.html#_cpu', 'cramlit/core/results.py'),
                                       'cramlit.core.results._dangles': ('core/results.html#_dangles', 'cramlit/core/results.py'),
                                       'cramlit.core.results._git': ('core/results.html#_git', 'cramlit/core/results.py'),
+                                      'cramlit.core.results._has': ('core/results.html#_has', 'cramlit/core/results.py'),
                                       'cramlit.core.results._is_cached': ('core/results.html#_is_cached', 'cramlit/core/results.py'),
                                       'cramlit.core.results._reason': ('core/results.html#_reason', 'cramlit/core/results.py'),
                                       'cramlit.core.results._version': ('core/results.html#_version', 'cramlit/core/results.py'),

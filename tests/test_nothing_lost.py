@@ -303,10 +303,17 @@ def test_a_name_that_is_not_utf_8_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize('options', [('--shape', 'tiny', '--brief'), ('--model', 'model')])
 def test_a_benchmark_that_cannot_be_written_is_not_measured(options, tmp_path, monkeypatch, capsys):
     (tmp_path/'out').write_text('a file')
+    monkeypatch.setattr('cramlit.reporting.speed.model_ids', lambda *args: {})  # there is no such model
     for name in ('prepare', 'open_data', 'jobs'):
         monkeypatch.setattr(f'cramlit.reporting.speed.{name}', lambda *args: pytest.fail('it went on'))
     assert main(['bench', *options, '--out', str(tmp_path/'out')]) == 1
     assert 'cannot write' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('option', ['--data', '--model'])
+def test_no_folder_is_made_for_what_cannot_be_timed(option, tmp_path, capsys):
+    assert main(['bench', option, str(tmp_path/'nosuch'), '--out', str(tmp_path/'out')]) == 1
+    assert 'nosuch' in capsys.readouterr().err and not (tmp_path/'out').exists()
 
 
 def test_what_is_private_is_a_repository(tmp_path, capsys):

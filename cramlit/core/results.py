@@ -263,15 +263,23 @@ def read_json_lines(
             rows.append(row)
     return rows
 
+def _has(
+    found,     # as JSON gives it
+    key: str,  # such as recipe.name, for the name in the recipe
+) -> bool:
+    "Is it an object with this key?"
+    first, _, rest = key.partition('.')
+    return isinstance(found, dict) and first in found and (not rest or _has(found[first], rest))
+
 def read_object(
     path: str|Path,  # UTF-8, one JSON object
-    keys: Iterable[str] = (),  # that it must have
+    keys: Iterable[str] = (),  # that it must have, such as recipe.name for the name in the recipe
 ) -> dict:
     "Read a JSON object; raises `CramlitError` when it is damaged or of another program"
     try: found = json.loads(Path(path).read_bytes())
     except OSError as e: raise cannot_read(path, e) from None
     except ValueError: found = None
-    if not isinstance(found, dict) or not set(keys) <= set(found):
+    if not isinstance(found, dict) or not all(_has(found, key) for key in keys):
         raise CramlitError(f'{path} is damaged, or of another program: make its folder again')
     return found
 

@@ -79,7 +79,7 @@ def classifier(
     folder: str|Path,  # a stock transformers model
     task: Task,
     pretrained: bool,  # with its weights, or from scratch
-    seed: int,         # of the classifier's weights, or of all weights
+    seed: int,         # of PyTorch's random numbers from here on: random weights first, then dropout
     pooling: str = 'cls',  # cls | mean
 ) -> Classifier:       # in float32
     "The network for a task, in training mode; raises `CramlitError` when weights of the encoder are missing"

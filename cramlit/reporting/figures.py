@@ -109,7 +109,7 @@ def figure_lr(
         fig = Figure(figsize=(5.5, 2.4))
         ax = fig.subplots()
         logs, unit, size = _read_logs(runs)
-        keys = 'recipe', 'budget', 'steps'
+        keys = 'recipe.optim.lr', 'recipe.schedule.length', 'recipe.schedule.warmup', 'budget', 'steps'
         infos = {name: read_object(run/'run.json', keys) for name, run in runs.items()}
         by_steps = all(info['steps'] for info in infos.values())
         for (name, log), colour in zip(logs.items(), cycle(COLOURS), strict=False):

@@ -25,7 +25,7 @@ def finished_runs(
     for log in sorted(folder.rglob('metrics.jsonl')):
         left_out = {'trials', 'packing', 'superseded'} & set(log.relative_to(folder).parts)
         if not left_out and has_rows(log.parent): found.append(log.parent)
-    recipes = [read_object(run/'run.json', ['recipe'])['recipe'] for run in found]
+    recipes = [read_object(run/'run.json', ['recipe.name', 'recipe.seed'])['recipe'] for run in found]
     names = [r['name'] for r in recipes]
     if len(set(names)) < len(names): names = [f"{r['name']} (seed {r['seed']})" for r in recipes]
     if len(set(names)) < len(names): names = [run.relative_to(folder).as_posix() for run in found]

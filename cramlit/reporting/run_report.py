@@ -7,7 +7,7 @@ __all__ = ['TEMPLATE', 'Snapshot', 'read_run', 'state', 'duration', 'explain', '
            'predictions', 'licence', 'spelled', 'report_html', 'write_page', 'loss_plot', 'Frame', 'watch']
 
 # %% ../../nbs/reporting/72_run_report.ipynb #79f8ebde
-import json, math, shlex, sys, time
+import math, shlex, sys, time
 from base64 import b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,8 +24,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from ..core.recipes import UsageError
-from ..core.results import atomic, read_json_lines
+from ..core.recipes import CramlitError, UsageError
+from ..core.results import atomic, read_json_lines, read_object
 
 # %% ../../nbs/reporting/72_run_report.ipynb #a8d9a586
 @dataclass(frozen=True)
@@ -65,11 +65,10 @@ def read_run(
     "Read a run's folder; raises `UsageError` when it is none"
     folder = Path(folder)
     try:
-        info = json.loads((folder/'run.json').read_bytes())
-        known = {'recipe', 'recipe_hash', 'scale', 'seed', 'data', 'budget', 'steps'}
-        parts = {'name', 'corpus', 'optim', 'schedule'}
-        if not (known <= set(info) and parts <= set(info['recipe'])): raise ValueError  # of another program
-    except (OSError, ValueError, TypeError):
+        parts = 'name', 'corpus', 'optim', 'schedule'
+        keys = 'recipe_hash', 'scale', 'seed', 'data', 'budget', 'steps', *(f'recipe.{p}' for p in parts)
+        info = read_object(folder/'run.json', keys)
+    except CramlitError:
         raise UsageError(f'{folder} is no run: it has no run.json that can be read. '
                          f'`cramlit pretrain --out {folder}` makes one') from None
     found = [*folder.glob('checkpoints/step-*'), *folder.glob('milestones/*/step-*')]

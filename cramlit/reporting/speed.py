@@ -343,6 +343,7 @@ def bench_steps(
     recipe, folder = get_recipe(name, scale, [*text, *own, *settings]), data or out/'data'/shape
     if not recipe.batch.micro_batch_size:
         raise UsageError('a benchmark needs a micro-batch: give batch.micro_batch_size above 0')
+    if data: open_data(data)  # before a folder is made for what could not be measured
     check_writable(out)
     if not data: prepare(recipe, folder)
     opened, device = open_data(folder), pick_device()
@@ -364,10 +365,11 @@ def bench_finetuning(
     out: Path,   # for rows and table
 ) -> list[dict]: # rows, also in out/bench_finetuning.jsonl
     "The surrogate tasks, with tight batches and padded ones, two epochs of the laptop's setting"
+    ids = model_ids(model, get_scale('laptop'), 'surrogate')
     check_writable(out)
     tasks, grid = load_tasks('surrogate', []), get_scale('laptop').finetune
     job = replace(jobs(tasks[0], grid, 1, ('pretrained',))[0], epochs=2)
-    rows = padding_rows(model, tasks, job, model_ids(model, get_scale('laptop'), 'surrogate'), turns)
+    rows = padding_rows(model, tasks, job, ids, turns)
     write_rows(out/'bench_finetuning.jsonl', rows)
     cell = {(r['metric'], r['variant'], r['task']): shown(r, 2) for r in rows}
     columns = {'padded, s': ('seconds_per_job', 'padded'), 'tight, s': ('seconds_per_job', 'tight'),
