@@ -378,7 +378,8 @@ def bench_finetuning(
     lines = {task.name: {c: cell[*key, task.name] for c, key in columns.items()} for task in tasks}
     notes = [f'Surrogate tasks, not GLUE. Medians over {turns} seeds, lowest and highest in parentheses; '
              'one job at a time. Scores tell whether both ways train, where a task is above chance; '
-             'so few seeds show no difference of quality. Two epochs of the setting of scale `laptop`.',
+             'so few seeds show no difference of quality. Two epochs of the setting of scale `laptop`, which '
+             f'cuts text at {job.max_length} tokens.',
              f"The network has the weights {rows[0]['weights']}.",
              f'Made by `cramlit bench --model MODEL --turns {turns}`.']
     caption = 'Fine-tuning, batches padded to 128 tokens and tight ones.'

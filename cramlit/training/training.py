@@ -485,7 +485,7 @@ def train(
             # the rate of each group goes up to its peak and down to 0 as the fraction goes from 0 to 1
             factor = lr_factor(fraction/recipe.schedule.length, recipe.schedule.warmup)
             set_lr(optimizer, factor)
-            # dropout as a function of seed, step and rank
+            # dropout as a function of seed, step and rank; a key has 64 bits, and torch takes 63
             torch.manual_seed(int(make_key(recipe.seed, run.step, world.rank)[0]) >> 1)
 
             # gradients of this process's share: of 4096 sequences 16 micro-batches of 32 on each of 8 GPUs
@@ -517,20 +517,20 @@ def train(
 
             if fraction >= 1: break
             if passes_multiple(run.done, fraction, recipe.validation.every):
-                loss = evaluate('tune')
-                run.log(validation_loss=loss)
-                run.stopped = run.stopped or should_stop_early(loss, fraction, recipe, evaluate)
+                held_out = evaluate('tune')
+                run.log(validation_loss=held_out)
+                run.stopped = run.stopped or should_stop_early(held_out, fraction, recipe, evaluate)
             save_is_due = passes_multiple(run.done, fraction, recipe.checkpoint.every)
             run.done = fraction
             if save_is_due: save()
 
-        # a run may have been interrupted between its last save and its rows
-        ended, run.done = run.done == 1, 1.
-        if not ended: changes.before_final_evaluation(model)
+        logged = run.done == 1  # and then killed, between its last save and its rows
+        run.done = 1.
+        if not logged: changes.before_final_evaluation(model)
         losses = {ruler: evaluate(ruler) for ruler in RULERS}
         if not math.isfinite(losses['tune']) and not run.stopped:
             run.stopped = f"the validation loss at the end is {losses['tune']}"
-        if not ended:
+        if not logged:
             run.log(validation_loss=losses['tune'], **(dict(stopped=run.stopped) if run.stopped else {}))
         save()
         run.saver.wait()
