@@ -9,10 +9,12 @@ TORCH  ?=
 STAMP  := $(BIN)/.env-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)$(TORCH:%=-%)
 OUT    ?= runs/laptop
 SCALE  ?= laptop
+# the tests compare to the last digits, which only a CPU gives twice
+NO_GPU := CUDA_VISIBLE_DEVICES=
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
 
-.PHONY: help env reproduce reproduce-all page test test-slow export map clean-notebooks lint docs llms readme execute
+.PHONY: help env reproduce reproduce-all page test test-slow test-gpu export map clean-notebooks lint docs llms readme execute
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -39,11 +41,14 @@ page: env  ## the committed page of a scale, from a clean commit: make page SCAL
 test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pipeline, pytest
 	$(BIN)/python tests/check_fresh.py
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(NO_GPU) OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	$(NO_GPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: env  ## twenty kills, eight processes, two thousand steps, the rehearsal: about 15 minutes on 2 cores
-	$(BIN)/python -m pytest -q -m slow
+	$(NO_GPU) $(BIN)/python -m pytest -q -m slow
+
+test-gpu: env  ## the tests that need a GPU; more is measured by tests/gpu_check.py
+	$(BIN)/python -m pytest -q tests/test_gpu.py
 
 export: env  ## notebooks to package
 	$(BIN)/nbdev-export

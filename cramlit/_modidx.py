@@ -368,6 +368,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'cramlit/efficiency/benchmark.py'),
                                               'cramlit.efficiency.benchmark.stock_steps': ( 'efficiency/benchmark.html#stock_steps',
                                                                                             'cramlit/efficiency/benchmark.py'),
+                                              'cramlit.efficiency.benchmark.take_a_step': ( 'efficiency/benchmark.html#take_a_step',
+                                                                                            'cramlit/efficiency/benchmark.py'),
                                               'cramlit.efficiency.benchmark.take_turns': ( 'efficiency/benchmark.html#take_turns',
                                                                                            'cramlit/efficiency/benchmark.py'),
                                               'cramlit.efficiency.benchmark.text_batches': ( 'efficiency/benchmark.html#text_batches',

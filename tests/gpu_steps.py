@@ -38,6 +38,7 @@ from cramlit.efficiency.benchmark import (
     random_batch,
     seconds,
     stock_step,
+    take_a_step,
 )
 from cramlit.efficiency.planner import GPU, gpu_called, training_flops
 from cramlit.model.encoder import MaskedLM
@@ -56,6 +57,8 @@ NO_DROPOUT = ('model.dropout=0', 'model.attention_dropout=0')
 SCALE = {'base': 'gpu', 'large': 'paper'}  # shape → where it is the size of recipe 24hbert
 GIB = 2**30
 EAGER = Hook()  # changes nothing, but that a run with one is not compiled: programs would take minutes
+LARGER = ('model.num_layers=10', 'model.hidden_size=512', 'model.num_heads=8',
+          'model.intermediate_size=2048')  # 0.4 GB with moments: what is sent takes time
 MESSAGE = 335_000_000  # gradients of BERT-large: 1.34 GB in 32 bits
 
 
@@ -181,15 +184,16 @@ def functional(here: Here):
     quiet, exact = override(recipe, NO_DROPOUT), dict[str, torch.Tensor]()
     eager = [(name, 'eager') for name in PRECISIONS]
     compiled = [(name, 'compiled') for name in ('fp32', name_of(choose_precision(here.device)))]
+    def some_batches(*_): return batches[:1]  # given, so that no program is made for other shapes
     for precision, form in eager + compiled*('compiled' in forms(here)):
         ids, some = dict(precision=precision, form=form), batches if form == 'eager' else batches[:1]
         if form == 'compiled' and not here.time_for(20, 'gradient', **ids): continue
         with here.check('gradient', **ids):
             setup = setup_of(quiet, here, PRECISIONS[precision], V)
-            g = gradient(setup, our_step(setup, data, form=form), some)
+            g = gradient(setup, our_step(setup, data, some_batches, form=form), some)
             g /= g.norm()  # in 16 bits it is scaled
             if not exact:  # the first is eager, in 32 bits; the compiled ones have one batch
-                of_one = gradient(setup, our_step(setup, data, form=form), batches[:1])
+                of_one = gradient(setup, our_step(setup, data, some_batches, form=form), batches[:1])
                 exact = dict(eager=g, compiled=of_one/of_one.norm())
             off = difference(g, exact[form])
             here.row('gradient_difference', off, 'of the largest element', **ids)
@@ -197,14 +201,16 @@ def functional(here: Here):
         if form == 'compiled' and not here.time_for(20, 'randomness_by_seed', **ids): continue
         with here.check('randomness_by_seed', **ids):
             setup = setup_of(recipe, here, PRECISIONS[precision], V)
-            step = our_step(setup, data, form=form)
+            step = our_step(setup, data, some_batches, form=form)
             a, again, other = (gradient(setup, step, some, seed) for seed in (1, 1, 2))
             assert difference(other, a) > 1e-2, 'two seeds gave one gradient'
             assert difference(again, a) < difference(other, a)/10, 'one seed gave two gradients'
         if not here.small:
             with here.check('no_host_waits', **ids): never_waits(step, some)
         if (precision, form) == eager[-1]:
+            torch.use_deterministic_algorithms(True, warn_only=True)
             with here.check('resume'): resume(here)
+            torch.use_deterministic_algorithms(False)
 
 
 def never_waits(step: Contender, batches: list[Batch]):
@@ -218,7 +224,6 @@ def never_waits(step: Contender, batches: list[Batch]):
 
 def resume(here: Here):
     "A run that was stopped and goes on ends with the weights of one that was not"
-    torch.use_deterministic_algorithms(True, warn_only=True)
     weights = {}
     for name in ('straight', 'again', 'stopped'):
         out = here.out/'trials'/f'resume-{name}'
@@ -231,7 +236,6 @@ def resume(here: Here):
             assert len(checkpoints(out/'checkpoints')) > 1, 'it did not stop'
         pretrain(recipe, data.folder, out, steps=6, hook=EAGER)
         weights[name] = torch.cat([p.flatten() for p in load_run(out)[0].state_dict().values()])
-    torch.use_deterministic_algorithms(False)
     chance = difference(weights['again'], weights['straight'])
     off = difference(weights['stopped'], weights['straight'])
     here.row('difference_of_two_runs', chance, 'of the largest weight')
@@ -334,10 +338,11 @@ def predicted(here: Here, recipe: Recipe):
     plan = sum(peak_memory(recipe, V, recipe.batch.micro_batch_size).values())
     with capped(here, None):
         take_steps(setup_of(recipe, here, PRECISIONS['fp16']), recipe)
-        found = peak(here)
+        found = None if here.small else torch.cuda.max_memory_allocated()  # as the planner counts
+        reserved = peak(here)
     here.row('predicted_memory_bytes', plan, 'bytes', shape='large', micro_batch_size=32)
     if found is None: return
-    here.row('measured_memory_bytes', found, 'bytes', shape='large', micro_batch_size=32)
+    here.row('measured_memory_bytes', found, 'bytes', shape='large', micro_batch_size=32, reserved=reserved)
     assert abs(plan/found - 1) < .05, f'predicted {plan/GIB:.2f} GiB, measured {found/GIB:.2f}'
 
 
@@ -478,6 +483,7 @@ def timed(here: Here, recipe: Recipe, way: str, top: float, sheet: GPU|None, ids
     "Milliseconds of a micro-batch, and what follows from them"
     it = contender(here, recipe, way)
     batches = it.batches(0)
+    take_a_step(it, lambda: batches)
     ms = milliseconds(here, lambda: it.passes(batches))
     here.row('ms_per_micro_batch', ms, 'ms', **ids)
     here.row('ms_per_update', milliseconds(here, it.update, 4), 'ms', **ids)
@@ -488,8 +494,9 @@ def timed(here: Here, recipe: Recipe, way: str, top: float, sheet: GPU|None, ids
     why = '' if sheet else 'no datasheet is known'
     here.row('mfu', flops/sheet.tflops/1e12 if sheet else None, 'of the datasheet peak', **ids, why=why)
     if profile:
-        for part, x in profiled(it, here.device)[0].items():
-            here.row('share_of_step', x, 'of the time', **ids, part=part)
+        with here.check('profiled', **ids):
+            for part, x in profiled(it, here.device)[0].items():
+                here.row('share_of_step', x, 'of the time', **ids, part=part)
     return ms
 
 
@@ -541,7 +548,8 @@ def rank_train(here: Here, args):
     recipe, data = here.data(args.recipe)
     rank, train = int(os.environ['RANK']), training.train
     whole = f"batch.global_batch_size={8*int(os.environ['WORLD_SIZE'])}"  # whatever the number of cards
-    size = 'batch.micro_batch_size=4', whole, 'checkpoint.every=0.1'
+    size = ['batch.micro_batch_size=4', whole, 'checkpoint.every=0.1']
+    if here.step == 'cards' and not here.small: size += LARGER
     def keep(*given, **more):
         loss = train(*given, **more)
         model = next(x for x in given if isinstance(x, MaskedLM))
@@ -552,7 +560,8 @@ def rank_train(here: Here, args):
     if args.kill and rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':
         when_saved(args.into, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with patch.object(training, 'train', keep), suppress(Interrupted):
-        pretrain(override(recipe, size), data.folder, args.into, steps=args.steps, hook=EAGER)
+        pretrain(override(recipe, size), data.folder, args.into, steps=args.steps,
+                 hook=None if args.compiled else EAGER)
 
 
 def when_saved(run: Path, act):
@@ -610,6 +619,9 @@ def cards(here: Here):
     with here.check('bandwidth', **ids): launch(here, size, 'bandwidth')
     weights = ''
     with here.check('weights_equal', **ids): weights = same_weights(run('straight'), size)
+    if 'compiled' in forms(here) and here.time_for(150, 'compiled_weights_equal', **ids):
+        with here.check('compiled_weights_equal', **ids):  # a packed stream has one program
+            same_weights(run('compiled', '--compiled', '--recipe', 'tiny-modern'), size)
     with here.check('killed_rank', **ids):
         out = run('killed', '--kill', restarts=3)
         end = json.loads((out/'rank-1.json').read_text())
@@ -651,6 +663,7 @@ def main():
     parser.add_argument('--rank', choices=RANKS)  # of torchrun's
     parser.add_argument('--recipe')
     parser.add_argument('--steps', type=int)
+    parser.add_argument('--compiled', action='store_true')
     parser.add_argument('--kill', action='store_true')  # one rank, once
     args = parser.parse_args()
     here = Here(args.step, args.out, args.data, args.until, args.fast, pick_device())

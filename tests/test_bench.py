@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cramlit.core.devices import Precision
-from cramlit.core.recipes import override
+from cramlit.core.recipes import CramlitError, override
 from cramlit.core.results import provenance
 from cramlit.core.scales import get_recipe
 from cramlit.data.packing import open_data
@@ -30,6 +30,7 @@ from cramlit.efficiency.benchmark import (
     speed_rows,
     step_rows,
     stock_steps,
+    take_a_step,
     take_turns,
     text_batches,
     time_step,
@@ -299,6 +300,26 @@ def test_a_ratio_is_of_neighbours_in_time(recipe, data, monkeypatch):
     assert ratios == dict(stock_default=3., stock_eager=2., ours_without_x=1.5)
     mine = next(r for r in rows if r['metric'] == 'seconds_per_micro_batch' and r['variant'] == 'ours')
     assert (mine['spread_low'], mine['spread_high']) == (1., 4.)
+
+
+def test_an_update_is_timed_when_it_is_one():
+    "The first loss scales of float16 may be too large, and then nothing is updated"
+    weight, scale, taken = torch.nn.Parameter(torch.ones(3)), [float('inf'), float('nan'), 1.], []
+    def passes(batches): weight.grad = torch.full((3,), scale[min(len(taken), 2)])
+    optimizer = torch.optim.SGD([weight], lr=0.)
+    contender = bench.Contender(None, None, passes, lambda: taken.append(1), optimizer, None)
+    take_a_step(contender, list)
+    assert len(taken) == 3
+    scale[2] = float('inf')
+    with pytest.raises(CramlitError, match='16 steps were not finite'): take_a_step(contender, list)
+
+
+def test_a_profiler_without_times_says_so(recipe, data, monkeypatch):
+    setup = make_setup(recipe, data.padded_vocab_size, CPU)
+    class Silent(bench.profile):
+        def events(self): return []
+    monkeypatch.setattr(bench, 'profile', Silent)
+    with pytest.raises(CramlitError, match='has no times'): bench.profiled(our_step(setup, data), CPU)
 
 
 @pytest.mark.parametrize('lost', [[3.], [3., 1.]])

@@ -1,4 +1,5 @@
 "Which build of torch a GPU needs: how it is installed, and what is said when it is another one"
+import re
 import subprocess
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def test_the_gpus_of_the_paper_are_told_what_to_install(card):
     line = str(e.value)
     assert line.startswith('NVIDIA TITAN V has compute capability 7.0, and torch ')
     assert 'built for 7.5, 8.0, 8.6, 9.0' in line and 'make env TORCH=cu126' in line and '\n' not in line
+    assert re.search(r'pip install torch==[\d.]+\+cu126 --index-url', line), 'pip leaves one that is there'
 
 
 def test_a_gpu_that_is_too_new_is_told_so(card):
@@ -67,7 +69,7 @@ def test_a_gpu_that_is_too_new_is_told_so(card):
 def test_a_build_for_cuda_12_is_told_of_the_other_one(card, monkeypatch):
     monkeypatch.setattr(torch.version, 'cuda', '12.6')
     card((12, 0), CUDA_12)
-    with pytest.raises(CramlitError, match='take the build for CUDA 13, with make env'): check_build(CUDA)
+    with pytest.raises(CramlitError, match='CUDA 13: rm -r .venv and make env'): check_build(CUDA)
     card((3, 5), CUDA_12)
     with pytest.raises(CramlitError, match='no build of this torch has code for it'): check_build(CUDA)
 

@@ -19,10 +19,10 @@ from torch.distributed.run import get_args_parser
 
 import cramlit.core.devices as devices
 import cramlit.training.distributed as distributed
-from cramlit.core.recipes import CramlitError
+from cramlit.core.recipes import CramlitError, Interrupted
 from cramlit.running import command
 from cramlit.training.checkpoints import checkpoints, find_damage
-from cramlit.training.distributed import join_world, launch, processes
+from cramlit.training.distributed import Bucket, World, join_world, launch, processes, whole_state
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 PRETRAIN = [sys.executable, '-m', 'cramlit', 'pretrain']
@@ -175,6 +175,33 @@ def test_processes_wait_longer_for_one_another_than_a_compiler_takes(monkeypatch
     assert joined['name'] == backend and joined['timeout'].total_seconds() >= 1800
     assert asked == [world.device]*(gpus > 0)
     assert joined['device_id'] == (world.device if backend == 'nccl' else None)
+
+
+@pytest.mark.parametrize('error, left', [(Interrupted, True), (CramlitError, False)])
+def test_a_stop_is_left_together_and_an_error_alone(monkeypatch, error, left):
+    for k, v in dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1', LOCAL_WORLD_SIZE='2').items():
+        monkeypatch.setenv(k, v)
+    ends = []
+    monkeypatch.setattr(distributed, '_rendezvous_store', lambda: None)
+    monkeypatch.setattr(distributed.dist, 'init_process_group', lambda *args, **kw: None)
+    monkeypatch.setattr(distributed.dist, 'destroy_process_group', lambda: ends.append(1))
+    with pytest.raises(error), join_world(): raise error('why')
+    assert bool(ends) == left
+
+
+def test_nobody_leaves_before_the_main_process_has_all_moments(monkeypatch):
+    "NCCL only queues a broadcast: a process that goes on, and ends, takes its own with it"
+    model, order = torch.nn.Linear(2, 2), []
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    monkeypatch.setattr(distributed.dist, 'broadcast', lambda x, owner: order.append('moments'))
+    monkeypatch.setattr(World, 'all_reduce', lambda self, x: x)
+    monkeypatch.setattr(World, 'broadcast', lambda self, value: order.append('all meet'))
+    bucket = Bucket([*model.parameters()], owner=1)
+    grads = SimpleNamespace(world=World(1, 2), buckets=[bucket], owns=lambda b: True)
+    with whole_state(grads, optimizer): order.append('saved')
+    assert order == ['moments']*6 + ['all meet', 'saved']
 
 
 def test_a_system_without_affinity(tmp_path, monkeypatch):

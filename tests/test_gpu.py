@@ -10,7 +10,7 @@ from itertools import count
 import pytest
 import torch
 
-from cramlit.core.devices import Precision
+from cramlit.core.devices import Precision, pick_device
 from cramlit.core.recipes import override
 from cramlit.core.scales import get_recipe
 from cramlit.data.batches import Batch, train_batches
@@ -30,7 +30,7 @@ LEFT = 11.5*2**30  # bytes of a GPU of 12 GiB that are left when CUDA itself has
 
 
 def compiles():
-    return torch.cuda.is_available() and form_of(torch.device('cuda')) == 'compiled'
+    return torch.cuda.is_available() and form_of(pick_device()) == 'compiled'
 
 
 needs_compiler = pytest.mark.skipif(not compiles(), reason='needs compute capability 8')
@@ -45,7 +45,7 @@ def small(recipe):
 class Step:
     "A small model with its micro-step in one form, and the batches of a step in pinned memory"
     def __init__(self, recipe, folder, form, precision=FP32):
-        self.data, device = open_data(folder), torch.device('cuda')
+        self.data, device = open_data(folder), pick_device()
         torch.manual_seed(0)
         self.model = MaskedLM(recipe.model, self.data.padded_vocab_size).to(device)
         self.grads = Gradients(self.model)
@@ -137,7 +137,7 @@ def full_size_step(micro_batch_size):
     size = f'batch.micro_batch_size={B}', f'batch.global_batch_size={2*B}'
     r = get_recipe('24hbert', 'paper', [*size, 'optim.lr=1e-6'])
     S, K = r.packing.seq_len, int(count_predictions(r.packing.seq_len, r.masking))
-    device, vocab_size = torch.device('cuda'), padded_vocab(r.tokenizer.vocab_size)
+    device, vocab_size = pick_device(), padded_vocab(r.tokenizer.vocab_size)
     torch.cuda.reset_peak_memory_stats()
     model = MaskedLM(r.model, vocab_size).to(device)
     grads, optimizer = Gradients(model), make_optimizer(model, r.optim)

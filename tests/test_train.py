@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import PATIENCE
 from safetensors.torch import load_file
+from torch._inductor.exc import InductorError
 
 import cramlit.training.checkpoints as checkpoint
 import cramlit.training.training as train
@@ -26,6 +27,7 @@ from cramlit.data.packing import open_data
 from cramlit.model.encoder import MaskedLM
 from cramlit.training.checkpoints import checkpoints, find_damage, load_run
 from cramlit.training.distributed import World
+from cramlit.training.memory import out_of_memory
 from cramlit.training.schedule import Clock
 from cramlit.training.tracking import append_lines, prediction_writer
 from cramlit.training.training import Hook, pretrain, should_stop_early
@@ -90,6 +92,19 @@ def test_a_run_whose_time_is_up_is_finished_not_refused(recipe, data, tmp_path):
     newest.write_text(json.dumps(state))
     rows = pretrain(recipe, data, run, budget=50)
     assert value(rows, 'steps') == 1 and value(rows, 'validation_loss') > 0 and (run/'rows.jsonl').exists()
+
+
+def test_time_is_set_aside_for_a_checkpoint_with_moments(recipe, data, tmp_path, monkeypatch):
+    "On a clock on which saving and a step take a second each, and nothing else takes any time"
+    save, accumulate, ticks = train._save_checkpoint, train.accumulate, []
+    monkeypatch.setattr(train, 'Clock', partial(Clock, now=lambda: float(len(ticks))))
+    monkeypatch.setattr(train, '_save_checkpoint', lambda *args: ticks.append(1) or save(*args))
+    monkeypatch.setattr(train, 'accumulate', lambda *args: ticks.append(1) or accumulate(*args))
+    run = tmp_path/'run'
+    run.mkdir()
+    (run/'stop').touch()
+    with pytest.raises(Interrupted): pretrain(recipe, data, run, budget=50)
+    assert saved(run)['reserve'] == 1.5*3  # of the first save, weights alone; the last one has two moments
 
 
 def test_budget_is_kept_with_validation_and_saving(recipe, data, tmp_path, monkeypatch):
@@ -312,6 +327,19 @@ def test_a_micro_batch_that_does_not_fit_is_one_line(recipe, data, tmp_path, mon
     chosen = override(recipe, ['batch.micro_batch_size=0'])  # what it chose was too large
     with pytest.raises(CramlitError, match='give -o batch.micro_batch_size a smaller number, with'):
         pretrain(chosen, data, tmp_path/'chosen', steps=4)
+
+
+@pytest.mark.parametrize('fault', ['CUDA error: out of memory', 'CUBLAS_STATUS_ALLOC_FAILED when calling'])
+def test_memory_may_be_too_little_outside_of_torch(fault):
+    assert out_of_memory(RuntimeError(fault)) and not out_of_memory(RuntimeError('an illegal address'))
+
+
+def test_a_network_that_torch_cannot_compile_is_one_line(recipe, data, tmp_path, monkeypatch):
+    def uncompiled(*args): raise InductorError(ValueError('no such operation'), None)
+    monkeypatch.setattr(train, 'form_of', lambda device: 'compiled')
+    monkeypatch.setattr(train, 'micro_step', lambda *args: uncompiled)
+    with pytest.raises(CramlitError, match='cannot compile.*no such operation.*TORCH_COMPILE_DISABLE=1'):
+        pretrain(recipe, data, tmp_path/'run', steps=4)
 
 
 def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_whole(recipe, data, tmp_path, monkeypatch):

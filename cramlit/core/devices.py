@@ -34,11 +34,13 @@ def check_build(
         built_for.append(made_for)
     if not built_for: return  # not CUDA
     older = (torch.version.cuda or '').startswith('12.')
-    advice = 'take the build for CUDA 13, with make env' if older else 'take a newer torch'
+    version, advice = torch.__version__.partition('+')[0], 'take a newer torch'
+    if older: advice = ('take the build for CUDA 13: rm -r .venv and make env, or '
+                        f'pip install --force-reinstall torch=={version}')
     if capability < min(built_for) and older: advice = 'no build of this torch has code for it'
     elif capability < min(built_for):
-        advice = ('take the build for CUDA 12.6, with make env TORCH=cu126, '
-                  'or pip install torch --index-url https://download.pytorch.org/whl/cu126')
+        advice = ('take the build for CUDA 12.6, with make env TORCH=cu126, or pip install '
+                  f'torch=={version}+cu126 --index-url https://download.pytorch.org/whl/cu126')
     name, (major, minor) = torch.cuda.get_device_name(device), capability
     known = ', '.join(f'{a}.{b}' for a, b in sorted(set(built_for)))
     raise CramlitError(f'{name} has compute capability {major}.{minor}, and torch {torch.__version__} '
@@ -99,6 +101,7 @@ def why_eager(
     if device.type != 'cuda': return 'a CPU needs no compiler'
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8: return f'compute capability {major}.{minor} is below 8.0'
+    if os.environ.get('TORCH_COMPILE_DISABLE') == '1': return 'TORCH_COMPILE_DISABLE=1 is set'
     try: torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as e: return f'torch.compile fails, {type(e).__name__}: {e}'.splitlines()[0]
     return ''

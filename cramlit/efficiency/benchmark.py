@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DOCUMENTED', 'FULL', 'INSIDE', 'PARTS', 'WITHOUT', 'WITH', 'BEFORE', 'SAMPLES', 'BATCHES', 'Contender', 'Setup',
-           'make_setup', 'our_step', 'uncut', 'stock_step', 'stock_steps', 'seconds', 'devices', 'Timing', 'time_step',
-           'turn_of', 'take_turns', 'ceiling', 'profiled', 'OtherLoss', 'dense_head', 'whole_last_layer',
-           'PlainAttention', 'plain_scores', 'plain_kernels', 'lengthen', 'text_batches', 'our_steps', 'step_rows',
-           'time_beside_ours', 'text_share', 'profile_rows', 'hours_gained', 'bench_rows', 'speed_rows',
-           'validation_row', 'random_batch', 'measured_step', 'check_plan']
+           'make_setup', 'our_step', 'uncut', 'stock_step', 'stock_steps', 'seconds', 'devices', 'Timing',
+           'take_a_step', 'time_step', 'turn_of', 'take_turns', 'ceiling', 'profiled', 'OtherLoss', 'dense_head',
+           'whole_last_layer', 'PlainAttention', 'plain_scores', 'plain_kernels', 'lengthen', 'text_batches',
+           'our_steps', 'step_rows', 'time_beside_ours', 'text_share', 'profile_rows', 'hours_gained', 'bench_rows',
+           'speed_rows', 'validation_row', 'random_batch', 'measured_step', 'check_plan']
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #88c2c5dc
 import re, sys
@@ -31,7 +31,7 @@ from torch.utils.benchmark import Timer
 
 from ..core.devices import Precision, autocast, choose_precision
 from ..core.randomness import make_key
-from ..core.recipes import Recipe, UsageError, override
+from ..core.recipes import CramlitError, Recipe, UsageError, override
 from ..core.results import provenance, result_row
 from ..data.batches import Batch, Prefetcher, epochs_and_rows, rank_slice, train_batches
 from ..data.masking import IGNORE, count_predictions, mask_rows
@@ -231,6 +231,19 @@ class Timing:
         return 'measured' if self.timed == self.sequences(batch) and devices() == 1 else 'projected'
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #00a34a53
+def take_a_step(
+    contender: Contender,
+    batches: Callable[[], list[Batch]],  # of a step
+):
+    "Steps until one is taken: a first loss scale may be too large, and to skip an update takes no time"
+    params = [p for group in contender.optimizer.param_groups for p in group['params']]
+    for _ in range(16):
+        contender.passes(batches())
+        finite = all(p.grad.isfinite().all() for p in params if p.grad is not None)
+        contender.update()
+        if finite: return
+    raise CramlitError('the gradients of 16 steps were not finite, so no update can be timed')
+
 def time_step(
     contender: Contender,
     device: torch.device,
@@ -239,8 +252,8 @@ def time_step(
     "Time both pieces of a contender's step"
     ahead, steps, n = Prefetcher(contender.batches, device), count(), len(contender.batches(0))
     if device.type == 'cuda':  # what is compiled is compiled for two batches, which may differ in shape
-        for _ in range(2): contender.passes(ahead(next(steps)))
-        contender.update()
+        contender.passes(ahead(next(steps)))
+        take_a_step(contender, lambda: ahead(next(steps)))
     micro = seconds(lambda: contender.passes(ahead(next(steps))), least)/n
     update = seconds(contender.update, least)
     return Timing(contender.recipe, micro, update, n*contender.recipe.batch.micro_batch_size)
@@ -333,9 +346,13 @@ def profiled(
     events = [e for e in profiler.events() if e.device_type == DeviceType.CPU]
     spent = dict.fromkeys([*PARTS, 'other'], 0.)
     for e in events: spent[_part_of(e)] += e.self_device_time_total if cuda else e.self_cpu_time_total
+    total = sum(spent.values())
+    if not total:
+        raise CramlitError('torch.profiler has no times of this GPU: it cannot load CUPTI, or another '
+                           'program that measures GPUs has it')
     in_use = np.cumsum([e.self_cpu_memory_usage for e in sorted(events, key=lambda e: e.time_range.end)])
     grown = torch.cuda.max_memory_allocated() - before if cuda else int(in_use.max())
-    return {part: t/sum(spent.values()) for part, t in spent.items()}, sum(t.nbytes for t in held) + grown
+    return {part: t/total for part, t in spent.items()}, sum(t.nbytes for t in held) + grown
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #4d57a5e7
 class OtherLoss(nn.Module):
@@ -529,7 +546,7 @@ def profile_rows(
     "Peak memory, and the parts of a step for the two that are compared in the figure"
     try:
         with turn_of(build, device) as contender: shares, memory = profiled(contender, device)
-    except torch.OutOfMemoryError as e:
+    except (torch.OutOfMemoryError, CramlitError) as e:
         why = f'{type(e).__name__}: {e}'.splitlines()[0]
         if device.type == 'cuda': torch.cuda.empty_cache()
         return [result_row('peak_memory_bytes', None, 'bytes', **ids, why=why)]

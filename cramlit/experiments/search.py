@@ -193,8 +193,9 @@ def _contestant(trial: Trial, study: Study) -> str:
     recipe, device, data = trial.recipe, pick_device(), open_data(trial.data or study.data)
     same = replace(recipe, seed=0, optim=Optim(method=recipe.optim.method), schedule=Schedule(),
                    validation=Validation(), checkpoint=Checkpoint())
-    decides = (asdict(same), data.manifest['packing'], data.manifest['tokenizer'], data.padded_vocab_size,
-               device.type, str(choose_precision(device).dtype))
+    decides = [asdict(same), data.manifest['packing'], data.manifest['tokenizer'], data.padded_vocab_size,
+               device.type, str(choose_precision(device).dtype)]
+    if device.type == 'cuda': decides.append(torch.cuda.get_device_name(device))
     return digest(decides) + (f'-{study.nproc}' if study.nproc > 1 else '')
 
 # %% ../../nbs/experiments/60_search.ipynb #45815308

@@ -115,7 +115,10 @@ def join_world() -> Iterator[World]:
     nccl = local_size <= gpus  # NCCL refuses to share a GPU
     dist.init_process_group('nccl' if nccl else 'gloo', store=_rendezvous_store(), rank=rank, world_size=size,
                             timeout=TIMEOUT, device_id=device if nccl else None)
-    yield World(rank, size, device, sharing=-(-local_size//max(1, gpus)))
+    try: yield World(rank, size, device, sharing=-(-local_size//max(1, gpus)))
+    except Interrupted:  # all of them, after the same step
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()  # not after an error: others may be gone, and waiting for them would hang
 
 # %% ../../nbs/training/32_distributed.ipynb #24a493e4
@@ -280,6 +283,7 @@ def whole_state(
             x = state[p][name] if mine else p.new_empty(p.shape if n > 1 else ())
             dist.broadcast(x, owner)
             if world.main and not mine: state[p][name] = x.cpu()
+    world.broadcast(0.)  # NCCL only queues what is sent: nobody may leave before the main process has it all
     yield
     keep_share(grads, optimizer)
 

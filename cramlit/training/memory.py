@@ -213,4 +213,5 @@ def out_of_memory(
     e: RuntimeError,  # as torch raises it
 ) -> bool:
     "Was there too little memory, of a GPU or of the machine?"
-    return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+    said = "can't allocate memory", 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED'  # CPU; CUDA, NCCL; cuBLAS
+    return isinstance(e, torch.OutOfMemoryError) or any(text in str(e) for text in said)

@@ -27,7 +27,7 @@ from ..core.devices import Precision, autocast, choose_precision, why_eager
 from ..core.randomness import make_key
 from ..core.recipes import CramlitError, Interrupted, Recipe, UsageError
 from ..core.recipes import differences, digest, override, recipe_from_dict, recipe_hash
-from ..core.results import atomic, cannot_write, has_rows, locked, provenance
+from ..core.results import atomic, cannot_write, first_line, has_rows, locked, provenance
 from ..core.results import read_json_lines, read_rows, result_row, write_rows
 from ..data.batches import RULERS, WIDTH, Batch, Prefetcher, rank_slice, train_batches
 from ..data.batches import validation_batches, validation_rows
@@ -412,12 +412,17 @@ def warm_up(
     recipe: Recipe,
     grads: Gradients,  # zero in the end
 ):
-    "Do a micro-step with each shape of batch, so that programs are made and libraries loaded"
+    "Do a micro-step with each shape of batch: programs are made, libraries loaded; raises `CramlitError`"
     B, S = recipe.batch.micro_batch_size, recipe.packing.seq_len
     for width, padding in program_shapes(recipe):
         ids = torch.zeros(B, width, dtype=torch.int64, device=grads.buffer.device)
         slots = ids.new_zeros(B, int(count_predictions(S, recipe.masking)))
-        micro(Batch(ids, torch.ones_like(ids, dtype=torch.bool) if padding else None, slots, slots.clone()))
+        mask = torch.ones_like(ids, dtype=torch.bool) if padding else None
+        try: micro(Batch(ids, mask, slots, slots.clone()))
+        except torch._dynamo.exc.TorchDynamoException as e:
+            if out_of_memory(e): raise
+            raise CramlitError(f'torch cannot compile this network here ({first_line(e)}): with '
+                               'TORCH_COMPILE_DISABLE=1 in its environment the command runs without') from e
     grads.buffer.zero_()
 
 # %% ../../nbs/training/36_training.ipynb #35a5000d
@@ -434,10 +439,12 @@ def _first_evaluation(run: Run, model: MaskedLM, evaluate: Callable[[str], float
         if run.step: run.stopped = run.stopped or should_stop_early(loss, fraction, recipe, evaluate)
     _save_milestones(run, model, fraction)
     if fraction < 1: run.done = max(run.done, fraction)
+    evaluated = clock.now()
     if run.step == 0:
         save()
         run.saver.wait()
-    took = clock.now() - began + others
+    saving = clock.now() - evaluated
+    took = evaluated - began + others + 3*saving  # later checkpoints have up to two moments for each weight
     clock.reserve = world.broadcast(max(clock.reserve, 1.5*took))  # half as long again, to be safe
     if run.step == 0 and not clock.steps and clock.reserve >= clock.budget:
         raise UsageError(f'a budget of {clock.budget:g} s is too short for a single step: validation and '
