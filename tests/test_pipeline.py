@@ -20,8 +20,8 @@ from cramlit.core.recipes import CramlitError, UsageError
 from cramlit.core.results import locked, provenance, read_json_lines, result_row, write_rows
 from cramlit.running import pipeline
 from cramlit.running.command import main
-from cramlit.running.pipeline import STAGES as ALL_STAGES
 from cramlit.running.pipeline import (
+    CAPTIONS,
     Workspace,
     _publish_notebook,
     _publish_rows,
@@ -30,6 +30,7 @@ from cramlit.running.pipeline import (
     paper_notebook,
     workspace,
 )
+from cramlit.running.pipeline import STAGES as ALL_STAGES
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +50,9 @@ def test_tables_figures_and_models_are_there(finished):
     figures = finished/'paper_figures'
     names = {p.name for p in figures.iterdir()}
     made = [name for stage in STAGES.values() for name in stage.makes]
+    page = (figures/'README.md').read_text()
     for name in made:
+        if (figures/f'{name}.svg').exists(): assert f'({name}.svg)\n\n*{CAPTIONS[name]}*' in page
         suffixes = {n.partition('.')[2] for n in names if n.partition('.')[0] == name}
         if name != 'table4_published': assert suffixes in ({'md', 'csv', 'tex'}, {'svg', 'pdf'}), name
     assert {n.partition('.')[0] for n in names} == {*made, 'README', 'notebooks', 'rows', 'logs'}

@@ -135,6 +135,8 @@ def test_outputs_are_results(path):
     for o in (o for c in cells(path) for o in c['outputs']):
         assert o['output_type'] != 'error' and o.get('name') != 'stderr'
         assert 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})
+        said = ''.join(o.get('data', {}).get('text/plain', ''))
+        assert not said.startswith('<Figure') or 'image/png' in o['data'], 'a figure that is not drawn'
     assert 'IPY_MODEL' not in path.read_text()  # the state of widgets that nobody sees
 
 

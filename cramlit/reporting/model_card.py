@@ -102,7 +102,7 @@ def score_tables(
     "What was measured under which protocol"
     tables, keys = [], ['task', 'split', 'metric', 'labels_from']
     for suite, scale in dict.fromkeys((r['suite'], r['scale']) for r in scores):
-        mine = [r for r in scores if (r['suite'], r['scale']) == (suite, scale)]
+        mine = [r for r in scores if (r['suite'], r['scale']) == (suite, scale) and r['metric'] != 'headline']
         t = pd.DataFrame(mine).assign(cell=[shown(r, 1) for r in mine])
         for k in keys: t[k] = t[k].fillna('') if k in t else ''
         wide = t.pivot_table('cell', keys, 'variant', 'first', sort=False, fill_value='').reset_index()
@@ -186,7 +186,8 @@ WordPiece, learned from the same text,
 {% endif %}
 ## Budget, hardware, energy
 
-Budget: {{ budget }}, validation and saving included. Spent: {{ number(value.seconds) }} s,
+Budget: {{ budget }}{{ '' if info.steps else ', validation and saving included' }}.
+Spent: {{ number(value.seconds) }} s,
 {{ number(value.steps) }} steps, {{ number(value.tokens) }} tokens (padding not counted) at
 {{ number(value.tokens_per_second) }} tokens/s, in {{ row.processes }}
 process{{ 'es' if row.processes > 1 }} and {{ row.precision }}. Hardware: {{ row.hardware }}.
@@ -221,7 +222,9 @@ It is that of the best configuration, chosen on the same validation set.
 {% else -%}
 The one configuration of this scale was chosen by hand, on validation sets like these.
 {% endif -%}
-*from-scratch* is the same network without pretraining, under the same protocol.
+*from-scratch* is the same network without pretraining, under the same protocol. *majority*
+always answers the most frequent label; *bag-of-words* is a linear model of words and pairs
+of adjacent words. In the average a task counts once, as the mean of its metrics and sets.
 {% if t.mnli_first -%}
 *mnli-first*: MRPC, STS-B and RTE start from the network that has learned MNLI.
 {% endif %}

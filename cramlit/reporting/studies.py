@@ -353,7 +353,8 @@ def figure_choices(
         ax.set_title(name, fontsize=8, loc='left')
     for ax in axes[len(others):]: ax.set_axis_off()
     fig.supxlabel(f'time, {unit}', fontsize=9)
-    fig.supylabel('loss of the half for choices, nats', fontsize=9)
+    fig.supylabel('tuning loss, nats', fontsize=9)
+    fig.suptitle(f'grey: {first}', fontsize=8, x=.99, ha='right')
     return fig
 
 # %% ../../nbs/reporting/75_studies.ipynb #8e8cd6a3
@@ -495,11 +496,11 @@ def figure_by_time(
             seconds, losses = [s/size for s, _ in curve.points], [loss for _, loss in curve.points]
             ax.plot(seconds, losses, linestyle=style, lw=.8, color=colour, label='' if i else name)
             if name != first: ax.plot(reached(curve, mark)*curve.budget/size, mark, 'v', ms=5, color=colour)
-    ax.axhline(mark, lw=.8, color='0.6')
+    ax.axhline(mark, lw=.8, color='0.6', label=f'final loss of {first}')
     draw_unigram(ax, entropies, dict(zip(curves, cycle(COLOURS), strict=False)))
     low = min(loss for _, loss in points) - .1
     high = max(*entropies.values(), 0 if math.isnan(mark) else mark) + .3
-    ax.set(xlabel=f'time, {unit}', ylabel='loss of the half for choices, nats',
+    ax.set(xlabel=f'time, {unit}', ylabel='tuning loss, nats',
            ylim=(low, high))  # above: first seconds
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
@@ -622,7 +623,8 @@ def about_steps(
         versus = next((r['versus'] for r in rows if r['trial'] == trial), '')
         found = settings.get(trial, set()) - settings.get(versus, set())
         return any(setting.startswith(f'{path}=') for setting in found)
-    notes = ['A step is all settings that belong together.']
+    notes = ['A step of the ablation is all settings that belong together. *Rows* are packed sequences; '
+             '*across documents*: one may hold the end of a document and the beginning of the next.']
     counts = '+ a start from counts' in settings
     if '+ rotary positions' in settings:
         heads = ', and without them a start from counts has no heads that look at neighbours'*counts

@@ -423,7 +423,7 @@ def write_table4(
     table, said = table4(rows, submitted, at_chance(found)), [note for note in notes if note]
     files = write_table(table, folder/'table4_glue', caption, said, summaries)
     if len(found):
-        gained = 'What pretraining gained, points of the headline.'
+        gained = "What pretraining gained, in points of a task's score, the mean of its metrics and sets."
         files += write_table(gains_table(found), folder/'table4_gains', gained, [_ABOUT_GAINS], summaries)
     apart, known = folder/'table4_published.md', published('table4')
     numbers = markdown_table(known.map(lambda x: '' if pd.isna(x) else f'{x:.1f}').reset_index(names=''))
@@ -466,7 +466,7 @@ def write_poolings(
     if found.empty: raise CramlitError('no network was fine-tuned with both poolings: run the stage poolings')
     named = found.set_index(found.model + ', ' + found.variant + ', ' + found.task)
     table = pd.DataFrame({name: difference_cells(named, name, 1) for name in named.index}).T
-    caption = 'The mean of all states in place of the state of the first token, points of the headline.'
+    caption = "The mean of all states in place of the state of the first token, in points of a task's score."
     return write_table(table, folder/'appendix_poolings', caption, [_ABOUT_GAINS], rows)
 
 # %% ../../nbs/reporting/70_tables.ipynb #c1b947b6
