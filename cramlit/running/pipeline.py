@@ -524,7 +524,8 @@ def write_index(
         total += seconds
     parts = [f'{_HEADING} {ws.scale}',
              f'Recipes: {", ".join(ws.recipes)}. The times of its stages add up to {total/3600:.2f} hours. '
-             'Every table here names the commit, the hardware and the versions it comes from; figures carry '
+             'Every table here names the commit, the hardware (before × the number of CPUs, as the system '
+             'counts them) and the versions it comes from; figures carry '
              'them inside. Rows are in `rows/`, logs of main runs in `logs/`, and the notebooks of finished '
              'stages [at the end](#time-spent), as they ran.', *page_origin(rows_of)]
     known = {stage for stage, recipe, _, why in _so_far(ws, lacking)
