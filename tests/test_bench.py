@@ -302,6 +302,15 @@ def test_a_ratio_is_of_neighbours_in_time(recipe, data, monkeypatch):
     assert (mine['spread_low'], mine['spread_high']) == (1., 4.)
 
 
+def test_a_way_that_cannot_be_compiled_leaves_the_others_their_times(recipe, monkeypatch):
+    def build(): raise CramlitError('torch cannot compile this network here')
+    times = {'ours': lambda: 1., 'stock_compiled': build}
+    monkeypatch.setattr(bench, 'time_step', lambda contender, *_: Timing(recipe, contender, 0., 32))
+    taken, why = take_turns(times, CPU, 1)
+    assert [*taken] == ['ours'] and 'cannot compile' in why['stock_compiled']
+    with pytest.raises(CramlitError): take_turns({'ours': build}, CPU, 1)
+
+
 def test_an_update_is_timed_when_it_is_one():
     "The first loss scales of float16 may be too large, and then nothing is updated"
     weight, scale, taken = torch.nn.Parameter(torch.ones(3)), [float('inf'), float('nan'), 1.], []

@@ -107,6 +107,8 @@ def test_the_verdict_on_known_numbers():
     assert v.p_faster['faster'] == pytest.approx(ttest_rel(a, b, alternative='less').pvalue)
     half = b.sem()*4.302652729696142  # t(2) at 97.5 %
     assert (v.low['fast'], v.high['fast']) == pytest.approx((b.mean() - half, b.mean() + half))
+    assert v.why['four seeds'] == v.why['nan'] == '4 seeds have a loss, and 5 are needed'
+    assert verdict_of(known('first', 10, LOW[:4], fast)).record['first'], 'more seeds are still to come'
     assert v.why['high'].startswith('not below the target (p = ')
     assert v.why['slow'].startswith('not faster than the record (p = ')
     assert v.p_target['four seeds'] == v.p_target['nan'] == 1

@@ -98,7 +98,7 @@ def why_eager(
     device: torch.device,  # where the model is
 ) -> str:                  # '' = it is compiled
     "Why a model is not compiled on a device"
-    if device.type != 'cuda': return 'on a CPU that is slower'
+    if device.type != 'cuda': return 'a compiled step is slower on a CPU'
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8: return f'compute capability {major}.{minor} is below 8.0'
     if os.environ.get('TORCH_COMPILE_DISABLE') == '1': return 'TORCH_COMPILE_DISABLE=1 is set'

@@ -287,7 +287,7 @@ def take_turns(
             if name in why: continue
             try:
                 with turn_of(build, device) as contender: timing = time_step(contender, device, least)
-            except RuntimeError as e:
+            except (RuntimeError, CramlitError) as e:  # of torch, or of `warm_up` and `take_a_step`
                 # a compiler may be missing, and a contender may be too large; ours must run
                 others = name.startswith(('stock', WITHOUT, WITH))
                 too_large = others and isinstance(e, torch.OutOfMemoryError)

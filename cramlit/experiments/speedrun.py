@@ -249,7 +249,8 @@ def judge(
         reached = below(difference(whole, goal)) if len(whole) >= len(SEEDS) else 1.
         faster = 0. if first else below(difference(time, best))
         why = ''
-        if len(whole) < len(SEEDS): why = f'{len(whole)} seeds have a loss, and {len(SEEDS)} are needed'
+        if not first and len(whole) < len(SEEDS):
+            why = f'{len(whole)} seeds have a loss, and {len(SEEDS)} are needed'
         elif not first and reached >= LEVEL: why = f'not below the target (p = {reached:.2g})'
         elif not first and faster >= LEVEL: why = f'not faster than the record (p = {faster:.2g})'
         if not why: best = time
