@@ -16,6 +16,7 @@ from cramlit.data.packing import open_data, prepare
 from cramlit.experiments import comparison, search
 from cramlit.experiments.comparison import (
     ablation_trials,
+    against,
     axes,
     compare,
     compare_recipes,
@@ -34,7 +35,6 @@ from cramlit.experiments.search import Curve, Trial, has_stock, run_trials, tria
 from cramlit.reporting.studies import (
     ablation_table,
     about_steps,
-    against,
     at_edge,
     choices_table,
     comparison_table,

@@ -7,7 +7,7 @@ __all__ = ['SELDOM', 'AXES', 'ASIDE', 'STEPS', 'OTHERWISE', 'SAVED', 'shared_val
            'tuning_trials', 'recipe_trials', 'tuned_settings', 'steps_between', 'ablation_trials', 'with_data',
            'trial_settings', 'recipes_to_compare', 'run_tuning', 'compare_recipes', 'run_ablation', 'budget_trials',
            'untrained', 'from_scratch', 'without_network', 'beside_pretraining', 'run_budgets', 'reached',
-           'curves_by_trial', 'compare']
+           'curves_by_trial', 'compare', 'with_average', 'against']
 
 # %% ../../nbs/experiments/61_comparison.ipynb #c265cd16
 import json
@@ -19,6 +19,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -463,3 +464,25 @@ def compare(
             names.append(name)
     found = pd.DataFrame(lines, index=names, columns=('value', *Difference._fields))
     return found.assign(p=holm(found.p))
+
+# %% ../../nbs/experiments/61_comparison.ipynb #2e76ad8d
+def with_average(
+    t: pd.DataFrame,   # as `trial_table` gives it
+    tasks: list[str],  # columns of it
+) -> pd.DataFrame:     # with the columns `average` and `average, draws`
+    "A trial's average over tasks, and that on other draws of their test examples"
+    t = t.assign(average=t[tasks].mean(axis=1, skipna=False))
+    draws = [f'{task}, draws' for task in tasks]
+    if not tasks or not set(draws) <= set(t): return t
+    known = t.average.notna()
+    means = [np.mean(list(of_tasks), axis=0) for of_tasks in t.loc[known, draws].itertuples(index=False)]
+    return t.assign(**{'average, draws': pd.Series(means, t.index[known], dtype=object)})
+
+def against(
+    t: pd.DataFrame,  # as `trial_table` gives it
+    pairs: list[tuple[str, str]],  # names of trials: the first is compared with the second
+    *values: str,     # the columns that are compared
+) -> pd.DataFrame:    # a line a pair and column: change, low, high, p; corrected for all lines together
+    "Trials beside others, where one may be compared with several"
+    named = [t[t.trial == a].assign(trial=f'{a} against {b}', versus=b) for a, b in pairs]
+    return compare(pd.concat([t.assign(versus=''), *named]), *values)

@@ -239,6 +239,24 @@ def _time_steps(trials: dict[str, Trial], study: Study, turns: int) -> list[dict
 # %% ../../nbs/experiments/60_search.ipynb #5c1e0b1c
 CALIBRATION = 'calibration.jsonl'  # beside the texts: studies of the same texts share it
 
+def _timed(names: dict[str, Trial], study: Study, path: Path, turns: int) -> dict[str, dict]:
+    "Rows of a file by contestant; those that it lacks are timed and added to it"
+    with locked(path.parent, wait=True):  # two studies that time at once would slow each other down
+        known = {r['contestant']: r for r in read_rows(path)} if path.exists() else {}
+        missing = {key: t for key, t in names.items() if key not in known}
+        if not missing: return known
+        anchor = next((key for key in names if key in known), '')  # is timed again beside new ones
+        if known and not anchor: note(f'{path} has none of these networks: they are timed alone')
+        beside = {key: t for key, t in names.items() if key == anchor or key in missing}
+        timed = {r['contestant']: r for r in _time_steps(beside, study, turns)}
+        pace = known[anchor]['value']/timed.pop(anchor)['value'] if anchor else 1.
+        for r in timed.values():
+            r.update({name: r[name]*pace for name in ('value', 'median', 'high', 'before')}, pace=pace)
+        known |= timed
+        write_rows(path, known.values())
+    return known
+
+# %% ../../nbs/experiments/60_search.ipynb #f534d9ef
 def calibrate(
     trials: list[Trial],
     study: Study,     # its budget is what every trial has
@@ -247,27 +265,16 @@ def calibrate(
 ) -> list[Trial]:     # each with its number of steps, and the seconds before them
     "Turn a budget of seconds into steps: time a step of every contender, in turns"
     contestants = [_contestant(t, study) for t in trials]
-    names = dict(zip(reversed(contestants), reversed(trials), strict=True))  # the first of each kind
-    with locked(path.parent, wait=True):  # two studies that time at once would slow each other down
-        known = read_rows(path) if path.exists() else []
-        before = {r['contestant']: r['value'] for r in known}
-        anchor = next((key for key in reversed(names) if key in before), '')  # is timed again beside new ones
-        missing = {key: t for key, t in reversed(names.items()) if key == anchor or key not in before}
-        if len(missing) > (anchor != ''):
-            if known and not anchor: note(f'{path} has none of these networks: they are timed alone')
-            timed = _time_steps(missing, study, turns)
-            pace = next((before[anchor]/r['value'] for r in timed if r['contestant'] == anchor), 1.)
-            seconds = 'value', 'median', 'high', 'before'
-            for r in timed: r.update({name: r[name]*pace for name in seconds}, pace=pace)
-            known += [r for r in timed if r['contestant'] != anchor]
-            write_rows(path, known)
-    budget, about, found = study.trials.budget, {r['contestant']: r for r in known}, list[Trial]()
+    names = dict[str, Trial]()
+    for key, t in zip(contestants, trials, strict=True): names.setdefault(key, t)
+    times = _timed(names, study, path, turns)
+    budget, found = study.trials.budget, list[Trial]()
     for t, key in zip(trials, contestants, strict=True):
-        before = about[key].get('before', 0.)
+        before = times[key].get('before', 0.)
         if budget <= before:
             raise UsageError(f'{t.name} has {budget:g} s, and computes {before:.1f} s before its first step: '
                              'give it a larger budget')
-        steps = max(1, round((budget - before)/about[key]['value']))
+        steps = max(1, round((budget - before)/times[key]['value']))
         found.append(replace(t, steps=steps, before=before))
     return found
 

@@ -7,11 +7,11 @@ __all__ = ['TIMED', 'NEAR', 'SIGNIFICANCE', 'VALIDATION', 'NOT_RECOVERED', 'MARK
            'mean_and_deviation', 'median_and_range', 'seeds_and_seconds', 'by_hand', 'about_rates', 'about_diverged',
            'on_plateau', 'first_trial', 'not_compared', 'by_paper_masks', 'about_masks', 'stopped_early', 'same_seeds',
            'whole_runs', 'best_table', 'figure_grid', 'grid_edges', 'write_search', 'tasks_of_rows', 'choices_table',
-           'figure_choices', 'figure_schedules', 'figure_loss_task', 'write_choices', 'with_average', 'final_loss',
-           'comparison_table', 'unigram_baselines', 'figure_by_time', 'write_comparison', 'tuning_table', 'at_edge',
-           'write_tuning', 'ablation_table', 'about_steps', 'ends_of', 'write_ablation', 'against', 'budgets_table',
-           'budget_gains', 'reference_scores', 'about_reference', 'with_reference', 'figure_budgets', 'write_budgets',
-           'scaling_table', 'figure_by_compute', 'write_scaling', 'race_tables', 'figure_race', 'write_race']
+           'figure_choices', 'figure_schedules', 'figure_loss_task', 'write_choices', 'final_loss', 'comparison_table',
+           'unigram_baselines', 'figure_by_time', 'write_comparison', 'tuning_table', 'at_edge', 'write_tuning',
+           'ablation_table', 'about_steps', 'ends_of', 'write_ablation', 'budgets_table', 'budget_gains',
+           'reference_scores', 'about_reference', 'with_reference', 'figure_budgets', 'write_budgets', 'scaling_table',
+           'figure_by_compute', 'write_scaling', 'race_tables', 'figure_race', 'write_race']
 
 # %% ../../nbs/reporting/75_studies.ipynb #1996b438
 import math, re
@@ -29,7 +29,7 @@ from ..core.results import atomic
 from ..core.scales import get_scale
 from ..evaluation.protocol import REFERENCE_NOTE
 from ..evaluation.statistics import difference, median_text
-from ..experiments.comparison import compare, curves_by_trial, reached
+from ..experiments.comparison import against, compare, curves_by_trial, reached, with_average
 from ..experiments.scaling import RESAMPLES, Fit, fit_runs
 from ..experiments.search import Curve, best, over_seeds, trial_table
 from ..experiments.speedrun import LEVEL, SEEDS, TRACKS, Entry, judge, target
@@ -422,19 +422,6 @@ def write_choices(
 # %% ../../nbs/reporting/75_studies.ipynb #492ba156
 MARKS = 5.5, 5.0  # nats, above the loss at which a run ends and below the unigram baseline
 
-def with_average(
-    t: pd.DataFrame,   # as `trial_table` gives it
-    tasks: list[str],  # columns of it
-) -> pd.DataFrame:     # with the columns `average` and `average, draws`
-    "A trial's average over tasks, and that on other draws of their test examples"
-    t = t.assign(average=t[tasks].mean(axis=1, skipna=False))
-    draws = [f'{task}, draws' for task in tasks]
-    if not tasks or not set(draws) <= set(t): return t
-    known = t.average.notna()
-    means = [np.mean(list(of_tasks), axis=0) for of_tasks in t.loc[known, draws].itertuples(index=False)]
-    return t.assign(**{'average, draws': pd.Series(means, t.index[known], dtype=object)})
-
-# %% ../../nbs/reporting/75_studies.ipynb #492ba11c
 def final_loss(
     t: pd.DataFrame,  # as `trial_table` gives it
     trial: str,       # its name
@@ -662,15 +649,6 @@ def write_ablation(
     return write_table(ablation_table(t), folder/'ablation', caption, notes, mine)
 
 # %% ../../nbs/reporting/75_studies.ipynb #75e10002
-def against(
-    t: pd.DataFrame,  # as `trial_table` gives it
-    pairs: list[tuple[str, str]],  # names of trials: the first is compared with the second
-    *values: str,     # the columns that are compared
-) -> pd.DataFrame:    # a line a pair and column: change, low, high, p; corrected for all lines together
-    "Trials beside others, where one may be compared with several"
-    named = [t[t.trial == a].assign(trial=f'{a} against {b}', versus=b) for a, b in pairs]
-    return compare(pd.concat([t.assign(versus=''), *named]), *values)
-
 def _pretrained(t: pd.DataFrame) -> pd.DataFrame:
     "The networks that have had a budget, the shortest first, recipes in their order"
     mine = t.dropna(subset='budget')
