@@ -166,7 +166,7 @@ def test_a_committed_page_says_of_which_commits_and_machines_it_is(page):
                 assert mine <= {c for c, *_ in origins}, path
 
 
-def test_a_log_on_the_page_is_of_the_run_whose_rows_are_there(tmp_path):
+def test_a_log_on_the_page_is_of_the_run_whose_rows_are_there(tmp_path, capsys):
     ws = workspace('tiny', tmp_path/'out', tmp_path/'figures')
     run, log = ws.folder('pretrain', '24hbert'), tmp_path/'figures'/'logs'/'pretrain_24hbert.jsonl'
     write_rows(run/'rows.jsonl', [dict(metric='steps', value=3., unit='steps')])
@@ -175,7 +175,18 @@ def test_a_log_on_the_page_is_of_the_run_whose_rows_are_there(tmp_path):
     assert log.read_text() == '{"step": 3}\n'
     (run/'metrics.jsonl').unlink()
     _publish_rows(ws, 'pretrain', '24hbert')
-    assert not log.exists() and (tmp_path/'figures'/'rows'/'pretrain_24hbert.jsonl').exists()
+    assert log.exists() and not (tmp_path/'figures'/'superseded').exists()  # the same rows
+    three = dict(metric='steps', value=3., unit='steps')
+    write_rows(run/'rows.jsonl', [three, dict(metric='loss', value=1., unit='nats')])
+    _publish_rows(ws, 'pretrain', '24hbert')
+    assert log.exists() and not (tmp_path/'figures'/'superseded').exists()  # and more
+    write_rows(run/'rows.jsonl', [dict(metric='steps', value=4., unit='steps')])
+    _publish_rows(ws, 'pretrain', '24hbert')
+    rows, aside = tmp_path/'figures'/'rows'/'pretrain_24hbert.jsonl', tmp_path/'figures'/'superseded'
+    assert not log.exists() and read_json_lines(rows)[0]['value'] == 4.
+    assert len(read_json_lines(aside/'1'/rows.name)) == 2
+    assert (aside/'2'/rows.name).read_text() == '{"step": 3}\n'
+    assert capsys.readouterr().err.count('was of other runs: it is now in') == 2
     log.parent.rmdir()
     log.parent.write_text('a file of the user')
     _publish_rows(ws, 'pretrain', '24hbert')

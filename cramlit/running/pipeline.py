@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.recipes import CramlitError, Recipe, UsageError, digest, recipe_hash, unknown
-from ..core.results import atomic, locked, provenance, read_rows, result_row, sha256, write_rows
+from ..core.results import (
+    atomic, locked, note, provenance, read_json_lines, read_rows, result_row, set_aside, sha256, write_rows)
 from ..core.scales import get_recipe, get_scale
 
 # %% ../../nbs/running/80_pipeline.ipynb #cf1dc3fd
@@ -381,16 +382,24 @@ def _publish_notebook(ws: Workspace, stage: str, recipe: str = '') -> Path:
     return to
 
 # %% ../../nbs/running/80_pipeline.ipynb #80e10001
+def _lacks(rows: list[dict], path: Path) -> bool:
+    "Has a file of rows any that these have not?"
+    def results(some): return {json.dumps(r, sort_keys=True) for r in some if r.get('stage') != 'space'}
+    try: return not results(read_json_lines(path)) <= results(rows)
+    except CramlitError: return True  # a broken line
+
 def _publish_rows(ws: Workspace, stage: str, recipe: str = '') -> list[dict]:
     "Copy the rows that a stage has measured, and a run's log, so that every number and curve can be traced"
     folder, name = ws.folder(stage, recipe), f'{_label(stage, recipe).replace(" ", "_")}.jsonl'
     try: rows = read_rows(folder)
     except CramlitError: return []  # a stage that draws what others have measured
-    write_rows(ws.figures/'rows'/name, rows)
-    log, copy = folder/'metrics.jsonl', ws.figures/'logs'/name
-    if log.exists():
-        with atomic(copy) as f: f.write(log.read_text(encoding='utf-8'))
-    elif copy.is_file(): copy.unlink()  # of other rows than these
+    copy, log = ws.figures/'rows'/name, ws.figures/'logs'/name
+    if copy.exists() and _lacks(rows, copy):
+        for path in filter(Path.is_file, (copy, log)):
+            note(f'{path} was of other runs: it is now in {set_aside([path], ws.figures)}')
+    write_rows(copy, rows)
+    if (folder/'metrics.jsonl').exists():
+        with atomic(log) as f: f.write((folder/'metrics.jsonl').read_text(encoding='utf-8'))
     return rows
 
 def _publish_calibration(ws: Workspace) -> str:  # a sentence; '' where no stage has turned seconds into steps
@@ -507,6 +516,19 @@ def _check_figures(ws: Workspace):
     if page.exists() and not page.read_text(encoding='utf-8', errors='replace').startswith(_HEADING):
         raise UsageError(f'{page} is not a page of results: choose another --figures')
 
+def _seal(text: str) -> str:
+    "The last line of a page, by which it is seen whether the page was edited"
+    return f'<!-- as `cramlit reproduce` wrote it: {digest(text)} -->'
+
+def _write_page(page: Path, text: str):
+    "Write a page of results; one that was edited is moved aside first"
+    if page.exists():
+        before, _, last = page.read_text(encoding='utf-8', errors='replace').rstrip('\n').rpartition('\n\n')
+        if last != _seal(before):
+            aside = set_aside([page], page.parent)
+            note(f'{page} was edited, or is of an earlier version: it is now in {aside}')
+    with atomic(page) as f: f.write(f'{text}\n\n{_seal(text)}\n')
+
 # %% ../../nbs/running/80_pipeline.ipynb #f9cd9bfc
 def write_index(
     ws: Workspace,
@@ -545,8 +567,9 @@ def write_index(
         parts.append(f'**Not run**: {", ".join(not_run)}. `cramlit reproduce --scale {ws.scale} '
                      '--out FOLDER` runs them, without --headline and --only.')
     parts += ['## Time spent', '\n'.join(lines)]
-    with atomic(ws.figures/'README.md') as f: f.write('\n\n'.join(parts) + '\n')
-    return ws.figures/'README.md'
+    page = ws.figures/'README.md'
+    _write_page(page, '\n\n'.join(parts))
+    return page
 
 # %% ../../nbs/running/80_pipeline.ipynb #c7d1e530
 def _expected(ws: Workspace, stage: str, recipe: str) -> float|None:
