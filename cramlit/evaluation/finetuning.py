@@ -21,9 +21,9 @@ from torch import nn
 
 from ..core.devices import autocast, choose_precision, pick_device
 from ..core.recipes import CramlitError, UsageError, unknown
-from ..core.results import first_line, result_row
+from ..core.results import result_row
 from .glue import Examples, Task, constant, headline, majority, score
-from ..model.stock_models import load_parts, quiet
+from ..model.stock_models import load_parts, load_stock
 from ..training.optimizers import parameter_groups
 from ..training.schedule import lr_factor
 
@@ -89,14 +89,8 @@ def classifier(
     if not pretrained:
         encoder = AutoModel.from_config(load_parts(folder)[0], dtype=torch.float32)
         return Classifier(encoder, task.num_labels, pooling).train()
-    how = dict(trust_remote_code=False, weights_only=True, local_files_only=True, dtype=torch.float32,
-               ignore_mismatched_sizes=True, output_loading_info=True)
-    try:
-        with quiet(): encoder, info = AutoModel.from_pretrained(str(folder), **how)
-    except (OSError, RuntimeError, ValueError) as e:
-        raise CramlitError(f'{folder} cannot be loaded as an encoder: {first_line(e)}') from None
-    random = sorted([*info['missing_keys'], *(name for name, *_ in info['mismatched_keys'])])
-    lost = [f'{encoder.base_model_prefix}.{name}' for name in random if 'pooler' not in name]
+    encoder, lacking = load_stock(folder, AutoModel)
+    lost = [f'{encoder.base_model_prefix}.{name}' for name in lacking if 'pooler' not in name]
     if lost:
         raise CramlitError(f'{folder} lacks {len(lost)} weights of its encoder, {lost[0]} among them: '
                            'the rest would be random, and nothing is measured of that')

@@ -142,8 +142,7 @@ def model_files(
     folder: str|Path,   # a stock transformers model with its tokenizer
 ) -> dict[str, str]:    # name → sha256
     "The files that decide what a model computes"
-    patterns = ('config.json', '*token*.json', 'vocab.*', 'merges.txt', '*.model', '*.safetensors',
-                'pytorch_model*.bin')
+    patterns = 'config.json', '*token*.json', 'vocab.*', 'merges.txt', '*.model', '*.safetensors'
     files = {p.name: p for pattern in patterns for p in Path(folder).glob(pattern)}
     return {name: sha256(files[name]) for name in sorted(files)}
 

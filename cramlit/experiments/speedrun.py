@@ -30,7 +30,7 @@ from ..efficiency.benchmark import Contender, make_setup, our_step, take_turns
 from ..evaluation.statistics import Difference, difference
 from .comparison import with_data
 from .search import Trial, run_trials, seconds_before
-from ..model.stock_models import family, quiet
+from ..model.stock_models import family, load_stock
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #64a00006
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def stock_loss(
     "The `tuning_loss` of an exported model, computed by transformers alone"
     from transformers import AutoModelForMaskedLM
     device = pick_device()
-    with quiet(): model = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True)
-    model.eval().to(device)
+    model, _ = load_stock(folder, AutoModelForMaskedLM)
+    model.to(device)
     total, n = 0., 0
     for batch in validation_batches(data, recipe, 'tune'):
         b = batch.to(device)
