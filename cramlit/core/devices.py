@@ -54,7 +54,8 @@ class Precision:
     reason: str
 
     @property
-    def scaled(self) -> bool:  # float16 gradients need a loss scale
+    def scaled(self) -> bool:
+        "Does the loss need a scale? Gradients in float16 do"
         return self.dtype == torch.float16
 
 def choose_precision(

@@ -32,6 +32,7 @@ KINDS = ('order', 'agreement')
 PAIRS_VERSION = 1  # of the rules of this chapter, to be raised when one changes
 
 class Pair(NamedTuple):
+    "A sentence beside a damaged copy of itself"
     kind: str   # order | agreement
     right: str  # a sentence as it was written
     wrong: str  # the same, damaged in one place
@@ -73,7 +74,7 @@ COPIES = 64  # of a sentence that are computed together
 def pseudo_log_likelihood(
     model,          # a transformers model with a head for masked tokens, in evaluation mode
     tok,            # its tokenizer
-    sentence: str,
+    sentence: str,  # longer ones are cut
 ) -> float:         # nats
     "The log-probability of every token, replaced by [MASK] with all others visible, summed"
     encoded = tok(sentence, return_special_tokens_mask=True, return_tensors='pt', truncation=True)

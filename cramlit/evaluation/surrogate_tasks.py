@@ -35,7 +35,7 @@ def _examples(rows: list[Example]) -> Examples:
     return Examples([r[1] for r in rows], second or None, [r[3] for r in rows])
 
 def held_out_group(
-    group: str,
+    group: str,  # its name
 ) -> bool:
     "Is a group of examples validated on?"
     return holdout_position(f'group {group}') < VALIDATION
@@ -66,8 +66,8 @@ def rated_sentences(
 
 # %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #67f91595
 def only_words(
-    text: str,
-) -> str:  # its words in lower case
+    text: str,  # a sentence, or several
+) -> str:       # its words in lower case
     "What copies of a text with other punctuation or capitals have in common"
     return ' '.join(re.findall(r'\w+', text.lower()))
 
@@ -220,7 +220,7 @@ _FUNCTION_WORDS = frozenset(('a an the of to in on at by for with from as is are
 DAMAGES = ('order', 'lost', 'agreement')
 
 def damage(
-    sentence: str,
+    sentence: str,   # as it was written
     rng: np.random.Generator,
     kind: str = '',  # one of `DAMAGES`; '' = drawn
 ) -> str|None:       # None when this damage cannot be done to it

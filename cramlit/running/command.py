@@ -37,17 +37,14 @@ def prepare(
 ) -> list[dict]:
     "Turn text into a tokenizer and token shards"
     from cramlit.data.packing import prepare as pack
+    from cramlit.data.packing import prepared_rows
     from cramlit.model.stock_models import recipe_from
     settings = [f'corpus.source={os.pathsep.join(source)}'] if source else []
     if split_documents: settings.append(f'corpus.split={split_documents}')
     settings += Override or []
     if init: r = recipe_from(init, get_recipe(recipe, scale), settings)
     else: r = get_recipe(recipe, scale, settings)
-    manifest = pack(r, Path(out))
-    ids = dict(stage='prepare', recipe=r.name, scale=scale)
-    rows = [result_row(f'{split}_{what}', manifest['splits'][split][what], what, **ids)
-            for split in ('train', 'validation') for what in ('rows', 'tokens')]
-    return rows + [result_row('unigram_entropy', manifest['unigram_entropy'], 'nats', **ids)]
+    return prepared_rows(pack(r, Path(out)), r.name, scale)
 
 # %% ../../nbs/running/81_command.ipynb #a1b2c402
 class StoppedEarly(CramlitError):

@@ -38,7 +38,9 @@ def replace_modules(
 
 class ByteDropout(nn.Dropout):
     "Dropout as GPUs do it: what is kept for the backward pass is one byte for each value"
-    def forward(self, x): return torch.native_dropout(x, self.p, self.training)[0]
+    def forward(self, x):
+        "The same values as `nn.Dropout` gives on a GPU"
+        return torch.native_dropout(x, self.p, self.training)[0]
 
 # %% ../../nbs/training/35_memory.ipynb #0f147ae5
 PARTS = dict(PARAM='parameters', GRAD='gradients', OPT='optimizer state', ACT='activations', TEMP='temporary',
