@@ -555,7 +555,7 @@ def test_of_many_jobs_on_one_task_none_tokenises_it_anew(model, tmp_path, monkey
         done.append(len(examples))
         return real(tok, examples, max_length)
     monkeypatch.setattr(finetuning, '_tokenize', count)
-    monkeypatch.setattr(finetuning, '_kept', {})
+    finetuning._encoded.cache_clear()
     work = jobs(toy(), GRID, 4)
     with parallel_config('threading', n_jobs=1): found = job_results(model, [toy()], work, tmp_path/'a')
     assert len(work) == 8 and done == [64, 32]
@@ -564,8 +564,8 @@ def test_of_many_jobs_on_one_task_none_tokenises_it_anew(model, tmp_path, monkey
     assert [r['predictions'] for r in again] == [r['predictions'] for r in found]
 
 
-def test_a_network_without_segments_gives_its_inputs_to_no_other(model, monkeypatch):
-    monkeypatch.setattr(finetuning, '_kept', {})
+def test_a_network_without_segments_gives_its_inputs_to_no_other(model):
+    finetuning._encoded.cache_clear()
     (_, first), (_, second) = load_parts(model), load_parts(model)
     first.model_input_names = ['input_ids', 'attention_mask']
     examples = toy().train
@@ -579,8 +579,8 @@ def test_another_tokenizer_does_not_get_what_the_first_one_made(model, tmp_path)
     before = encode(first, toy().train, 32)
     assert encode(AutoTokenizer.from_pretrained(model), toy().train, 32) is before
     assert encode(AutoTokenizer.from_pretrained(stock_folder('bert', tmp_path)), toy().train, 32) != before
-    for more in ('stone', 'river', 'house'): encode(first, Examples([more], None, [0]), 32)
-    assert len(finetuning._kept) == finetuning.KEPT  # and no more are remembered
+    for n in range(finetuning.KEPT): encode(first, Examples([f'stone {n}'], None, [0]), 32)
+    assert finetuning._encoded.cache_info().currsize == finetuning.KEPT  # and no more are remembered
 
 
 def test_gradients_are_clipped_at_a_norm_of_one(model, monkeypatch):

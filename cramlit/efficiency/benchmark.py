@@ -11,7 +11,7 @@ __all__ = ['WITHOUT', 'WITH', 'BEFORE', 'DOCUMENTED', 'FULL', 'INSIDE', 'PARTS',
            'bench_rows', 'speed_rows', 'validation_row', 'random_batch', 'measured_step', 'check_plan']
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #88c2c5dc
-import re, sys
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -32,7 +32,7 @@ from torch.utils.benchmark import Timer
 from ..core.devices import Precision, autocast, choose_precision
 from ..core.randomness import make_key
 from ..core.recipes import CramlitError, Recipe, UsageError, override
-from ..core.results import provenance, result_row
+from ..core.results import note, provenance, result_row
 from ..data.batches import Batch, Prefetcher, epochs_and_rows, rank_slice, train_batches
 from ..data.masking import IGNORE, count_predictions, mask_rows
 from ..data.packing import Data
@@ -300,7 +300,7 @@ def take_turns(
                 why[name] = f'{type(e).__name__}: {e}'.splitlines()[0]
                 continue
             taken[name].append(timing)
-            print(f'turn {turn + 1} of {turns}, {name}: {timing.step():.3g} s', file=sys.stderr)
+            note(f'turn {turn + 1} of {turns}, {name}: {timing.step():.3g} s')
     return {name: t for name, t in taken.items() if name not in why}, why
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #d831c103

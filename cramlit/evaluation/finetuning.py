@@ -8,9 +8,10 @@ __all__ = ['POOLINGS', 'DROPOUT', 'POOL', 'KEPT', 'FINETUNING_VERSION', 'CLIP', 
            'logits', 'run_job', 'padding_rows']
 
 # %% ../../nbs/evaluation/42_finetuning.ipynb #dab835f3
-import hashlib, json, sys, time
+import hashlib, json, time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,7 @@ from torch import nn
 
 from ..core.devices import autocast, choose_precision, pick_device
 from ..core.recipes import CramlitError, UsageError, unknown
-from ..core.results import result_row
+from ..core.results import note, result_row
 from .glue import Examples, Task, constant, headline, majority, score
 from ..model.stock_models import load_parts, load_stock
 from ..training.optimizers import parameter_groups
@@ -123,7 +124,17 @@ def _tokenize(tok, examples: Examples, max_length: int) -> list[dict]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 KEPT = 6  # tokenized sets that a process remembers: MNLI has one to train on, five to be judged by
-_kept: dict[str, list[dict]] = {}
+
+@dataclass(frozen=True)
+class _Asked:
+    "Sentences to tokenize, known by a checksum of all that decides their tokens"
+    key: str
+    tok: Any = field(compare=False)
+    examples: Examples = field(compare=False)
+    max_length: int = field(compare=False)
+
+@lru_cache(KEPT)
+def _encoded(asked: _Asked) -> list[dict]: return _tokenize(asked.tok, asked.examples, asked.max_length)
 
 def encode(
     tok,              # a tokenizer
@@ -138,10 +149,7 @@ def encode(
     given = type(tok).__name__, tok.model_input_names, tok.truncation_side
     text = json.dumps([rules, given, examples.first, examples.second, max_length])
     key = hashlib.sha256(text.encode()).hexdigest()
-    if key not in _kept:
-        while len(_kept) >= KEPT: del _kept[next(iter(_kept))]
-        _kept[key] = _tokenize(tok, examples, max_length)
-    return _kept[key]
+    return _encoded(_Asked(key, tok, examples, max_length))
 
 # %% ../../nbs/evaluation/42_finetuning.ipynb #62493dfb
 def make_batches(
@@ -312,5 +320,5 @@ def padding_rows(
             rows.append(row('headline', scores[way], '%', way))
         ratios = [p/t for p, t in zip(seconds['padded'], seconds['tight'], strict=True)]
         rows.append(row('ratio_to_padded', ratios, 'times', 'tight'))
-        print(f'{task.name}: {median(ratios):.2f} times as fast', file=sys.stderr)
+        note(f'{task.name}: {median(ratios):.2f} times as fast')
     return rows

@@ -8,7 +8,7 @@ __all__ = ['GLUE', 'TRAINING_EXAMPLES', 'AX', 'NOT_AVERAGED', 'Row', 'SUBMISSION
            'load_glue', 'load_ax', 'format_prediction', 'submission_zip', 'check_submission', 'load_submission_tasks']
 
 # %% ../../nbs/evaluation/40_glue.ipynb #177995e3
-import codecs, errno, io, math, re, sys, zipfile, zlib
+import codecs, errno, io, math, re, zipfile, zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..core.recipes import CramlitError, UsageError, unknown
-from ..core.results import first_line
+from ..core.results import first_line, note
 
 # %% ../../nbs/evaluation/40_glue.ipynb #c8fb72c6
 @dataclass(frozen=True)
@@ -264,10 +264,10 @@ def _gather(
     done = 'were left out' if labelled else 'are answered all the same'
     for what, places in {fault: broken, f'lines are labelled {src.undecided}': undecided}.items():
         if not places: continue
-        note = f'{where}: {len(places)} of {total} {what} (the first: {places[0].rpartition(", ")[2]})'
+        found = f'{where}: {len(places)} of {total} {what} (the first: {places[0].rpartition(", ")[2]})'
         if labelled and 2*len(broken) > total:
-            raise CramlitError(f'{note}. Is this a file of {src.folder}?')
-        print(f'{note} and {done}', file=sys.stderr)
+            raise CramlitError(f'{found}. Is this a file of {src.folder}?')
+        note(f'{found} and {done}')
     if not texts: raise CramlitError(f'{where} has no examples')
     columns = [list(c) for c in zip(*texts, strict=True)]
     return Examples(columns[0], columns[1] if len(columns) == 2 else None, labels)

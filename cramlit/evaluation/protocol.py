@@ -465,7 +465,7 @@ def replace_rows(
         aside = path.parent/'superseded'/f'rows-{sha256(path)[:8]}.jsonl'
         aside.parent.mkdir(exist_ok=True)
         os.replace(path, aside)
-        print(f'{path} held rows of other models or tasks: they are now in {aside}', file=sys.stderr)
+        note(f'{path} held rows of other models or tasks: they are now in {aside}')
     write_rows(path, rows)
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #29ffd216

@@ -69,7 +69,7 @@ def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
     try:
         from cramlit.reporting.run_report import write_page
         write_page(out)
-    except ModuleNotFoundError as e: print(f'no {out}/report.html: {_missing(e)}', file=sys.stderr)
+    except ModuleNotFoundError as e: note(f'no {out}/report.html: {_missing(e)}')
     except ValueError as e: note(f'no {out}/report.html: {e}')  # such as MPLBACKEND with a wrong value
     print(_verdict(rows), file=sys.stderr)
     why = rows[0].get('stopped')
@@ -588,7 +588,7 @@ def _main(argv: list[str]) -> int:
         on = 'goes on where it stopped' if argv[0] in _GO_ON else 'starts anew'
         if any(word.partition('=')[0] == '--force' for word in argv): on = f'without --force {on}'
         why, code = f'interrupted; the same command {on}', 1
-    print(f'cramlit: {why}', file=sys.stderr)
+    note(why)
     return code
 
 # %% ../../nbs/running/81_command.ipynb #1517c426

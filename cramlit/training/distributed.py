@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core.devices import check_build, pick_device
 from ..core.recipes import CramlitError, Interrupted, UsageError
-from ..core.results import has_rows
+from ..core.results import has_rows, note
 
 # %% ../../nbs/training/32_distributed.ipynb #91540659
 TIMEOUT = timedelta(minutes=30)  # for a message; one process may compile or read a disk long after the others
@@ -360,7 +360,8 @@ def launch(
         signals.append(number)
         out.mkdir(parents=True, exist_ok=True)
         (out/'stop').touch()
-        print('\nfinishing the step and saving; once more to leave at once', file=sys.stderr)
+        print(file=sys.stderr)  # below the bar
+        note('finishing the step and saving; once more to leave at once')
     assert process.stderr is not None  # it is a pipe
     with process.stderr, on_stop_signals(request_stop):
         while chunk := os.read(process.stderr.fileno(), 4096):

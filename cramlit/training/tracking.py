@@ -7,7 +7,7 @@ __all__ = ['Opened', 'TRACKERS', 'TO_SEE', 'SENTENCES', 'SHORTEST', 'LONGEST', '
            'predict', 'prediction_writer']
 
 # %% ../../nbs/training/34_tracking.ipynb #10b7f056
-import io, json, os, secrets, sys
+import io, json, os, secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core.devices import Precision, autocast
 from ..core.randomness import make_key
 from ..core.recipes import Recipe, UsageError, unknown
-from ..core.results import atomic, cannot_write, provenance, read_json_lines
+from ..core.results import atomic, cannot_write, note, provenance, read_json_lines
 from ..data.batches import VALIDATION_SEED, Batch
 from ..data.masking import IGNORE, mask_rows
 from ..data.packing import Data, read_documents
@@ -124,15 +124,15 @@ class Tracker:
         if name: self.opened = self._try(TRACKERS[name], out, _tracked_name(out), config | provenance())
         if self.opened:
             see = TO_SEE[name].format(out=out)
-            print(f'tracked by {name} as {_tracked_name(out)}; see it with: {see}', file=sys.stderr)
+            note(f'tracked by {name} as {_tracked_name(out)}; see it with: {see}')
 
     def _try(self, f: Callable, *args):
         try:
             with redirect_stdout(io.StringIO()): return f(*args)
         except Exception as e:
             self.opened = None
-            print(f'{self.name} failed ({type(e).__name__}: {e}). '
-                  'The run goes on without it; metrics.jsonl has everything', file=sys.stderr)
+            note(f'{self.name} failed ({type(e).__name__}: {e}). '
+                 'The run goes on without it; metrics.jsonl has everything')
 
     def __call__(
         self,
