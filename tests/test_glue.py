@@ -118,13 +118,13 @@ def test_baselines_by_hand():
     e = Examples([f'the old {words[i % 3]} {i}' for i in range(64)], None, [i % 3 for i in range(64)])
     task = Task('toy', 3, ('accuracy',), e, {'v': e.sample(32)})
     right = sum(y == 0 for y in task.validation['v'].labels)
-    assert majority(task, 0)['v']['accuracy'] == pytest.approx(100*right/32)
-    assert bag_of_words(task, 0, 0)['v']['accuracy'] == 100
+    assert majority(task, 0)['scores']['v']['accuracy'] == pytest.approx(100*right/32)
+    assert bag_of_words(task, 0, 0)['scores']['v']['accuracy'] == 100
     train = Examples(['a b', 'a c', 'd b'], None, [1., 2., 3.])
     held_out = Examples(['d', 'a'], None, [3., 1.])
     scores = Task('s', 1, ('pearson', 'spearman'), train, {'v': held_out})
-    assert majority(scores, 0)['v'] == dict(pearson=0, spearman=0)
-    assert bag_of_words(scores, 0, 0)['v']['pearson'] == pytest.approx(100)
+    assert majority(scores, 0)['scores']['v'] == dict(pearson=0, spearman=0)
+    assert bag_of_words(scores, 0, 0)['scores']['v']['pearson'] == pytest.approx(100)
 
 
 @pytest.mark.parametrize('name', SURROGATE_TASKS)

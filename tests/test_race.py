@@ -129,7 +129,7 @@ def small(text, tmp_path_factory):
                 'validation.max_sequences=64', *TRACKS['tiny'].settings[2:])
     with pytest.MonkeyPatch.context() as patch, joblib.parallel_config('sequential'):
         patch.setitem(TRACKS, 'tiny', Track('tiny', 3., 1, settings))
-        patch.setattr(speedrun.time_entries, '__defaults__', (2,))
+        patch.setattr(speedrun, 'TURNS', 2)
         first = write(tmp/'1_first.json')
         second = write(tmp/'2_second.json', recipe='modern', steps=8, settings=['model.cooccurrence=3'])
         page, out = tmp/'page', tmp/'out'

@@ -140,9 +140,15 @@ def untied(folder):
 
 
 def pickled(folder):
-    weights = load_file(folder/'model.safetensors')
-    torch.save(weights, folder/'pytorch_model.bin')
+    torch.save(load_file(folder/'model.safetensors'), folder/'pytorch_model.bin')
     (folder/'model.safetensors').unlink()
+
+
+def converted(folder):
+    "As the message about a pickle says"
+    pickled(folder)
+    AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
+    assert (folder/'pytorch_model.bin').exists()
 
 
 def names_of_2018(folder):
@@ -163,11 +169,6 @@ class Evil:
 def a_pickle_that_runs_code(folder):
     (folder/'model.safetensors').unlink()
     torch.save({'weight': Evil()}, folder/'pytorch_model.bin')
-
-
-def an_empty_pickle(folder):
-    (folder/'model.safetensors').unlink()
-    (folder/'pytorch_model.bin').touch()
 
 
 def edit(path, **changes):
@@ -200,7 +201,7 @@ def test_a_weight_that_is_nan_is_refused(tmp_path):
     with pytest.raises(CramlitError, match='NaN or infinite'): load_weights(tmp_path/'bert', 100)
 
 
-@pytest.mark.parametrize('change', [pickled, names_of_2018, vocabulary_only])
+@pytest.mark.parametrize('change', [converted, names_of_2018, vocabulary_only])
 def test_folders_of_older_libraries_are_read(change, text, tmp_path, capsys):
     folder = tmp_path/'a model [old] für alle'
     model = stock('bert', folder)
@@ -219,8 +220,8 @@ def test_folders_of_older_libraries_are_read(change, text, tmp_path, capsys):
 
 @pytest.mark.parametrize('change, says', [
     (untied, 'tie_word_embeddings=False cannot be read'),
-    (a_pickle_that_runs_code, 'are damaged or not tensors alone'),
-    (an_empty_pickle, 'are damaged or not tensors alone'),
+    (pickled, 'pytorch_model.bin is a pickle'),
+    (a_pickle_that_runs_code, ').save_pretrained('),
     (a_later_tokenizer, 'cannot be loaded by transformers'),
     (half_a_tokenizer, 'cannot be loaded by transformers'),
     (a_slow_tokenizer, 'BertJapaneseTokenizer'),

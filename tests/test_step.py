@@ -283,6 +283,8 @@ class Cards:
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
         monkeypatch.setattr(torch.cuda, 'set_device', lambda i: setattr(self.now, 'gpu', i))
+        monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: hasattr(self.now, 'gpu'))
+        monkeypatch.setattr(torch.cuda, 'current_device', lambda: self.now.gpu)
 
     def work(self, fails=False):
         gpu = self.now.gpu

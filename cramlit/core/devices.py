@@ -54,7 +54,8 @@ class Precision:
     reason: str
 
     @property
-    def scaled(self) -> bool:  # float16 gradients need a loss scale
+    def scaled(self) -> bool:
+        "Does the loss need a scale? Gradients in float16 do"
         return self.dtype == torch.float16
 
 def choose_precision(
@@ -107,20 +108,18 @@ def why_eager(
     return ''
 
 # %% ../../nbs/core/04_devices.ipynb #04de0005
-_LAST: list[int] = []  # the GPU that this process has had, if any
-
 def take_gpu(
     locks: Path,  # a folder that all workers of this machine see; it gets a file for each GPU
 ) -> AcquireReturnProxy:  # a context; the GPU is free again after it
     "Make a GPU the current one that no other worker has, again the last one if it can be; waits for one"
     if not torch.cuda.device_count(): raise CramlitError('there is no GPU to take')
+    # a process keeps some memory on every GPU that it has used; to ask one that has used none would be a use
+    last = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     while True:
-        # a process keeps some memory on every GPU that it has used
-        for i in sorted(range(torch.cuda.device_count()), key=lambda i: i not in _LAST):
+        for i in sorted(range(torch.cuda.device_count()), key=lambda i: i != last):
             try: taken = FileLock(locks/f'gpu-{i}').acquire(blocking=False)
             except Timeout: continue
             torch.cuda.set_device(i)
-            _LAST[:] = [i]
             return taken
         time.sleep(.1)
 

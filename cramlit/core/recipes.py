@@ -185,8 +185,8 @@ class Recipe:
 
 # %% ../../nbs/core/00_recipes.ipynb #25e86c78
 def flat_fields(
-    obj,              # a recipe, or a part of one
-    prefix: str = '',
+    obj,               # a recipe, or a part of one
+    prefix: str = '',  # of the paths, such as 'optim.'
 ) -> dict[str, tuple[Any, dict]]:  # path → value and limits: 'seed': (42, {'kind': int, 'at_least': 0})
     "Every field that can be set, by its path; the name is not one of them"
     found: dict[str, tuple[Any, dict]] = {}

@@ -20,7 +20,7 @@ from .recipes import CramlitError, UsageError
 
 # %% ../../nbs/core/02_results.ipynb #7c1d2ee0
 def note(
-    line: str,
+    line: str,  # one sentence; 'cramlit: ' is put before it
 ):
     "Tell the user something on standard error"
     print(f'cramlit: {line}', file=sys.stderr, flush=True)

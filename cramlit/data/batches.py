@@ -24,7 +24,7 @@ from .packing import Data
 def epochs_and_rows(
     positions: np.ndarray,  # int64 [B], counted from the start of training
     n: int,                 # rows of the training set
-    seed: int,
+    seed: int,              # the recipe's
 ) -> tuple[np.ndarray, np.ndarray]:  # epoch and row of each, int64 [B]
     "The row at each position of an endless training set"
     epochs, rows = positions // n, np.empty_like(positions)
@@ -59,7 +59,8 @@ class Batch:
     labels: torch.Tensor               # int64 [B, K]; -100 in empty slots
 
     @property
-    def tokens(self) -> int:  # padding not counted
+    def tokens(self) -> int:
+        "How many tokens of text it has, padding not counted"
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
     def map(
@@ -138,7 +139,7 @@ class Prefetcher:
 
     def __call__(
         self,
-        step: int,
+        step: int,  # optimizer step, from 0
     ) -> list[Batch]:
         "The batches of a step; those of the next one are begun"
         this = self.waiting.get(step) or self.pool.submit(self._made, step)

@@ -306,7 +306,7 @@ def has_spaces(text: str) -> bool:  # two thirds of it, at least
     return 3*len(_UNSPACED.findall(text)) < len(text)
 
 def count_words(
-    text: str,
+    text: str,     # without markup
     spaces: bool,  # as `has_spaces` says of the text that it belongs to
 ) -> int:
     "Words between spaces; without spaces two characters are taken for one"
@@ -519,7 +519,7 @@ FEW_FILES = 16          # fewer text files than this are looked into
 _BETWEEN = {'blank': re.compile(r'\n[^\S\n]*\n\s*'), 'line': re.compile(r'\n')}
 
 def parts_of(
-    text: str,
+    text: str,   # a document's
 ) -> list[str]:  # of at most `MAX_DOCUMENT` characters each
     "A text cut into parts, at the end of a line, a sentence or a word if there is one"
     parts, start = list[str](), 0
@@ -679,7 +679,7 @@ def _hub_parts(part: str) -> tuple[str, str]:
 
 # %% ../../nbs/data/10_corpus.ipynb #fb536dfb
 def same_source(
-    source: str,
+    source: str,  # as `corpus.source` has it
 ) -> list[str]:  # enwik8, hub:NAME:CONFIG, and absolute paths without links
     "A source in the one way to write it"
     def resolve(part: str) -> str:
@@ -690,7 +690,7 @@ def same_source(
     return [resolve(part) for part in split_source(source)]
 
 def source_state(
-    source: str,
+    source: str,          # as `corpus.source` has it
     field: str = 'text',  # that holds the text in records
 ) -> dict[str, list[int]]:  # file → its size in bytes, and when it was changed, in nanoseconds
     "What tells whether local files have changed; empty for enwik8 and what is on the hub"
@@ -751,6 +751,7 @@ class Seen:
         self,
         number: int,  # below 2^64
     ) -> bool:        # False if it was there
+        "Add a number"
         place = np.searchsorted(self.old, np.uint64(number))
         if number in self.new or place < len(self.old) and self.old[place] == number: return False
         self.new.add(number)

@@ -48,7 +48,7 @@ def sample_positions(
 # %% ../../nbs/data/13_masking.ipynb #373367a2
 @cache
 def ordinary_tokens(
-    vocab_size: int,
+    vocab_size: int,           # ids are below it
     special: tuple[int, ...],  # ids that are left out
 ) -> np.ndarray:               # int64
     "The ids that a random token may have"

@@ -6,7 +6,7 @@
 __all__ = ['SHARD_ROWS', 'FORMAT', 'MIN_HOLDOUT', 'HALVES', 'RULER_SEED', 'RULER_SEQUENCES', 'target_length', 'paper_rows',
            'document_rows', 'stream_rows', 'write_shards', 'Rows', 'Data', 'open_data', 'verify',
            'unigram_cross_entropy', 'read_documents', 'tokenized_rows', 'half_of_holdout', 'ruler_rows',
-           'ruler_sequences', 'unlike', 'as_prepared', 'prepare']
+           'ruler_sequences', 'unlike', 'as_prepared', 'prepare', 'prepared_rows']
 
 # %% ../../nbs/data/12_packing.ipynb #694adf1d
 import gzip, hashlib, heapq, json, os, re, shutil, sys
@@ -26,7 +26,7 @@ from ..core.recipes import RECIPES, CramlitError, Packing, Recipe, UsageError
 from ..core.recipes import differences, recipe_from_dict, validate
 from ..core.randomness import make_key, uniform
 from ..core.results import atomic, cannot_read, cannot_write, locked, note
-from ..core.results import os_error, set_aside, sha256, sync_folder
+from ..core.results import os_error, result_row, set_aside, sha256, sync_folder
 from ..core.scales import SCALES, get_recipe
 from .corpus import MIN_WORDS, Document, documents, holdout_position
 from .corpus import same_source, source_state, unique
@@ -180,7 +180,8 @@ class Data:
     ruler: Mapping[str, Rows|np.ndarray]  # tune and report: the sequences that all recipes are validated on
 
     @property
-    def padded_vocab_size(self) -> int:  # rows of the embedding matrix
+    def padded_vocab_size(self) -> int:
+        "Rows of the embedding matrix"
         return self.manifest['padded_vocab_size']
 
     @property
@@ -250,9 +251,9 @@ def verify(
 
 # %% ../../nbs/data/12_packing.ipynb #0832e783
 def unigram_cross_entropy(
-    train: Rows,
-    held_out: Rows,
-    vocab_size: int,
+    train: Rows,              # whose tokens are counted
+    held_out: Rows,           # whose tokens are predicted
+    vocab_size: int,          # ids are below it
     special: dict[str, int],  # ids that are not predicted
 ) -> float:                   # nats a token
     "The loss of predicting each token by its frequency"
@@ -665,3 +666,15 @@ def prepare(
         for folder in made:
             try: folder.rmdir()  # is empty after a failure only
             except OSError: break
+
+# %% ../../nbs/data/12_packing.ipynb #48e41ffe
+def prepared_rows(
+    manifest: dict,  # as `prepare` gives it
+    recipe: str,     # its name
+    scale: str,      # its name
+) -> list[dict]:     # rows and tokens of both splits, and the unigram baseline
+    "What has been prepared, as result rows"
+    ids = dict(stage='prepare', recipe=recipe, scale=scale)
+    rows = [result_row(f'{split}_{what}', manifest['splits'][split][what], what, **ids)
+            for split in ('train', 'validation') for what in ('rows', 'tokens')]
+    return rows + [result_row('unigram_entropy', manifest['unigram_entropy'], 'nats', **ids)]

@@ -19,18 +19,20 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from ..core.devices import pick_device
 from ..core.recipes import CramlitError, digest
-from ..core.results import first_line, provenance, sha256
+from ..core.results import provenance, sha256
 from ..data.packing import Data
+from ..data.tokenizer import load_tokenizer
 from .protocol import (
     DRAWS, check_writable, common_provenance, find_result, model_files, run_parallel, save_result, with_retry)
 from .surrogate_tasks import damage, whole_sentences
-from ..model.stock_models import load_parts, quiet
+from ..model.stock_models import load_parts, load_stock
 
 # %% ../../nbs/evaluation/45_minimal_pairs.ipynb #45a00007
 KINDS = ('order', 'agreement')
 PAIRS_VERSION = 1  # of the rules of this chapter, to be raised when one changes
 
 class Pair(NamedTuple):
+    "A sentence beside a damaged copy of itself"
     kind: str   # order | agreement
     right: str  # a sentence as it was written
     wrong: str  # the same, damaged in one place
@@ -72,7 +74,7 @@ COPIES = 64  # of a sentence that are computed together
 def pseudo_log_likelihood(
     model,          # a transformers model with a head for masked tokens, in evaluation mode
     tok,            # its tokenizer
-    sentence: str,
+    sentence: str,  # longer ones are cut
 ) -> float:         # nats
     "The log-probability of every token, replaced by [MASK] with all others visible, summed"
     encoded = tok(sentence, return_special_tokens_mask=True, return_tensors='pt', truncation=True)
@@ -101,16 +103,10 @@ def masked_lm(
         with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
             torch.manual_seed(seed)
             return AutoModelForMaskedLM.from_config(config, dtype=torch.float32).to(device).eval(), tok
-    how = dict(trust_remote_code=False, weights_only=True, local_files_only=True, dtype=torch.float32,
-               output_loading_info=True)
-    try:
-        with quiet(): model, info = AutoModelForMaskedLM.from_pretrained(str(folder), **how)
-    except (OSError, RuntimeError, ValueError) as e:
-        why = first_line(e)
-        raise CramlitError(f'{folder} cannot be loaded as a masked language model: {why}') from None
-    if info['missing_keys']:
-        raise CramlitError(f'{folder} has no head for masked tokens ({sorted(info["missing_keys"])[0]} is '
-                           'missing): a pretrained model is needed, not one that has been fine-tuned')
+    model, lacking = load_stock(folder, AutoModelForMaskedLM)
+    if lacking:
+        raise CramlitError(f'{folder} has no head for masked tokens ({lacking[0]} is missing): '
+                           'a pretrained model is needed, not one that has been fine-tuned')
     return model.to(device).eval(), tok
 
 # %% ../../nbs/evaluation/45_minimal_pairs.ipynb #73392587
@@ -163,8 +159,7 @@ def ngram_log_likelihoods(
     k: int,         # tokens that are counted together
 ) -> list[float]:   # nats
     "The log-probability of every token after the k - 1 before it, summed, by counts"
-    from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(str(data.folder/'tokenizer'))
+    tok = load_tokenizer(data.folder/'tokenizer')
     each = [np.array(ids) for ids in tok(sentences, add_special_tokens=False)['input_ids']]
     p = [np.full(len(ids), 1/data.padded_vocab_size) for ids in each]
     for n in range(1, k + 1):

@@ -36,8 +36,8 @@ from ..core.scales import Finetune, Scale
 from ..data.corpus import fetch_member
 from .finetuning import FINETUNING_VERSION, POOL, Job, check_length, classifier, run_job
 from .glue import (
-    GLUE, NOT_AVERAGED, SUBMISSION_FILES, TEST_EXAMPLES, TRAINING_EXAMPLES, Task, always_the_same,
-    check_submission, headline, linear_model, load_glue, load_submission_tasks, score, submission_zip)
+    GLUE, NOT_AVERAGED, SUBMISSION_FILES, TEST_EXAMPLES, TRAINING_EXAMPLES, Task, bag_of_words,
+    check_submission, headline, load_glue, load_submission_tasks, majority, score, submission_zip)
 from .surrogate_tasks import HOLDOUT, SURROGATE_TASKS, load_surrogate
 from ..model.stock_models import load_parts, weights_digest
 
@@ -142,8 +142,7 @@ def model_files(
     folder: str|Path,   # a stock transformers model with its tokenizer
 ) -> dict[str, str]:    # name → sha256
     "The files that decide what a model computes"
-    patterns = ('config.json', '*token*.json', 'vocab.*', 'merges.txt', '*.model', '*.safetensors',
-                'pytorch_model*.bin')
+    patterns = 'config.json', '*token*.json', 'vocab.*', 'merges.txt', '*.model', '*.safetensors'
     files = {p.name: p for pattern in patterns for p in Path(folder).glob(pattern)}
     return {name: sha256(files[name]) for name in sorted(files)}
 
@@ -338,11 +337,10 @@ def grid_work(
 
 def suite_work(
     grid: Finetune,
-    seeds: int = 0,  # of each configuration; 0 = the grid's
 ) -> dict[str, dict[str, int]]:  # task → as `grid_work`
     "The work of GLUE under a grid and its protocol"
     first = MNLI_FIRST if grid.protocol == 'paper' else ()
-    return {task: grid_work(task, n, grid, seeds or grid.seeds, 2 + (task in first))
+    return {task: grid_work(task, n, grid, grid.seeds, 2 + (task in first))
             for task, n in TRAINING_EXAMPLES.items()}
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #18da8ebd
@@ -361,7 +359,7 @@ def common_provenance(
 # %% ../../nbs/evaluation/43_protocol.ipynb #0f874e6c
 def summary(
     task: Task,
-    variant: str,
+    variant: str,      # from-scratch | pretrained | mnli-first, or one of `BASELINES`
     runs: list[dict],  # of the best configuration, each with scores, diverged and provenance
     ids: dict,         # what identifies the model: suite, scale, recipe …
 ) -> list[dict]:
@@ -434,11 +432,9 @@ def baseline(
                max_train=grid.max_train, max_eval=grid.max_eval, versions=versions)
 
     def measure() -> dict:
-        predict = always_the_same(task) if name == 'majority' else linear_model(task, grid.max_train)
-        sets = {n: e.sample(grid.max_eval) for n, e in task.validation.items()}
-        answers = {n: predict(e) for n, e in sets.items()}
-        scores = {n: score(task.metrics, answers[n], e.labels) for n, e in sets.items()}
-        return dict(diverged=False, scores=scores, predictions={n: a.tolist() for n, a in answers.items()})
+        if name == 'majority': found = majority(task, grid.max_eval)
+        else: found = bag_of_words(task, grid.max_train, grid.max_eval)
+        return dict(diverged=False) | found
     return find_result(out/'baselines', key)[1] or save_result(out/'baselines', key, measure)
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #43fcdcd0
@@ -469,7 +465,7 @@ def replace_rows(
         aside = path.parent/'superseded'/f'rows-{sha256(path)[:8]}.jsonl'
         aside.parent.mkdir(exist_ok=True)
         os.replace(path, aside)
-        print(f'{path} held rows of other models or tasks: they are now in {aside}', file=sys.stderr)
+        note(f'{path} held rows of other models or tasks: they are now in {aside}')
     write_rows(path, rows)
 
 # %% ../../nbs/evaluation/43_protocol.ipynb #29ffd216

@@ -9,7 +9,7 @@ __all__ = ['HOLDOUT', 'VALIDATION', 'Example', 'VERSION', 'Placed', 'DAMAGES', '
            'whole_sentences', 'acceptability', 'load_surrogate']
 
 # %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #75ac6304
-import ast, json, re, sys, tarfile
+import ast, json, re, tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..core.recipes import unknown
-from ..core.results import atomic, cache_dir
+from ..core.results import atomic, cache_dir, note
 from ..data.corpus import documents, fetch_member, holdout_position, unique
 from ..data.packing import FORMAT
 from ..data.tokenizer import sentences
@@ -35,7 +35,7 @@ def _examples(rows: list[Example]) -> Examples:
     return Examples([r[1] for r in rows], second or None, [r[3] for r in rows])
 
 def held_out_group(
-    group: str,
+    group: str,  # its name
 ) -> bool:
     "Is a group of examples validated on?"
     return holdout_position(f'group {group}') < VALIDATION
@@ -66,8 +66,8 @@ def rated_sentences(
 
 # %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #67f91595
 def only_words(
-    text: str,
-) -> str:  # its words in lower case
+    text: str,  # a sentence, or several
+) -> str:       # its words in lower case
     "What copies of a text with other punctuation or capitals have in common"
     return ' '.join(re.findall(r'\w+', text.lower()))
 
@@ -170,7 +170,7 @@ def place_sentences(
 # %% ../../nbs/evaluation/41_surrogate_tasks.ipynb #adb9598e
 def _held_out_sentences() -> list[list[Placed]]:
     "The sentences of held-out Wikipedia articles, article by article"
-    print('cleaning enwik8 for the surrogate tasks …', file=sys.stderr)
+    note('cleaning enwik8 for the surrogate tasks …')
     texts = [d.text for d in unique(documents('enwik8')) if holdout_position(d.text) < HOLDOUT]
     return [place_sentences(t) for t in texts]
 
@@ -220,7 +220,7 @@ _FUNCTION_WORDS = frozenset(('a an the of to in on at by for with from as is are
 DAMAGES = ('order', 'lost', 'agreement')
 
 def damage(
-    sentence: str,
+    sentence: str,   # as it was written
     rng: np.random.Generator,
     kind: str = '',  # one of `DAMAGES`; '' = drawn
 ) -> str|None:       # None when this damage cannot be done to it

@@ -27,7 +27,7 @@ from ..model.encoder import count_parameters
 def sized(
     base: str,    # name of a recipe
     scale: str,   # name of a scale
-    layers: int,
+    layers: int,  # blocks
     hidden: int,  # values a token
 ) -> tuple[str, ...]:  # settings
     "A recipe's network in another size, in its own proportions"
@@ -115,6 +115,7 @@ class Law:
         N: float|np.ndarray,  # weights
         D: float|np.ndarray,  # tokens
     ) -> float|np.ndarray:    # nats
+        "The loss that it predicts"
         return self.E + self.A/N**self.a + self.B/D**self.b
 
 # %% ../../nbs/experiments/62_scaling.ipynb #954affda

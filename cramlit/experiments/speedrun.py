@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
-from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -26,11 +25,10 @@ from ..core.scales import get_scale
 from ..data.batches import validation_batches
 from ..data.masking import IGNORE
 from ..data.packing import Data, open_data
-from ..efficiency.benchmark import Contender, make_setup, our_step, take_turns
 from ..evaluation.statistics import Difference, difference
 from .comparison import with_data
-from .search import Trial, run_trials, seconds_before
-from ..model.stock_models import family, quiet
+from .search import TURNS, Trial, run_trials, time_trials
+from ..model.stock_models import family, load_stock
 
 # %% ../../nbs/experiments/64_speedrun.ipynb #64a00006
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Entry:
 
     def trial(
         self,
-        seed: int = 0,
+        seed: int = 0,  # of pretraining
     ) -> Trial:
         "What one seed of it trains"
         track = TRACKS[self.track]
@@ -125,8 +123,8 @@ def stock_loss(
     "The `tuning_loss` of an exported model, computed by transformers alone"
     from transformers import AutoModelForMaskedLM
     device = pick_device()
-    with quiet(): model = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True)
-    model.eval().to(device)
+    model, _ = load_stock(folder, AutoModelForMaskedLM)
+    model.to(device)
     total, n = 0., 0
     for batch in validation_batches(data, recipe, 'tune'):
         b = batch.to(device)
@@ -168,21 +166,13 @@ def run_entry(
 def time_entries(
     entries: list[Entry],  # of one track, the first one first
     out: Path,        # where the track's text is prepared
-    turns: int = 7,
+    turns: int,       # of each entry
 ) -> list[dict]:      # rows: seconds a step, and before the first step
     "Time a step of each entry in turns, and what it computes from the text beforehand"
-    first, device = entries[0], pick_device()
+    first = entries[0]
     track = TRACKS[first.track]
     trials = {e.name: with_data([e.trial()], out/'data')[0] for e in entries}
-
-    def contender(trial: Trial) -> Contender:
-        data = open_data(trial.data or out)
-        return our_step(make_setup(trial.recipe, data.padded_vocab_size, device), data, most=8)
-
-    with threads(track.cores):
-        taken, _ = take_turns({name: partial(contender, t) for name, t in trials.items()}, device, turns)
-        before = {name: [seconds_before(t, t.data or out) for _ in range(turns)]
-                  for name, t in trials.items()}
+    with threads(track.cores): taken, before = time_trials(trials, out/'data', turns)
     reference = [timing.step(shared=1) for timing in taken[first.name]]
     by_definition = track.seconds/first.steps
     rows = []
@@ -344,5 +334,5 @@ def run_race(
     entries = read_entries(page, track)
     run = [e for e in entries if known(e, 'validation_loss')]
     if any(calibrate or not known(e, 'seconds_per_step') for e in run):  # all of them, in the same turns
-        rows = _add(page, track, time_entries(run, out))
+        rows = _add(page, track, time_entries(run, out, TURNS))
     return entries, rows

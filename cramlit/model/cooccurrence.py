@@ -101,7 +101,7 @@ def begin_with_counts(
     model: MaskedLM,  # as it was made; changed in place
     cfg: Model,       # its recipe
     data: Data,       # the text that it will learn from
-    seed: int,
+    seed: int,        # of the random start of the factorisation
 ):
     "Set from counts: embeddings, the decoder's bias, and what the first layer attends to"
     if cfg.hidden_size > data.padded_vocab_size:

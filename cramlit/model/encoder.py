@@ -56,6 +56,7 @@ class Embeddings(nn.Module):
         self,
         input_ids: Tensor,  # int64 [B, S]
     ) -> Tensor:            # [B, S, H]
+        "The hidden states before the first block"
         x = self.word(input_ids)
         if self.absolute: x = x + self.position.weight[:input_ids.shape[1]] + self.segment.weight[0]
         return self.dropout(self.norm(x))
@@ -108,6 +109,7 @@ class ContextBuilder(nn.Module):
         local: bool,                    # for a local layer
         positions: Tensor|None = None,  # int64 [B, Q], the query tokens; None = all
     ) -> AttentionContext:
+        "Which tokens the query tokens may attend to, and the rotary tables of both"
         S = input_ids.shape[1]
         table = self.local_rotary if local else self.global_rotary
         key_positions = torch.arange(S, device=input_ids.device)
@@ -139,6 +141,7 @@ class SelfAttention(nn.Module):
         context: AttentionContext,         # of this kind of layer
         query_states: Tensor|None = None,  # [B, Q, H], hidden states of the query tokens; None = x
     ) -> Tensor:                           # [B, Q, H]
+        "What the query tokens gather from all tokens, before it is added to their states"
         q, k, v = self.project(x, query_states)
         if context.key_rotary is not None:
             q, k = rotate(q, context.query_rotary), rotate(k, context.key_rotary)
@@ -215,6 +218,7 @@ class Block(nn.Module):
         context: AttentionContext,      # of this kind of layer
         positions: Tensor|None = None,  # int64 [B, Q], the query tokens; None = all
     ) -> Tensor:                        # [B, Q, H]
+        "The states of the query tokens after this block"
         states = self.attention_norm(x) if self.pre else x  # of all tokens: keys and values need them
         query_states = None
         if positions is not None: query_states, x = gather(states, positions), gather(x, positions)
@@ -241,6 +245,7 @@ class MLMHead(nn.Module):
         x: Tensor,      # [..., H]
         words: Tensor,  # the embedding matrix, [V, H]
     ) -> Tensor:        # logits [..., V]
+        "Scores of every token of the vocabulary at each position"
         return F.linear(self.norm(F.gelu(self.transform(x))), words, self.bias)
 
 # %% ../../nbs/model/21_encoder.ipynb #37cec5dd
@@ -306,6 +311,7 @@ def forward(
     positions: Tensor,            # int64 [B, K]
     labels: Tensor,               # int64 [B, K], `IGNORE` in unused slots
 ) -> Tensor:                      # a scalar: the SUM of the predicted tokens' cross-entropies, in nats
+    "The loss of a batch"
     scores = self.logits(input_ids, attention_mask, positions)
     return summed_cross_entropy(scores.flatten(0, 1), labels.flatten(), IGNORE)
 

@@ -43,6 +43,7 @@ class Dropout(nn.Dropout):
         self,
         x: Tensor,   # any shape
     ) -> Tensor:     # the same shape
+        "`dropout` in training, x itself in evaluation"
         return dropout(x, self.p if self.training else 0.)
 
 # %% ../../nbs/model/20_kernels.ipynb #dacb07a2

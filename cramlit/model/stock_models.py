@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['family', 'name_map', 'stock_state', 'our_state', 'stock_config', 'our_config', 'to_stock', 'from_stock', 'quiet',
-           'load_parts', 'weights_digest', 'recipe_from', 'check_vocabulary', 'load_weights', 'init_from']
+           'load_parts', 'load_stock', 'weights_digest', 'recipe_from', 'check_vocabulary', 'load_weights', 'init_from']
 
 # %% ../../nbs/model/22_stock_models.ipynb #aace1623
 import json, re
@@ -249,14 +249,16 @@ def quiet() -> Iterator[None]:
 
 # %% ../../nbs/model/22_stock_models.ipynb #30ecbdfb
 def _weight_files(folder: str|Path) -> list[Path]:
-    "The files with a model's weights: safetensors, or in older folders a pickle of tensors"
+    "The files with a model's weights; raises `CramlitError` where there are none, or pickles alone"
     folder = Path(folder)
-    return sorted(folder.glob('*.safetensors')) or sorted(folder.glob('pytorch_model*.bin'))
-
-def _check_file(path: Path):
-    "Open a file of weights without running anything in it; raises what the library raises"
-    if path.suffix == '.safetensors': safe_open(path, 'pt').keys()
-    else: torch.load(path, map_location='meta', weights_only=True)
+    files, pickles = (sorted(folder.glob(pattern)) for pattern in ('*.safetensors', '*.bin'))
+    if files: return files
+    if not pickles: raise CramlitError(f'{folder} has no weights (*.safetensors)')
+    place = repr(str(folder))
+    raise CramlitError(f'{folder} has no safetensors: {pickles[0].name} is a pickle, which can run any '
+                       'program when it is opened, so cramlit does not read it. If you trust it, convert it '
+                       f'with transformers: AutoModelForMaskedLM.from_pretrained({place})'
+                       f'.save_pretrained({place}) writes safetensors')
 
 # %% ../../nbs/model/22_stock_models.ipynb #8616808d
 def load_parts(
@@ -269,7 +271,6 @@ def load_parts(
         raise CramlitError(f'{folder} is not a model: it has no config.json. '
                            '`cramlit pretrain` leaves one in RUN/model')
     files = _weight_files(folder)
-    if not files: raise CramlitError(f'{folder} has no weights (*.safetensors or pytorch_model.bin)')
     how = dict(trust_remote_code=False, local_files_only=True)
     try: config, tok = (c.from_pretrained(str(folder), **how) for c in (AutoConfig, AutoTokenizer))
     except Exception as e:  # `tokenizers` raises plain exceptions for a file of a later version
@@ -279,9 +280,9 @@ def load_parts(
     if getattr(config, 'type_vocab_size', 0) < 2:  # DistilBERT, RoBERTa
         tok.model_input_names = [n for n in tok.model_input_names if n != 'token_type_ids']
     for p in files:
-        try: _check_file(p)
-        except Exception as e:  # torch, pickle and zipfile have a dozen kinds
-            raise CramlitError(f'{p}: the weights are damaged or not tensors alone ({first_line(e)}). '
+        try: safe_open(p, 'pt').keys()
+        except Exception as e:  # `safetensors` raises plain ones as well
+            raise CramlitError(f'{p}: the weights are damaged ({first_line(e)}). '
                                'Export or fetch them again') from None
     if not hasattr(config, 'vocab_size'):
         raise CramlitError(f'{folder} is a {config.model_type} model, not one of text')
@@ -290,6 +291,26 @@ def load_parts(
         raise CramlitError(f'{folder}: the tokenizer has ids up to {largest}, the model '
                            f'{config.vocab_size} tokens: they do not belong together')
     return config, tok
+
+# %% ../../nbs/model/22_stock_models.ipynb #f5f429ad
+def load_stock(
+    folder: str|Path,  # a stock transformers model
+    kind,              # a class of transformers, such as AutoModelForMaskedLM
+) -> tuple:            # the model in float32, in evaluation mode; sorted names of weights that its files lack
+    "A stock model from its files alone; raises `CramlitError` when they cannot be read or do not fit it"
+    _weight_files(folder)  # raises where there are none
+    how = dict(trust_remote_code=False, local_files_only=True, use_safetensors=True, dtype=torch.float32,
+               ignore_mismatched_sizes=True, output_loading_info=True)
+    failed = f'{folder} cannot be loaded as {kind.__name__}'
+    try:
+        with quiet(): stock, info = kind.from_pretrained(str(folder), **how)
+    except Exception as e:  # as in `load_parts`
+        raise CramlitError(f'{failed}: {first_line(e)}') from None
+    if wrong := sorted(info['mismatched_keys']):  # transformers would name none of them in its exception
+        name, there, wanted = wrong[0]
+        raise CramlitError(f'{failed}: {name} has the shape {list(there)} in the files, and {list(wanted)} '
+                           'by config.json. They do not belong together')
+    return stock, sorted(info['missing_keys'])
 
 # %% ../../nbs/model/22_stock_models.ipynb #57770175
 def weights_digest(
@@ -347,15 +368,10 @@ def load_weights(
 ) -> dict[str, Tensor]:  # as `MaskedLM.state_dict` names them
     "Weights to start from; raises `CramlitError` if some are missing or our network computes something else"
     from transformers import AutoModelForMaskedLM
-    how = dict(trust_remote_code=False, weights_only=True, local_files_only=True, dtype=torch.float32,
-               output_loading_info=True)
-    try:
-        with quiet(): stock, info = AutoModelForMaskedLM.from_pretrained(str(folder), **how)
-    except Exception as e:  # as in `load_parts`
-        raise CramlitError(f'the weights in {folder} cannot be loaded: {first_line(e)}') from None
-    if missing := sorted(info['missing_keys']):
-        raise CramlitError(f'{folder} lacks weights that a masked language model needs, {missing[0]} among '
-                           f'{len(missing)}: it was saved without its head, or with another one. '
+    stock, lacking = load_stock(folder, AutoModelForMaskedLM)
+    if lacking:
+        raise CramlitError(f'{folder} lacks weights that a masked language model needs, {lacking[0]} among '
+                           f'{len(lacking)}: it was saved without its head, or with another one. '
                            'Take a folder that was saved with the head (…ForMaskedLM)')
     if bad := [name for name, w in stock.state_dict().items() if not torch.isfinite(w).all()]:
         raise CramlitError(f'{bad[0]} in {folder} has values that are NaN or infinite: take another one')

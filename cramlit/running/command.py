@@ -37,17 +37,14 @@ def prepare(
 ) -> list[dict]:
     "Turn text into a tokenizer and token shards"
     from cramlit.data.packing import prepare as pack
+    from cramlit.data.packing import prepared_rows
     from cramlit.model.stock_models import recipe_from
     settings = [f'corpus.source={os.pathsep.join(source)}'] if source else []
     if split_documents: settings.append(f'corpus.split={split_documents}')
     settings += Override or []
     if init: r = recipe_from(init, get_recipe(recipe, scale), settings)
     else: r = get_recipe(recipe, scale, settings)
-    manifest = pack(r, Path(out))
-    ids = dict(stage='prepare', recipe=r.name, scale=scale)
-    rows = [result_row(f'{split}_{what}', manifest['splits'][split][what], what, **ids)
-            for split in ('train', 'validation') for what in ('rows', 'tokens')]
-    return rows + [result_row('unigram_entropy', manifest['unigram_entropy'], 'nats', **ids)]
+    return prepared_rows(pack(r, Path(out)), r.name, scale)
 
 # %% ../../nbs/running/81_command.ipynb #a1b2c402
 class StoppedEarly(CramlitError):
@@ -72,7 +69,7 @@ def _finish(out: str, data: str, rows: list[dict], bare: bool) -> list[dict]:
     try:
         from cramlit.reporting.run_report import write_page
         write_page(out)
-    except ModuleNotFoundError as e: print(f'no {out}/report.html: {_missing(e)}', file=sys.stderr)
+    except ModuleNotFoundError as e: note(f'no {out}/report.html: {_missing(e)}')
     except ValueError as e: note(f'no {out}/report.html: {e}')  # such as MPLBACKEND with a wrong value
     print(_verdict(rows), file=sys.stderr)
     why = rows[0].get('stopped')
@@ -591,7 +588,7 @@ def _main(argv: list[str]) -> int:
         on = 'goes on where it stopped' if argv[0] in _GO_ON else 'starts anew'
         if any(word.partition('=')[0] == '--force' for word in argv): on = f'without --force {on}'
         why, code = f'interrupted; the same command {on}', 1
-    print(f'cramlit: {why}', file=sys.stderr)
+    note(why)
     return code
 
 # %% ../../nbs/running/81_command.ipynb #1517c426

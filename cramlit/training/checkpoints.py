@@ -8,7 +8,7 @@ __all__ = ['optimizer_tensors', 'restore_optimizer', 'tensors_of', 'checkpoints'
            'load_run', 'check_export_folder', 'save_stock', 'export_run', 'export_all']
 
 # %% ../../nbs/training/33_checkpoints.ipynb #fe9a1063
-import errno, hashlib, json, os, re, shutil, sys
+import errno, hashlib, json, os, re, shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -236,7 +236,7 @@ def newest_whole(
     for path in reversed(found):
         damage = find_damage(path)
         if not damage: return path
-        print(f'damaged checkpoint passed over: {damage}', file=sys.stderr)
+        note(f'damaged checkpoint passed over: {damage}')
     if found: raise CramlitError(f'every checkpoint in {folder} is damaged: train anew in another folder')
     return None
 
@@ -348,7 +348,7 @@ def _publish(part: Path, to: Path):
     except OSError:
         _move([aside/p.name for p in old], to)
         raise
-    print(f'another export was in {to}: it is now in {aside}', file=sys.stderr)
+    note(f'another export was in {to}: it is now in {aside}')
 
 def _write_and_publish(write: Callable[[Path], None], to: Path):
     "Have an export written beside what is there, and put it in its place; `to` is this process's alone"

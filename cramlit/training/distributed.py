@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core.devices import check_build, pick_device
 from ..core.recipes import CramlitError, Interrupted, UsageError
-from ..core.results import has_rows
+from ..core.results import has_rows, note
 
 # %% ../../nbs/training/32_distributed.ipynb #91540659
 TIMEOUT = timedelta(minutes=30)  # for a message; one process may compile or read a disk long after the others
@@ -36,7 +36,8 @@ class World:
     sharing: int = 1  # of them on this one's device
 
     @property
-    def main(self) -> bool:  # the one that owns the clock and writes the files
+    def main(self) -> bool:
+        "Is this the process that owns the clock and writes the files?"
         return self.rank == 0
 
     def all_reduce(
@@ -49,8 +50,8 @@ class World:
 
     def broadcast(
         self,
-        value: float,
-    ) -> float:       # the main process's value, in every process
+        value: float,  # counts in the main process only
+    ) -> float:        # the same in every process
         "The main process's value"
         x = torch.tensor(value if self.main else 0., dtype=torch.float64, device=self.device)
         return self.all_reduce(x).item()
@@ -129,7 +130,9 @@ class Bucket:
     owner: int  # rank
 
     @property
-    def numel(self) -> int: return sum(p.numel() for p in self.params)
+    def numel(self) -> int:
+        "How many values they have together"
+        return sum(p.numel() for p in self.params)
 
 def share_out(
     params: Iterable[nn.Parameter],  # in the model's order
@@ -171,7 +174,8 @@ class Gradients:
         for i, bucket in enumerate(self.buckets):
             for p in bucket.params: p.register_post_accumulate_grad_hook(partial(self._filled, i))
 
-    def owns(self, bucket: Bucket) -> bool:  # is it this process that updates it?
+    def owns(self, bucket: Bucket) -> bool:
+        "Is it this process that updates a bucket?"
         return bucket.owner == self.world.rank
 
     @contextmanager
@@ -356,7 +360,8 @@ def launch(
         signals.append(number)
         out.mkdir(parents=True, exist_ok=True)
         (out/'stop').touch()
-        print('\nfinishing the step and saving; once more to leave at once', file=sys.stderr)
+        print(file=sys.stderr)  # below the bar
+        note('finishing the step and saving; once more to leave at once')
     assert process.stderr is not None  # it is a pipe
     with process.stderr, on_stop_signals(request_stop):
         while chunk := os.read(process.stderr.fileno(), 4096):

@@ -8,7 +8,6 @@ __all__ = ['PARTS', 'FEW', 'RESERVED', 'NCCL', 'ON_CPU', 'replace_modules', 'Byt
            'choose_micro_batch', 'out_of_memory']
 
 # %% ../../nbs/training/35_memory.ipynb #35b60004
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -18,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.recipes import Recipe, UsageError
+from ..core.results import note
 from ..data.batches import validation_batch_size
 from ..data.masking import count_predictions
 from ..model.encoder import MaskedLM
@@ -38,7 +38,9 @@ def replace_modules(
 
 class ByteDropout(nn.Dropout):
     "Dropout as GPUs do it: what is kept for the backward pass is one byte for each value"
-    def forward(self, x): return torch.native_dropout(x, self.p, self.training)[0]
+    def forward(self, x):
+        "The same values as `nn.Dropout` gives on a GPU"
+        return torch.native_dropout(x, self.p, self.training)[0]
 
 # %% ../../nbs/training/35_memory.ipynb #0f147ae5
 PARTS = dict(PARAM='parameters', GRAD='gradients', OPT='optimizer state', ACT='activations', TEMP='temporary',
@@ -205,7 +207,7 @@ def choose_micro_batch(
         if divides and (earlier <= size or not memory): size = earlier
         elif earlier:
             why = 'no longer fits' if divides else 'does not divide the share of a process'
-            print(f'the micro-batch of {earlier} sequences {why}: from here on it is {size}', file=sys.stderr)
+            note(f'the micro-batch of {earlier} sequences {why}: from here on it is {size}')
     return int(world.broadcast(size))
 
 # %% ../../nbs/training/35_memory.ipynb #4f4b6e82

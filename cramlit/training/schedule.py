@@ -38,7 +38,8 @@ class Clock:
         self.start = self.now()
 
     @property
-    def seconds(self) -> float:  # used so far, earlier parts included
+    def seconds(self) -> float:
+        "Seconds used so far, earlier parts of the run included"
         return self.spent if self.start is None else self.spent + self.now() - self.start
 
     def fraction(

@@ -27,7 +27,7 @@ from ..core.devices import Precision, autocast, choose_precision, why_eager
 from ..core.randomness import make_key
 from ..core.recipes import CramlitError, Interrupted, Recipe, UsageError
 from ..core.recipes import differences, digest, override, recipe_from_dict, recipe_hash
-from ..core.results import atomic, cannot_write, first_line, has_rows, locked, provenance
+from ..core.results import atomic, cannot_write, first_line, has_rows, locked, note, provenance
 from ..core.results import read_json_lines, read_rows, result_row, write_rows
 from ..data.batches import RULERS, WIDTH, Batch, Prefetcher, rank_slice, train_batches
 from ..data.batches import validation_batches, validation_rows
@@ -582,9 +582,9 @@ def count_skips(
     run.stopped = (f'{why}, lastly step {last} with loss {loss:.4g}, gradient norm {norm:.4g} '
                    f'and loss scale {scale:.4g}. Lower optim.lr, or set optim.clip=1')
     if run.world.main:  # this machine's folders are in no row
-        print(f'\nTo see the batch of step {last}: '
-              f'list(train_batches(open_data({str(run.data.folder)!r}), recipe, step={last}))',
-              file=sys.stderr)
+        print(file=sys.stderr)  # below the bar
+        note(f'to see the batch of step {last}: '
+             f'list(train_batches(open_data({str(run.data.folder)!r}), recipe, step={last}))')
 
 # %% ../../nbs/training/36_training.ipynb #e05d6187
 def result_rows(
@@ -707,7 +707,7 @@ def go_on(
         where = f"{world.size} × {world.device.type} in {str(precision.dtype).removeprefix('torch.')}"
         why = 'hooks are not' if hook else why_eager(world.device)
         how = f"{f'not compiled ({why})' if why else 'compiled'}; micro-batches of {size} sequences"
-        print(f'{recipe.name} on {where}: {precision.reason}; {how}', file=sys.stderr)
+        note(f'{recipe.name} on {where}: {precision.reason}; {how}')
     torch.manual_seed(recipe.seed)
     model = MaskedLM(recipe.model, V).to(world.device)
     if weights: model.load_state_dict(weights)
