@@ -238,10 +238,10 @@ class MLMHead(nn.Module):
 
     def forward(
         self,
-        x: Tensor,      # [..., H]
-        words: Tensor,  # the embedding matrix, [V, H]
-    ) -> Tensor:        # logits [..., V]
-        return F.linear(self.norm(F.gelu(self.transform(x))), words, self.bias)
+        x: Tensor,          # [..., H]
+        embedding: Tensor,  # the embedding matrix, [V, H]
+    ) -> Tensor:            # logits [..., V]
+        return F.linear(self.norm(F.gelu(self.transform(x))), embedding, self.bias)
 
 # %% ../../nbs/model/21_encoder.ipynb #37cec5dd
 def _init(m: nn.Module, std: float):
