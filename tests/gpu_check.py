@@ -23,7 +23,7 @@ import gpu_bundle
 STEPS = {  # name → seconds; seconds with --fast
     'machine': (30, 20), 'functional': (70, 35), 'memory': (70, 35), 'compile': (120, 45),
     'speed': (130, 50), 'ranks': (40, 25), 'training': (130, 40)}
-SEVERAL = {'cards': (270, 240)}  # on several GPUs
+SEVERAL = {'gpus': (270, 240)}  # on several GPUs
 ON_CPU = ('machine', 'functional', 'compile', 'ranks')  # in small
 STAMP = ('commit', 'dirty', 'versions', 'hardware')
 PROGRAM = Path(__file__).with_name('gpu_steps.py')

@@ -547,9 +547,9 @@ def rank_train(here: Here, args):
     "A run in this rank, and a checksum of the weights with which it ends"
     recipe, data = here.data(args.recipe)
     rank, train = int(os.environ['RANK']), training.train
-    whole = f"batch.global_batch_size={8*int(os.environ['WORLD_SIZE'])}"  # whatever the number of cards
+    whole = f"batch.global_batch_size={8*int(os.environ['WORLD_SIZE'])}"  # whatever the number of GPUs
     size = ['batch.micro_batch_size=4', whole, 'checkpoint.every=0.1']
-    if here.step == 'cards' and not here.small: size += LARGER
+    if here.step == 'gpus' and not here.small: size += LARGER
     def keep(*given, **more):
         loss = train(*given, **more)
         model = next(x for x in given if isinstance(x, MaskedLM))
@@ -605,10 +605,10 @@ def train(here: Here):
 
 # beyond: several GPUs
 
-def cards(here: Here):
+def gpus(here: Here):
     size = torch.cuda.device_count() or 2
     def run(name: str, *options: str, restarts: int = 0) -> Path:
-        out = here.out/'trials'/f'cards-{name}'
+        out = here.out/'trials'/f'gpus-{name}'
         if name != 'goes-on': shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
         if name == 'stopped': (out/'stop').touch()  # it is read after the first step
@@ -629,8 +629,8 @@ def cards(here: Here):
         same = same_weights(out, size) == weights
         here.row('same_as_without', float(same), '', after='a killed rank', **ids)
     with here.check('stopped_and_resumed', **ids):
-        shutil.rmtree(here.out/'trials'/'cards-goes-on', ignore_errors=True)
-        run('stopped').rename(here.out/'trials'/'cards-goes-on')
+        shutil.rmtree(here.out/'trials'/'gpus-goes-on', ignore_errors=True)
+        run('stopped').rename(here.out/'trials'/'gpus-goes-on')
         same = same_weights(run('goes-on'), size) == weights
         here.row('same_as_without', float(same), '', after='a stop', **ids)
 
@@ -650,7 +650,7 @@ def count(here: Here): print(torch.cuda.device_count())
 
 
 STEPS = dict(count=count, machine=machine, functional=functional, memory=memory, compile=compile_,
-             speed=speed, ranks=ranks, training=train, cards=cards)
+             speed=speed, ranks=ranks, training=train, gpus=gpus)
 RANKS = dict(train=rank_train, bandwidth=rank_bandwidth)
 
 

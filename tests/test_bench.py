@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.autograd import DeviceType
 
 from cramlit.core.devices import Precision
 from cramlit.core.recipes import CramlitError, override
 from cramlit.core.results import provenance
 from cramlit.core.scales import get_recipe
+from cramlit.data.masking import IGNORE
 from cramlit.data.packing import open_data
 from cramlit.efficiency import benchmark as bench
 from cramlit.efficiency.benchmark import (
@@ -39,7 +42,7 @@ from cramlit.efficiency.benchmark import (
     whole_last_layer,
 )
 from cramlit.efficiency.planner import get_gpu, plan
-from cramlit.model.encoder import SelfAttention
+from cramlit.model.encoder import SelfAttention, gather
 from cramlit.model.kernels import Dropout
 from cramlit.reporting import speed
 from cramlit.reporting.speed import (
@@ -111,7 +114,7 @@ def test_timing_leaves_the_weights_where_they_are(setup, data):
 
 
 def test_an_optimiser_that_is_not_fused_is_timed_with_a_loss_scale_too(setup, data):
-    half = replace(setup, precision=Precision(torch.float16, 'as on cards of 2018'))
+    half = replace(setup, precision=Precision(torch.float16, 'as on GPUs of 2018'))
     contender = bench.our_steps(half, data)[bench.WITHOUT + 'fused_optimiser']()
     contender.passes(contender.batches(0))
     contender.update()
@@ -331,6 +334,25 @@ def test_a_profiler_without_times_says_so(recipe, data, monkeypatch):
     with pytest.raises(CramlitError, match='has no times'): bench.profiled(our_step(setup, data), CPU)
 
 
+def test_shares_are_of_the_time_of_all_operations(recipe, data, monkeypatch):
+    "What is inside of an update or a loss belongs to it, whatever its name; times of a GPU are not the CPU's"
+    def event(name, us, outer=None, device=DeviceType.CPU):
+        return SimpleNamespace(name=name, cpu_parent=outer, device_type=device, self_cpu_time_total=us,
+                               self_device_time_total=0., self_cpu_memory_usage=0,
+                               time_range=SimpleNamespace(end=0.))
+    update, loss = event('update', 2.), event('CrossEntropyBackward', 0.)
+    events = [update, event('aten::mul_', 4., event('step', 0., update)), loss, event('aten::mm', 12., loss),
+              event('aten::mm', 30.), event('aten::addmm', 20.), event('aten::native_layer_norm', 8.),
+              event('aten::add', 24.), event('sgemm', 1000., device=DeviceType.CUDA)]
+    class Known(bench.profile):
+        def events(self): return events
+    monkeypatch.setattr(bench, 'profile', Known)
+    setup = make_setup(recipe, data.padded_vocab_size, CPU)
+    shares, _ = bench.profiled(our_step(setup, data), CPU)
+    expected = {'update': .06, 'loss': .12, 'matrix products': .5, 'norms and activations': .08, 'other': .24}
+    assert shares == pytest.approx(dict.fromkeys([*bench.PARTS, 'other'], 0.) | expected)
+
+
 @pytest.mark.parametrize('lost', [[3.], [3., 1.]])
 def test_a_contender_that_can_be_timed_and_not_profiled_keeps_its_times(
         recipe, data, monkeypatch, tmp_path, lost):
@@ -471,6 +493,12 @@ def curve(contender, setup, steps):
     return np.array(losses)
 
 
+def dense_loss(model, b):
+    "Every position scored by torch's own operations, and the masked ones picked out of them"
+    scores = gather(model.logits(b.input_ids, b.attention_mask), b.positions)
+    return F.cross_entropy(scores.flatten(0, 1), b.labels.flatten(), ignore_index=IGNORE, reduction='sum')
+
+
 def test_our_step_and_the_step_without_everything_have_one_loss_curve(recipe, data):
     quick = override(recipe, ['model.dropout=0', 'model.attention_dropout=0', 'batch.micro_batch_size=4'])
     naive = override(quick, ['batch.micro_batch_size=32'])
@@ -478,7 +506,7 @@ def test_our_step_and_the_step_without_everything_have_one_loss_curve(recipe, da
     for r in (quick, naive):
         torch.manual_seed(0)
         made.append(replace(make_setup(r, data.padded_vocab_size, CPU), precision=FP32))
-    dense = replace(made[1], model=OtherLoss(plain_kernels(made[1].model), dense_head))
+    dense = replace(made[1], model=OtherLoss(plain_kernels(made[1].model), dense_loss))
     for group in dense.optimizer.param_groups: group.update(fused=False, foreach=False)
     fast, plain = our_step(made[0], data), our_step(dense, data, uncut)
     widths = [b.input_ids.shape for step in range(20) for b in fast.batches(step)]
@@ -517,8 +545,9 @@ def test_bench_writes_rows_that_agree_with_one_another(data, tmp_path, capsys, m
         assert at['peak_memory_bytes', name] > 0
         assert (name == 'ours') == (('time_of_ours', name) not in at)
     for name in ('ours', 'stock_default'):
-        shares = [r['value'] for r in rows if r['metric'] == 'share_of_step' and r['variant'] == name]
-        assert sum(shares) == pytest.approx(1)
+        shares = {r['part']: r['value'] for r in rows
+                  if r['metric'] == 'share_of_step' and r['variant'] == name}
+        for part in ('matrix products', 'update', 'loss', 'embeddings'): assert shares[part] > 0
     suffixes = ('jsonl', 'md', 'tex', 'csv', 'svg', 'pdf')
     assert {p.name for p in out.iterdir()} == {f'bench_tiny.{x}' for x in suffixes}
     assert [json.loads(line) for line in (out/'bench_tiny.jsonl').read_text().splitlines()] == rows

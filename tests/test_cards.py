@@ -35,7 +35,7 @@ def test_make_env_takes_the_build_that_is_asked_for():
 
 
 @pytest.fixture
-def card(monkeypatch):
+def gpu(monkeypatch):
     "A GPU of some capability, and a build of torch for some"
     def put(capability, builds):
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
@@ -47,13 +47,13 @@ def card(monkeypatch):
 @pytest.mark.parametrize('capability, builds', [
     ((7, 0), CUDA_12), ((7, 5), CUDA_12), ((7, 5), CUDA_13), ((8, 6), CUDA_13), ((8, 9), CUDA_13),
     ((9, 0), CUDA_12), ((12, 1), CUDA_13), ((13, 0), CUDA_13), ((9, 0), ['gfx90a']), ((9, 0), [])])
-def test_a_build_that_has_code_for_the_gpu_is_taken(card, capability, builds):
-    card(capability, builds)
+def test_a_build_that_has_code_for_the_gpu_is_taken(gpu, capability, builds):
+    gpu(capability, builds)
     check_build(CUDA)
 
 
-def test_the_gpus_of_the_paper_are_told_what_to_install(card):
-    card((7, 0), CUDA_13)
+def test_the_gpus_of_the_paper_are_told_what_to_install(gpu):
+    gpu((7, 0), CUDA_13)
     with pytest.raises(CramlitError) as e: choose_precision(CUDA)
     line = str(e.value)
     assert line.startswith('NVIDIA TITAN V has compute capability 7.0, and torch ')
@@ -61,16 +61,16 @@ def test_the_gpus_of_the_paper_are_told_what_to_install(card):
     assert re.search(r'pip install torch==[\d.]+\+cu126 --index-url', line), 'pip leaves one that is there'
 
 
-def test_a_gpu_that_is_too_new_is_told_so(card):
-    card((10, 0), CUDA_12)  # its code for 9.0 is of another major version, and not portable
+def test_a_gpu_that_is_too_new_is_told_so(gpu):
+    gpu((10, 0), CUDA_12)  # its code for 9.0 is of another major version, and not portable
     with pytest.raises(CramlitError, match='take a newer torch'): check_build(CUDA)
 
 
-def test_a_build_for_cuda_12_is_told_of_the_other_one(card, monkeypatch):
+def test_a_build_for_cuda_12_is_told_of_the_other_one(gpu, monkeypatch):
     monkeypatch.setattr(torch.version, 'cuda', '12.6')
-    card((12, 0), CUDA_12)
+    gpu((12, 0), CUDA_12)
     with pytest.raises(CramlitError, match='CUDA 13: rm -r .venv and make env'): check_build(CUDA)
-    card((3, 5), CUDA_12)
+    gpu((3, 5), CUDA_12)
     with pytest.raises(CramlitError, match='no build of this torch has code for it'): check_build(CUDA)
 
 
@@ -81,8 +81,8 @@ def test_attention_is_never_that_of_cudnn(monkeypatch):
 
 
 @pytest.mark.parametrize('size', ['1', '2'])
-def test_a_process_says_so_before_it_meets_the_others(card, monkeypatch, size):
-    card((7, 0), CUDA_13)
+def test_a_process_says_so_before_it_meets_the_others(gpu, monkeypatch, size):
+    gpu((7, 0), CUDA_13)
     monkeypatch.setenv('WORLD_SIZE', size)
     monkeypatch.setenv('RANK', '0')
     monkeypatch.setattr(distributed, 'pick_device', lambda: CUDA)

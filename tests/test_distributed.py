@@ -329,7 +329,7 @@ def test_a_second_ctrl_c_leaves_no_worker_behind_in_a_step_that_does_not_end(tex
         process.send_signal(signal.SIGINT)
         wait(lambda: (tmp_path/'run'/'stop').exists())
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=120)
+        process.communicate(timeout=PATIENCE)
         assert process.returncode != 0 and len(workers) == 2
         wait(lambda: not any(alive(pid) for pid in workers))
     finally:

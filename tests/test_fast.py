@@ -17,68 +17,20 @@ from cramlit.data.corpus import Document, documents
 from cramlit.data.masking import IGNORE, count_predictions
 from cramlit.data.packing import open_data, prepare
 from cramlit.data.tokenizer import encode_documents, load_tokenizer, sentences
-from cramlit.model.encoder import MaskedLM, gather
+from cramlit.model.encoder import MaskedLM
 from cramlit.model.kernels import Dropout, summed_cross_entropy
 from cramlit.training import training as train
 from cramlit.training.distributed import Gradients, World
-from cramlit.training.optimizers import make_optimizer
-from cramlit.training.schedule import lr_factor
 from cramlit.training.training import accumulate, micro_step
 
 CPU = torch.device('cpu')
 FP32 = Precision(torch.float32, 'compared in full precision')
 OFF = torch.amp.GradScaler(enabled=False)
-NO_DROPOUT = ['model.dropout=0', 'model.attention_dropout=0']
 
 
 @pytest.fixture(scope='module')
 def opened(data):
     return open_data(data)
-
-
-def curve(recipe, data, loss_of, fused, steps):
-    "The training loss of each step under the recipe's schedule, and the shapes of the batches"
-    torch.manual_seed(0)
-    model = MaskedLM(recipe.model, data.padded_vocab_size)
-    optimizer = make_optimizer(model, recipe.optim)
-    for group in optimizer.param_groups: group['fused'] = fused
-    losses, shapes = [], set()
-    for step in range(steps):
-        lr = recipe.optim.lr*lr_factor(step/steps, recipe.schedule.warmup)
-        for group in optimizer.param_groups: group['lr'] = lr
-        batches = list(train_batches(data, recipe, step))
-        predictions = sum((b.labels != IGNORE).sum() for b in batches)
-        optimizer.zero_grad()
-        loss = 0.
-        for b in batches:
-            part = loss_of(model, b)/predictions
-            part.backward()
-            loss += part.item()
-            shapes.add(tuple(b.input_ids.shape))
-        optimizer.step()
-        losses.append(loss)
-    return np.array(losses), shapes
-
-
-def sparse_loss(model, b):
-    return model(b.input_ids, b.attention_mask, b.positions, b.labels)
-
-
-def dense_loss(model, b):
-    "Every position scored by torch's own operations, and the masked ones picked out of them"
-    scores = gather(model.logits(b.input_ids, b.attention_mask), b.positions)
-    return F.cross_entropy(scores.flatten(0, 1), b.labels.flatten(), ignore_index=IGNORE, reduction='sum')
-
-
-def test_the_fast_and_the_naive_way_have_one_loss_curve(recipe, opened):
-    fast = override(recipe, [*NO_DROPOUT, 'batch.micro_batch_size=8'])
-    naive = override(fast, ['batch.micro_batch_size=32'])
-    a, cut = curve(fast, opened, sparse_loss, True, 200)
-    b, whole = curve(naive, opened, dense_loss, False, 200)
-    assert {(8, 16), (8, 32)} <= cut and whole == {(32, 32)}
-    assert a[-1] < a[0] - .5, 'both should learn'
-    assert abs(a[0]/b[0] - 1) < 1e-6
-    assert np.abs(a/b - 1).max() < 1e-4, 'sums are made in other orders, and errors grow from step to step'
 
 
 class NothingAsked(TorchDispatchMode):

@@ -126,10 +126,10 @@ def test_two_ranks_end_with_the_same_weights(prepared, tmp_path):
 
 @pytest.mark.slow
 def test_what_needs_a_compiler_or_a_kill_or_a_gpu_runs_in_small(prepared, tmp_path):
-    rows = run('machine', 'compile', 'memory', 'speed', 'cards', out=tmp_path, data=prepared)
+    rows = run('machine', 'compile', 'memory', 'speed', 'gpus', out=tmp_path, data=prepared)
     graphs = [r['value'] for r in rows if r['metric'] in ('graphs', 'graph_breaks')]
     assert graphs in ([], [0, 1]), 'one graph, no break; or no compiler'
-    assert {check for check, *_ in checks(rows, 'cards')} == {
+    assert {check for check, *_ in checks(rows, 'gpus')} == {
         'bandwidth', 'weights_equal', 'killed_rank', 'stopped_and_resumed'}
     assert [r['value'] for r in rows if r['metric'] == 'same_as_without'] == [1, 1]
     peaks = [r for r in rows if r['metric'] == 'peak_memory_bytes']

@@ -141,4 +141,4 @@ def test_what_was_left_out_is_said_with_its_reason(tmp_path, capsys):
     code, err = cramlit(capsys, 'prepare', '--source', tmp_path/'own.jsonl', '--scale', 'tiny', '--out',
                         tmp_path/'data')
     assert code == 0 and '7 duplicates' in err and '2 empty' in err
-    assert 'tokens of text' in err and '% are in the rows' in err
+    assert 'tokens of text' in err and '% are in the sequences' in err

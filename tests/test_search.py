@@ -1,13 +1,14 @@
 "The search: trials from text to the best, continued, stopped early, failed; and their tables and figures"
 import json
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Semaphore
 
 import pandas as pd
 import pytest
 import torch
+from conftest import PATIENCE
 from joblib import parallel_config
 
 from cramlit.core.devices import Precision
@@ -511,17 +512,22 @@ def test_contestants_that_are_timed_later_are_timed_beside_a_known_one(data, tmp
 def test_two_studies_do_not_time_at_once(data, tmp_path, monkeypatch):
     t = replace(TRIALS, budget=10., steps=0)
     study, trials = s.Study('grid', data, t, 1), trials_of(tmp_path, (1e-3,))
-    path, at_once, most = tmp_path/'times.jsonl', [], []
+    path, inside, arrived = tmp_path/'times.jsonl', [], Semaphore(0)
+
+    def note(said):
+        assert 'waiting for its end' in said
+        arrived.release()
 
     def time_steps(trials, study, turns):
-        at_once.append(1)
-        most.append(len(at_once))
-        time.sleep(.3)
-        at_once.pop()
+        inside.append(1)
+        if len(inside) > 1: arrived.release()
+        else:  # the first stays until the two others are at the lock, or in here without one
+            for _ in range(2): assert arrived.acquire(timeout=PATIENCE)
         return [result_row('seconds_per_step', .1, 's', median=.1, high=.1, contestant=key, before=0.)
                 for key in trials]
 
     monkeypatch.setattr(s, '_time_steps', time_steps)
+    monkeypatch.setattr('cramlit.core.results.note', note)
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(lambda _: s.calibrate(trials, study, path), range(3)))
-    assert most == [1] and len(read_rows(path)) == 1 and all(x.steps == 100 for x, in found)
+    assert inside == [1] and len(read_rows(path)) == 1 and all(x.steps == 100 for x, in found)

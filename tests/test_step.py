@@ -1,4 +1,4 @@
-"What a card will do, proved without one: programs, shapes, devices, clocks, ranks"
+"What a GPU will do, proved without one: programs, shapes, devices, clocks, ranks"
 import json
 import logging
 import multiprocessing
@@ -275,7 +275,7 @@ def test_nothing_moves_in_memory(method, recipe, opened, tmp_path):
 
 # who has which GPU
 
-class Cards:
+class Gpus:
     "GPUs that are not there: which thread is on which"
     def __init__(self, monkeypatch, count):
         self.now, self.busy, self.most = threading.local(), Counter(), Counter()
@@ -297,20 +297,20 @@ class Cards:
 
 
 def test_each_job_has_a_gpu_of_its_own_and_gives_it_back(monkeypatch):
-    cards = Cards(monkeypatch, 2)
+    gpus = Gpus(monkeypatch, 2)
     monkeypatch.setattr(protocol, 'local_workers', nullcontext)  # threads stand for processes
     with joblib.parallel_config('threading', n_jobs=4):  # more workers than GPUs
-        protocol.run_parallel([joblib.delayed(cards.work)() for _ in range(12)], 12, 'jobs')
+        protocol.run_parallel([joblib.delayed(gpus.work)() for _ in range(12)], 12, 'jobs')
         with pytest.raises(CramlitError, match='fails'):
-            protocol.run_parallel([joblib.delayed(cards.work)(True)], 1, 'jobs')
-        protocol.run_parallel([joblib.delayed(cards.work)() for _ in range(4)], 4, 'jobs')
-    assert cards.most == {0: 1, 1: 1}
+            protocol.run_parallel([joblib.delayed(gpus.work)(True)], 1, 'jobs')
+        protocol.run_parallel([joblib.delayed(gpus.work)() for _ in range(4)], 4, 'jobs')
+    assert gpus.most == {0: 1, 1: 1}
 
 
 def test_a_worker_has_its_last_gpu_again_where_that_is_free(tmp_path, monkeypatch):
-    cards = Cards(monkeypatch, 3)
+    gpus = Gpus(monkeypatch, 3)
     def takes():
-        with devices.take_gpu(tmp_path): return cards.now.gpu
+        with devices.take_gpu(tmp_path): return gpus.now.gpu
     with devices.take_gpu(tmp_path), devices.take_gpu(tmp_path): assert takes() == 2
     assert [takes(), takes()] == [2, 2]
     with devices.take_gpu(tmp_path): assert takes() == 0
@@ -333,13 +333,13 @@ def test_a_worker_that_is_killed_gives_its_gpu_back(tmp_path, monkeypatch):
             'torch.cuda.device_count, torch.cuda.set_device = (lambda: 1), print\n'
             'taken = take_gpu(pathlib.Path(sys.argv[1]))\nos._exit(9)')
     assert subprocess.run([sys.executable, '-c', take, str(tmp_path)]).returncode == 9
-    Cards(monkeypatch, 1)
+    Gpus(monkeypatch, 1)
     with devices.take_gpu(tmp_path): pass
 
 
 def test_no_process_number_says_which_gpu(monkeypatch):
     "Nor is a GPU touched by asking: each rank would keep memory on the first one"
-    Cards(monkeypatch, 2)
+    Gpus(monkeypatch, 2)
     monkeypatch.setattr(multiprocessing.current_process(), 'name', 'LokyProcess-7')
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: pytest.fail('this makes a context'))
     assert devices.pick_device() == torch.device('cuda')

@@ -307,7 +307,7 @@ def test_a_run_that_began_without_a_loss_scale_goes_on_with_one(recipe, data, tm
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/'stop').touch()  # it is read after the first step
     with pytest.raises(Interrupted): pretrain(recipe, data, tmp_path/'run', steps=4)
-    half = Precision(torch.float16, 'of another card')
+    half = Precision(torch.float16, 'of another GPU')
     monkeypatch.setattr(train, 'choose_precision', lambda device: half)
     rows = pretrain(recipe, data, tmp_path/'run', steps=4)
     assert value(rows, 'steps') == 4 and rows[0]['precision'] == 'float16'

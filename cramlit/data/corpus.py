@@ -91,7 +91,8 @@ class _Zstd(io.RawIOBase):
         except ImportError:
             raise CramlitError(f'to read {path}, install the package zstandard (pip install zstandard), '
                                'or unpack the file') from None
-        self.error, self.file = zstandard.ZstdError, open(path, 'rb')
+        self.error = zstandard.ZstdError
+        self.file = open(path, 'rb')
         self.begin = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self.packed, self.plain = b'', b''
         self.frame: Any = None  # the one that is being unpacked
@@ -118,7 +119,8 @@ class _Zstd(io.RawIOBase):
         while not self.plain:
             if not self._more(): return 0
         n = min(len(buffer), len(self.plain))
-        buffer[:n], self.plain = self.plain[:n], self.plain[n:]
+        buffer[:n] = self.plain[:n]
+        self.plain = self.plain[n:]
         return n
 
 # %% ../../nbs/data/10_corpus.ipynb #fa2540ac
@@ -757,7 +759,8 @@ class Seen:
         self.new.add(number)
         if len(self.new) > max(1 << 16, len(self.old)//8):
             new = np.fromiter(self.new, np.uint64)
-            self.old, self.new = np.sort(np.concatenate([self.old, new]), kind='stable'), set()
+            self.old = np.sort(np.concatenate([self.old, new]), kind='stable')
+            self.new.clear()
         return True
 
 def unique(

@@ -326,7 +326,8 @@ def _write_documents(recipe: Recipe, folder: Path, counts: Counter):
         for d in _progress(unique(source, counts), 'clean'):
             position = holdout_position(d.text)
             held_out = position < corpus.holdout
-            total, held = total + len(d.text), held + held_out*len(d.text)
+            total += len(d.text)
+            held += held_out*len(d.text)
             split = 'validation' if held_out else 'train'
             heapq.heappush(nearest[held_out], (-position, counts[split], len(d.text)))
             if len(nearest[held_out]) > 200: heapq.heappop(nearest[held_out])
@@ -335,7 +336,9 @@ def _write_documents(recipe: Recipe, folder: Path, counts: Counter):
     enough, all_held = min(MIN_HOLDOUT, total/5), not counts['train']
     if all_held:  # of a few documents all may be
         (folder/'holdout.jsonl.gz').replace(folder/'train.jsonl.gz')
-        held, counts['train'], counts['validation'] = 0, counts['validation'], 0
+        held = 0
+        counts['train'] = counts['validation']
+        counts['validation'] = 0
     if held < enough:
         wanted = _more_wanted(nearest[all_held], max(enough, corpus.holdout*total) - held, total)
         _hold_out_more(folder, wanted, counts)
@@ -463,7 +466,7 @@ def _note_accents(tok, texts: Iterable[str], trained: bool):
          f'equal to another one{example}: {keep}')
 
 def _note_shares(recipe: Recipe, splits: dict, counts: Counter):
-    "Say how much of a text is in the rows, and how much of it is unknown"
+    "Say how much of a text is in the sequences, and how much of it is unknown"
     total = Counter[str]()
     for split in splits.values(): total.update({k: n for k, n in split.items() if k.endswith('_tokens')})
     text, kept, unknown = (total[f'{k}_tokens'] for k in ('text', 'kept', 'unknown'))
@@ -473,9 +476,10 @@ def _note_shares(recipe: Recipe, splits: dict, counts: Counter):
     ends = counts['documents whose end is held out']
     note(f'documents to train on: {counts["train"]:,}, held out: {counts["validation"]:,}'
          + (f' and the ends of {ends:,}' if ends else '') + (f', left out: {left_out}' if left_out else ''))
-    note(f'of {text:,} tokens of text {kept/text:.1%} are in the rows, and {unknown/text:.2%} are unknown')
+    note(f'of {text:,} tokens of text {kept/text:.1%} are in the sequences, and {unknown/text:.2%} are '
+         'unknown')
     if kept < .85*text:
-        note(f'what does not fit into rows of {recipe.packing.seq_len} tokens was dropped: '
+        note(f'what does not fit into sequences of {recipe.packing.seq_len} tokens was dropped: '
              '-o packing.mode=stream keeps all, a larger packing.seq_len more')
     if unknown > .01*text:
         more = 'take a tokenizer of this language' if recipe.tokenizer.path else 'raise tokenizer.vocab_size'
@@ -509,7 +513,7 @@ def _build(recipe: Recipe, folder: Path) -> dict:
         splits[split] = write_shards(rows, folder, split, seq_len, ids, n)
         splits[split] |= {k: tokens[k] for k in ('text_tokens', 'kept_tokens', 'unknown_tokens')}
         if not splits[split]['rows']:
-            raise CramlitError(f'the {split} split is too small for a single row of {seq_len} tokens')
+            raise CramlitError(f'the {split} split is too small for a single sequence of {seq_len} tokens')
         if tokens['unknown_tokens'] == tokens['text_tokens']:
             raise CramlitError(f'the tokenizer knows no token of the {split} split: '
                                'take one of this language, or none, so that one is trained')
@@ -631,13 +635,16 @@ def _fill(recipe: Recipe, out: Path) -> dict:
         if there:
             changed = _changed(_read_sources(out)['files'], sources['files'])
             note(f'since {out} was prepared, {changed}: it is prepared anew')
-        manifest, now = _build(recipe, work), _sources(recipe)
+        manifest = _build(recipe, work)
+        now = _sources(recipe)
         if changed := _changed(sources['files'], now['files']):
             # on a network's disk a file may get its time when it has long been written: it is read again
             note(f'while the text was read, {changed}: it is read once more')
             shutil.rmtree(work)
             work.mkdir()
-            sources, manifest, now = now, _build(recipe, work), _sources(recipe)
+            sources = now
+            manifest = _build(recipe, work)
+            now = _sources(recipe)
         if changed := _changed(sources['files'], now['files']):
             raise CramlitError(f'while the text was read, {changed}: repeat it when the files are at rest')
         for name, content in (('sources.json', sources), ('manifest.json', manifest)):

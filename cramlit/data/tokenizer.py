@@ -128,7 +128,8 @@ def lost_accents(
     total, marks, groups = 0, 0, dict[str, list[str]]()
     for word, n in words.most_common():
         plain, whole = (word, word) if word.isascii() else (strip(word), unicodedata.normalize('NFD', word))
-        total, marks = total + n*len(whole), marks + n*(len(whole) - len(plain))
+        total += n*len(whole)
+        marks += n*(len(whole) - len(plain))
         groups.setdefault(plain, []).append(word)
     merged = [group for group in groups.values() if len(group) > 1]
     example = ' and '.join(max(merged, key=lambda g: words[g[1]])[:2]) if merged else ''

@@ -448,14 +448,15 @@ def lengthen(
     "The same tokens in longer, fewer sequences, with as many predictions among them; raises `UsageError`"
     if not 1 <= times <= len(data.train):
         raise UsageError(f'sequences cannot be made {times} times as long')
-    p, k, b, pad = recipe.packing, recipe.masking, recipe.batch, data.manifest['special_ids']['pad']
-    longer = override(recipe, [f'packing.seq_len={p.seq_len*times}',
-                               f'masking.max_predictions={k.max_predictions*times}',
-                               f'batch.micro_batch_size={max(1, b.micro_batch_size//times)}',
-                               f'batch.global_batch_size={max(1, b.global_batch_size//times)}'])
+    batch = recipe.batch
+    longer = override(recipe, [f'packing.seq_len={recipe.packing.seq_len*times}',
+                               f'masking.max_predictions={recipe.masking.max_predictions*times}',
+                               f'batch.micro_batch_size={max(1, batch.micro_batch_size//times)}',
+                               f'batch.global_batch_size={max(1, batch.global_batch_size//times)}'])
     few = min(JOINED, len(data.train)//times)
     ids = data.train[np.arange(few*times)].reshape(few, -1)
-    joined = np.take_along_axis(ids, np.argsort(ids == pad, axis=1, kind='stable'), 1)  # padding to the end
+    padding = ids == data.manifest['special_ids']['pad']
+    joined = np.take_along_axis(ids, np.argsort(padding, axis=1, kind='stable'), 1)  # padding to the end
     return replace(data, train=joined), longer  # type: ignore[arg-type]  # an array does as well
 
 # %% ../../nbs/efficiency/51_benchmark.ipynb #722e0a45

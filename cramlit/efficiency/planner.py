@@ -56,7 +56,7 @@ class GPU:
     name: str
     memory: int     # GiB
     usable: float   # GiB that PyTorch finds
-    tflops: float   # 10¹² dense 16-bit operations a second, sums in 32 bits
+    tflops: float   # 10¹² FLOPs a second: dense, 16 bits, sums in 32
     watts: int      # board power
     source: str
 

@@ -242,11 +242,11 @@ class MLMHead(nn.Module):
 
     def forward(
         self,
-        x: Tensor,      # [..., H]
-        words: Tensor,  # the embedding matrix, [V, H]
-    ) -> Tensor:        # logits [..., V]
+        x: Tensor,          # [..., H]
+        embedding: Tensor,  # the embedding matrix, [V, H]
+    ) -> Tensor:            # logits [..., V]
         "Scores of every token of the vocabulary at each position"
-        return F.linear(self.norm(F.gelu(self.transform(x))), words, self.bias)
+        return F.linear(self.norm(F.gelu(self.transform(x))), embedding, self.bias)
 
 # %% ../../nbs/model/21_encoder.ipynb #37cec5dd
 def _init(m: nn.Module, std: float):

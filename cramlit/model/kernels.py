@@ -81,7 +81,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         w, used = ctx.saved_tensors
-        p, ctx.p = ctx.p, None
+        p = ctx.p
+        ctx.p = None
         p.scatter_add_(1, w, p.new_full((), -1.).expand_as(w))
         return p.mul_((used*grad)[:, None]).to(ctx.dtype), None, None
 

@@ -176,7 +176,8 @@ def reproduce(
     if rehearse and scale != 'paper':
         raise UsageError(f'--rehearse is for --scale paper: {scale} is small enough to be run')
     if rehearse:
-        scale, os.environ['CUDA_VISIBLE_DEVICES'] = 'paper-rehearsal', ''
+        scale = 'paper-rehearsal'
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # of this process and all that it starts
     recipes = ','.join(recipe or ['24hbert', 'modern'])
     ws = pipeline.workspace(scale, out, figures or Path(out)/'paper_figures', recipes, glue_dir)
     sources = [get_recipe(name, scale).corpus.source for name in ws.recipes]

@@ -224,7 +224,9 @@ class Saver:
     def wait(self):
         "Wait until nothing is being written; raises what went wrong"
         self.join()
-        self.thread, error, self.error = None, self.error, None
+        error = self.error
+        self.thread = None
+        self.error = None
         if error: raise error
 
 # %% ../../nbs/training/33_checkpoints.ipynb #f902a352

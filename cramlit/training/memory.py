@@ -115,8 +115,8 @@ def largest_state(
     recipe: Recipe,
     vocab_size: int,  # rows of the embedding matrix
     gpus: int,        # that share the parameters out
-) -> tuple[int, int]: # numbers: the most that one GPU remembers, and all
-    "What the busiest process remembers of past gradients: AdamW two numbers for a parameter, Muon one"
+) -> tuple[int, int]: # values: the most that one GPU keeps, and all
+    "What the busiest process keeps of past gradients: AdamW two values for a parameter, Muon one"
     with torch.device('meta'): model = MaskedLM(recipe.model, vocab_size)
     by_muon = {id(p) for p, _ in hidden_matrices(model)} if recipe.optim.method != 'adamw' else set()
     return _busiest(model, gpus, lambda p: p.numel()*(1 if id(p) in by_muon else 2))

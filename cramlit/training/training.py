@@ -571,7 +571,8 @@ def count_skips(
     if math.isfinite(norm):
         run.in_a_row = 0
         return
-    run.skipped, run.in_a_row = run.skipped + 1, run.in_a_row + 1
+    run.skipped += 1
+    run.in_a_row += 1
     scale = scaler.get_scale()  # what the loss is multiplied with in float16, else 1; the CPU waits for it
     run.log(skipped=run.skipped, loss=loss, gradient_norm=norm, loss_scale=scale)
     why = ''
