@@ -7,7 +7,7 @@ __all__ = ['TEMPLATE', 'public_source', 'public_recipe', 'describe_source', 'fin
            'add_card', 'export_with_card', 'push']
 
 # %% ../../nbs/reporting/73_model_card.ipynb #6de1e0c1
-import json, os, sys
+import json, os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -329,8 +329,8 @@ def export_with_card(
                            'the same `cramlit pretrain` makes it')
     whole = (to/'README.md').exists() and (to/'config.json').exists()  # which comes last
     if whole and weights_digest(to) == weights_digest(run/'model'):
-        print(f'{to} is there with these weights and left as it is; '
-              'to have its card made anew, move its README.md away', file=sys.stderr)
+        note(f'{to} is there with these weights and left as it is; '
+             'to have its card made anew, move its README.md away')
         return to
     called = name or to.resolve().name
     return export_run(run, run/'model', to, finish=lambda folder: add_card(folder, run, called, scores))

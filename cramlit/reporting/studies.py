@@ -78,7 +78,7 @@ NEAR = .2  # nats from the unigram baseline within which a network has hardly le
 
 def by_hand(
     recipes: list[str],
-    scale: str,
+    scale: str,  # name of a scale
 ) -> list[str]:  # a note, or none
     "Which recipes have settings of their own at a scale, which were found before any study of it"
     own = [name for name in recipes if name in get_scale(scale).by_hand]

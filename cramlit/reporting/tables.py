@@ -126,7 +126,7 @@ def markdown_table(
 def write_table(
     table: pd.DataFrame,  # of texts, as they shall be read; '' where nothing was measured
     path: Path,           # without a suffix
-    caption: str,
+    caption: str,         # the line above it, in bold
     notes: list[str],     # below the table
     rows: list[dict],     # where the numbers come from
     links: dict[str, str]|None = None,  # name of a line → where it leads, in Markdown
@@ -221,7 +221,9 @@ def table4(
     return pd.DataFrame(texts, index=list(names.values()))
 
 # %% ../../nbs/reporting/70_tables.ipynb #8f39d8f7
-def p_text(p: float) -> str:
+def p_text(
+    p: float,  # NaN where there is none
+) -> str:
     "A p-value as the tables print it; empty where there is none"
     return '' if pd.isna(p) else '< 0.001' if p < .001 else f'{p:.3f}'
 
@@ -372,7 +374,7 @@ def _one_score_each(rows: list[dict]):
 # %% ../../nbs/reporting/70_tables.ipynb #50022d89
 def about_lengths(
     recipes: Collection[str],
-    scale: str,
+    scale: str,              # name of a scale
     baselines: bool = True,  # is the bag of words in the table too?
 ) -> list[str]:  # one or two notes
     "What of an example networks and the bag of words see, and where pretraining had shorter sequences"

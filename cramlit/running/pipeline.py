@@ -186,7 +186,11 @@ class Workspace:
         "Where a stage's files are"
         return self.out/recipe/stage if STAGES[stage].recipes == 'each' else self.out/stage
 
-    def recipes_of(self, stage: str, recipe: str = '') -> list[str]:
+    def recipes_of(
+        self,
+        stage: str,        # its name
+        recipe: str = '',  # for a stage that runs once for each
+    ) -> list[str]:
         "The recipes that a stage works on"
         which = STAGES[stage].recipes
         match which:
@@ -199,7 +203,11 @@ class Workspace:
         "The file of a table or figure, if there is one"
         return next((p for p in (self.figures/f'{name}.md', self.figures/f'{name}.svg') if p.exists()), None)
 
-    def need(self, stage: str, recipe: str = '') -> Path:
+    def need(
+        self,
+        stage: str,        # its name
+        recipe: str = '',  # for a stage that runs once for each
+    ) -> Path:
         "The folder of a stage, after running it and what comes before it where that is missing"
         if not _is_done(self, stage, recipe):
             for n in STAGES[stage].needs:
@@ -285,9 +293,9 @@ def _sums(ws: Workspace, stage: str) -> dict[str, str]:
 
 def _is_done(ws: Workspace, stage: str, recipe: str = '') -> bool:
     "Has this stage ended, and is everything it depends on still the same?"
-    note = _note(ws.folder(stage, recipe))
-    return (note.get('done', False) and _same(note.get('depends', {}), _depends(ws, stage, recipe))
-            and note.get('made') == _sums(ws, stage))
+    state = _note(ws.folder(stage, recipe))
+    return (state.get('done', False) and _same(state.get('depends', {}), _depends(ws, stage, recipe))
+            and state.get('made') == _sums(ws, stage))
 
 # %% ../../nbs/running/80_pipeline.ipynb #a1b2c306
 def _move_aside(ws: Workspace, stage: str, recipe: str = ''):
@@ -300,7 +308,7 @@ def _move_aside(ws: Workspace, stage: str, recipe: str = ''):
     place = next(p for p in places if not p.exists())
     place.parent.mkdir(exist_ok=True)
     folder.rename(place)
-    print(f'{_label(stage, recipe)}: what was there is now in {place}', file=sys.stderr)
+    note(f'{_label(stage, recipe)}: what was there is now in {place}')
 
 def _move_known_aside(ws: Workspace, stage: str):
     "Move what is known of a study's trials into `superseded/known_1`, or the next number that is free"
@@ -310,28 +318,28 @@ def _move_known_aside(ws: Workspace, stage: str):
     place = next(p for n in count(1) if not (p := ws.out/'superseded'/f'{KNOWN}_{n}').exists())
     place.mkdir(parents=True)
     known.rename(place/known.name)
-    print(f'{stage}: the rows that were known are now in {place}', file=sys.stderr)
+    note(f'{stage}: the rows that were known are now in {place}')
 
 # %% ../../nbs/running/80_pipeline.ipynb #ffd3371d
 def _run_stage(ws: Workspace, stage: str, recipe: str = ''):
     "Run a stage's notebook, on top of what earlier runs of the same question, or a study's, have finished"
     folder, asked, needs = ws.folder(stage, recipe), _question(ws, stage, recipe), _depends(ws, stage, recipe)
-    note = _note(folder)
-    other_scale = note.get('scale', ws.scale) != ws.scale
-    if note.get('question') != asked or other_scale:
-        if other_scale or not (note and STAGES[stage].keeps): _move_aside(ws, stage, recipe)
-        note = {}
-    before = note.get('depends', needs)
+    state = _note(folder)
+    other_scale = state.get('scale', ws.scale) != ws.scale
+    if state.get('question') != asked or other_scale:
+        if other_scale or not (state and STAGES[stage].keeps): _move_aside(ws, stage, recipe)
+        state = {}
+    before = state.get('depends', needs)
     changed = [name for name in before | needs if before.get(name) != needs.get(name)]
     if changed:
-        print(f'{_label(stage, recipe)}: {", ".join(changed)} changed since. Finished runs are kept; '
-              f'--force {stage} starts anew', file=sys.stderr)
-    began, spent = time.monotonic(), note.get('seconds', 0.)
+        note(f'{_label(stage, recipe)}: {", ".join(changed)} changed since. Finished runs are kept; '
+             f'--force {stage} starts anew')
+    began, spent = time.monotonic(), state.get('seconds', 0.)
     def write_note(done):
         seconds = spent + time.monotonic() - began
-        note = dict(scale=ws.scale, question=asked, depends=needs, made=_sums(ws, stage), done=done,
+        state = dict(scale=ws.scale, question=asked, depends=needs, made=_sums(ws, stage), done=done,
                     seconds=seconds)
-        with atomic(folder/'key.json') as f: json.dump(note, f, indent=1)
+        with atomic(folder/'key.json') as f: json.dump(state, f, indent=1)
     which = STAGES[stage].recipes
     given = dict(recipe=recipe) if which == 'each' else {}
     if which in ('all', 'first'): given['recipes'] = ','.join(ws.recipes)  # others have none, or their own
@@ -487,11 +495,11 @@ def _so_far(
 ) -> Iterator[tuple[str, str, float, str]]:  # stage, recipe, seconds, and why it is not done
     "Every stage that was begun at this scale with these recipes"
     for stage, recipe in _tasks(ws):
-        note = _note(ws.folder(stage, recipe))
-        if not note or note.get('scale', ws.scale) != ws.scale: continue
-        if not _same(note.get('question', {}), _question(ws, stage, recipe)): continue
-        why = lacking.get(_label(stage, recipe), '' if note['done'] else 'unfinished').partition('\n')[0]
-        yield stage, recipe, note['seconds'], why
+        state = _note(ws.folder(stage, recipe))
+        if not state or state.get('scale', ws.scale) != ws.scale: continue
+        if not _same(state.get('question', {}), _question(ws, stage, recipe)): continue
+        why = lacking.get(_label(stage, recipe), '' if state['done'] else 'unfinished').partition('\n')[0]
+        yield stage, recipe, state['seconds'], why
 
 def timetable(
     ws: Workspace,
@@ -592,8 +600,8 @@ def _time_left(
     expected = [_expected(ws, *task) for task in tasks]
     known = [seconds for seconds in expected if seconds is not None]
     if not known: return ''
-    begun = any(note and (STAGES[stage].keeps or note['question'] == _question(ws, stage, recipe))
-                for stage, recipe in tasks for note in [_note(ws.folder(stage, recipe))])
+    begun = any(state and (STAGES[stage].keeps or state['question'] == _question(ws, stage, recipe))
+                for stage, recipe in tasks for state in [_note(ws.folder(stage, recipe))])
     minutes = max(1, round(sum(known)/60))
     time = f'{minutes} min' if minutes < 120 else f'{minutes/60:.0f} h'
     never = len(expected) - len(known)
@@ -647,7 +655,7 @@ def check_asked(
     ws: Workspace,
     only: str,       # a stage, or ''
     force: str,      # a stage, or ''
-    headline: bool,
+    headline: bool,  # the stages of --headline alone
 ):
     "Raise `UsageError` for stages that do not exist, or that a command does not run"
     for name in filter(None, (only, force)):
@@ -674,7 +682,7 @@ def reproduce(
         for stage, recipe in forced:
             _move_aside(ws, stage, recipe)
             _move_known_aside(ws, stage)
-        if later: print(f'not run by this command: {", ".join(later)}', file=sys.stderr)
+        if later: note(f'not run by this command: {", ".join(later)}')
         to_do = [task for task in wanted if not _is_done(ws, *task)]
         for n, (stage, recipe) in enumerate(wanted, 1):
             left = _time_left(ws, [task for task in wanted[n - 1:] if task in to_do])
