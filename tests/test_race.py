@@ -216,7 +216,7 @@ def test_rows_that_another_process_writes_meanwhile_are_kept(tmp_path, monkeypat
     def run(entry, out):  # the other process has run the second entry when this one is done with the first
         if entry.name == '1_first': write_rows(page/'tiny.jsonl', rows_of(read_entry(files[1])))
         return rows_of(entry)
-    def clock(entries, out):
+    def clock(entries, out, turns):
         if len(entries) == 2: write_rows(page/'tiny.jsonl', [*read_json_lines(page/'tiny.jsonl'), extra])
         return [dict(metric='seconds_per_step', value=0., unit='s', id=e.id, entry=e.name, turns=[],
                      kind='calibrated') for e in entries]
@@ -277,7 +277,7 @@ def test_a_new_entry_is_timed_in_the_same_turns_as_all_others(small, monkeypatch
     def as_the_first(entry, out):
         mine = [r for r in small['rows'] if r['entry'] == '1_first' and 'seed' in r]
         return [r | dict(entry=entry.name, id=entry.id) for r in mine]
-    def names(entries, out):
+    def names(entries, out, turns):
         about = dict(metric='seconds_per_step', value=0., turns=[], kind='calibrated')
         return [about | dict(entry=e.name, id=e.id) for e in entries]
     monkeypatch.setattr(speedrun, 'run_entry', as_the_first)
