@@ -162,6 +162,12 @@ def vocabulary_only(folder):
     for name in ('tokenizer.json', 'tokenizer_config.json'): (folder/name).unlink()
 
 
+def no_weights(folder):
+    "Only what a trainer has written beside them, which no conversion makes weights of"
+    (folder/'model.safetensors').unlink()
+    torch.save(dict(lr=1e-4), folder/'training_args.bin')
+
+
 class Evil:
     def __reduce__(self): return exec, ("import pathlib; pathlib.Path('was_run').touch()",)
 
@@ -221,6 +227,7 @@ def test_folders_of_older_libraries_are_read(change, text, tmp_path, capsys):
 @pytest.mark.parametrize('change, says', [
     (untied, 'tie_word_embeddings=False cannot be read'),
     (pickled, 'pytorch_model.bin is a pickle'),
+    (no_weights, 'has no weights (*.safetensors)'),
     (a_pickle_that_runs_code, ').save_pretrained('),
     (a_later_tokenizer, 'cannot be loaded by transformers'),
     (half_a_tokenizer, 'cannot be loaded by transformers'),

@@ -251,7 +251,7 @@ def quiet() -> Iterator[None]:
 def _weight_files(folder: str|Path) -> list[Path]:
     "The files with a model's weights; raises `CramlitError` where there are none, or pickles alone"
     folder = Path(folder)
-    files, pickles = (sorted(folder.glob(pattern)) for pattern in ('*.safetensors', '*.bin'))
+    files, pickles = (sorted(folder.glob(pattern)) for pattern in ('*.safetensors', 'pytorch_model*.bin'))
     if files: return files
     if not pickles: raise CramlitError(f'{folder} has no weights (*.safetensors)')
     place = repr(str(folder))
