@@ -11,6 +11,8 @@ OUT    ?= runs/laptop
 SCALE  ?= laptop
 # the tests compare to the last digits, which only a CPU gives twice
 NO_GPU := CUDA_VISIBLE_DEVICES=
+# two processes of tests share two cores, and so none of them starts more: neither threads nor workers
+SHARED := OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONWARNINGS := ignore::SyntaxWarning
 
@@ -41,8 +43,8 @@ page: env  ## the committed page of a scale, from a clean commit: make page SCAL
 test: env  ## everything: exports, clean notebooks, lint, notebooks, the tiny pipeline, pytest
 	$(BIN)/python tests/check_fresh.py
 	$(MAKE) lint
-	$(NO_GPU) OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	$(NO_GPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(NO_GPU) $(SHARED) $(BIN)/nbdev-test --n-workers 2
+	$(NO_GPU) $(SHARED) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: env  ## twenty kills, eight processes, two thousand steps, the rehearsal: about 15 minutes on 2 cores
 	$(NO_GPU) $(BIN)/python -m pytest -q -m slow

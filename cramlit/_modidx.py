@@ -1738,6 +1738,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'cramlit/training/training.py'),
                                            'cramlit.training.training.resume': ( 'training/training.html#resume',
                                                                                  'cramlit/training/training.py'),
+                                           'cramlit.training.training.shared_form': ( 'training/training.html#shared_form',
+                                                                                      'cramlit/training/training.py'),
                                            'cramlit.training.training.shared_precision': ( 'training/training.html#shared_precision',
                                                                                            'cramlit/training/training.py'),
                                            'cramlit.training.training.should_stop_early': ( 'training/training.html#should_stop_early',

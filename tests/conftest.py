@@ -59,6 +59,12 @@ def data(recipe, tmp_path_factory):
 
 
 @pytest.fixture
+def two_workers(monkeypatch):
+    "Independent jobs go to two processes, as on two cores that have nothing else to do"
+    monkeypatch.setenv('LOKY_MAX_CPU_COUNT', '2')
+
+
+@pytest.fixture
 def small_files():
     "A call lets no file grow above so many bytes, as if the disk were full; None gives room again"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

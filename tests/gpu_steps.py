@@ -46,7 +46,7 @@ from cramlit.model.kernels import dropout
 from cramlit.model.stock_models import stock_config
 from cramlit.training import training
 from cramlit.training.checkpoints import checkpoints, load_run, optimizer_tensors, restore_optimizer
-from cramlit.training.distributed import World, join_world, usable_cpus
+from cramlit.training.distributed import World, join_world, kill_all, usable_cpus
 from cramlit.training.memory import peak_memory
 from cramlit.training.training import Hook, fingerprint, form_of, pretrain, validate
 
@@ -383,7 +383,13 @@ def compiled_dropout(here: Here, p: float = .1):
     groups = kept.view(-1, 4)  # as many share a random number
     alike, independent = (groups == groups[:, :1]).all(1).float().mean().item(), p**4 + (1 - p)**4
     here.row('dropout_kept', kept.float().mean().item(), 'of the values', p=p)
-    here.row('dropout_groups_alike', alike, 'of the groups of four', independent=independent)
+    ids = dict(independent=independent)
+    here.row('dropout_groups_alike', alike, 'of the groups of four', **ids)
+    # what the fault was reported for; no dropout of ours is on such a view, so that nothing is asked of it
+    turned = torch.compile(lambda h: dropout(h.transpose(1, 2).contiguous(), p))(h) != 0
+    groups = turned.view(-1, 4)
+    here.row('dropout_groups_alike', (groups == groups[:, :1]).all(1).float().mean().item(),
+             'of the groups of four', **ids, layout='transposed')
     assert torch.equal(kept, h.grad != 0), 'forward and backward pass have different masks'
     assert abs(kept.float().mean().item() - 1 + p) < .002, 'another share is kept'
     assert abs(alike - independent) < .005, 'neighbours are dropped together'
@@ -505,17 +511,17 @@ def timed(here: Here, recipe: Recipe, way: str, top: float, sheet: GPU|None, ids
 def launch(here: Here, processes: int, work: str, *options: str, restarts: int = 0):
     "This program again, in several ranks"
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
-                f'--max-restarts={restarts}', '--shutdown-timeout=3']
+                f'--max-restarts={restarts}']
     command = [sys.executable, *torchrun, __file__, here.step, '--rank', work, '--out', here.out, '--data',
                here.folder, '--until', str(here.until), *options]
-    env = dict(OMP_NUM_THREADS='2') | os.environ
+    env = dict(OMP_NUM_THREADS='2', TORCH_ELASTIC_SHUTDOWN_TIMEOUT='3') | os.environ
     process = subprocess.Popen(command, env=env, start_new_session=True)
     try: code = process.wait(max(1., here.left() - 8))
     except subprocess.TimeoutExpired: code = 'out of time'
     if code == 'out of time':
         process.send_signal(signal.SIGTERM)  # torchrun takes its processes with it
         with suppress(subprocess.TimeoutExpired): process.wait(5)
-        process.kill()
+        kill_all(process.pid)  # one before 2.12 waits longer for them, whatever is said
     assert code == 0, f'{work} in {processes} processes ended with {code}'
 
 
@@ -619,20 +625,22 @@ def gpus(here: Here):
     with here.check('bandwidth', **ids): launch(here, size, 'bandwidth')
     weights = ''
     with here.check('weights_equal', **ids): weights = same_weights(run('straight'), size)
-    if 'compiled' in forms(here) and here.time_for(150, 'compiled_weights_equal', **ids):
+    if here.time_for(60, 'stopped_and_resumed', **ids):
+        with here.check('stopped_and_resumed', **ids):
+            shutil.rmtree(here.out/'trials'/'gpus-goes-on', ignore_errors=True)
+            run('stopped').rename(here.out/'trials'/'gpus-goes-on')
+            same = same_weights(run('goes-on'), size) == weights
+            here.row('same_as_without', float(same), '', after='a stop', **ids)
+    if here.time_for(80, 'killed_rank', **ids):  # torchrun gives those of a lost rank 30 s to end
+        with here.check('killed_rank', **ids):
+            out = run('killed', '--kill', restarts=3)
+            end = json.loads((out/'rank-1.json').read_text())
+            assert end['attempt'] != '0', 'it ended before it was killed'
+            same = same_weights(out, size) == weights
+            here.row('same_as_without', float(same), '', after='a killed rank', **ids)
+    if 'compiled' in forms(here) and here.time_for(100, 'compiled_weights_equal', **ids):
         with here.check('compiled_weights_equal', **ids):  # a packed stream has one program
             same_weights(run('compiled', '--compiled', '--recipe', 'tiny-modern'), size)
-    with here.check('killed_rank', **ids):
-        out = run('killed', '--kill', restarts=3)
-        end = json.loads((out/'rank-1.json').read_text())
-        assert end['attempt'] != '0', 'it ended before it was killed'
-        same = same_weights(out, size) == weights
-        here.row('same_as_without', float(same), '', after='a killed rank', **ids)
-    with here.check('stopped_and_resumed', **ids):
-        shutil.rmtree(here.out/'trials'/'gpus-goes-on', ignore_errors=True)
-        run('stopped').rename(here.out/'trials'/'gpus-goes-on')
-        same = same_weights(run('goes-on'), size) == weights
-        here.row('same_as_without', float(same), '', after='a stop', **ids)
 
 
 def rank_bandwidth(here: Here, args):

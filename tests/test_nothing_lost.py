@@ -216,6 +216,7 @@ if __name__ == '__main__':
 '''
 
 
+@pytest.mark.usefixtures('two_workers')
 def test_a_study_goes_on_although_workers_of_one_that_was_killed_are_still_busy(source, tmp_path):
     args = '--source', str(source), '--scale', 'tiny', '-o', 'corpus.holdout=0.1'
     assert main(['prepare', *args, '--out', str(tmp_path/'data')]) == 0

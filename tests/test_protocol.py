@@ -81,6 +81,7 @@ def values(rows):
     return [(r['metric'], r['task'], r.get('variant'), r.get('seed'), r['value']) for r in rows]
 
 
+@pytest.mark.usefixtures('two_workers')
 def test_suite_is_repeatable_and_goes_on_where_it_stopped(model, tmp_path):
     a = run_suite(model, [toy()], GRID, 2, tmp_path/'a', IDS)
     b = run_suite(model, [toy()], GRID, 2, tmp_path/'b', IDS)
@@ -162,6 +163,7 @@ def stamp(results, monkeypatch, commit):
     for module in (results, protocol): monkeypatch.setattr(module, 'provenance', lambda: other)
 
 
+@pytest.mark.usefixtures('two_workers')
 def test_results_are_stamped_when_they_are_measured_and_never_again(model, tmp_path, monkeypatch):
     import cramlit.core.results as results
     before = run_suite(model, [toy()], GRID, 2, tmp_path, IDS)
@@ -519,6 +521,7 @@ def test_all_cores_work_unless_the_user_says_otherwise():
         protocol.run_parallel([delayed(str)()], 1, 'jobs')
 
 
+@pytest.mark.usefixtures('two_workers')
 def test_a_cluster_that_the_user_chose_does_the_work(model, tmp_path):
     "Through joblib on a dask cluster, with the results of local processes"
     import dask

@@ -307,6 +307,7 @@ def test_a_long_schedule_ends_high(text, data, tmp_path):
     assert lrs == pytest.approx([1e-3*(1 - 19/20), 1e-3*(1 - 19/40)])
 
 
+@pytest.mark.usefixtures('two_workers')
 def test_seconds_become_steps_once_and_two_studies_of_the_same_steps_agree_to_the_last_digit(text, tmp_path):
     "Whatever else the machine does: only what was timed before the study knows of time"
     first, *others = trials_of(text, (1e-3, 2e-3))
@@ -344,6 +345,18 @@ def test_a_step_is_timed_again_for_text_of_another_length_and_in_another_precisi
     monkeypatch.setattr(s, 'choose_precision', lambda device: Precision(torch.float16, 'of another machine'))
     names.append(s._contestant(trial, s.Study('grid', data, TRIALS, 1)))
     assert len(set(names)) == 3
+
+
+def test_what_was_compiled_on_a_gpu_says_nothing_of_what_is_not(text, data, monkeypatch):
+    (trial,), study, found = trials_of(text, (1e-3,)), s.Study('grid', data, TRIALS, 1), []
+    monkeypatch.setattr(s, 'pick_device', lambda: torch.device('cuda'))
+    monkeypatch.setattr(s, 'choose_precision', lambda device: Precision(torch.bfloat16, 'of a GPU'))
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
+    for form in ('compiled', 'eager'):
+        monkeypatch.setattr(s, 'form_of', lambda device, form=form: form)
+        found.append((s._contestant(trial, study), s.trial_key(trial, study, [])))
+    (timed, key), (otherwise, other) = found
+    assert timed != otherwise and key != other and key['device'] == other['device'] == 'cuda'
 
 
 @pytest.mark.parametrize('nproc, gpus, shared', [(1, 8, 1), (2, 8, 2), (8, 8, 8), (2, 1, 1)])

@@ -395,6 +395,10 @@ def two_ranks(rank, folder, recipe):
     world, found = World(rank, 2), {}
     train.choose_precision = lambda device: (HALF, FP32)[rank]
     found['precision'] = str(train.shared_precision(world).dtype)
+    found['form'] = []
+    for mine in ('compiled', ('compiled', 'eager')[rank]):
+        train.form_of = lambda device, mine=mine: mine
+        found['form'].append(train.shared_form(world))
     memory.free_memory = lambda device: (9e9, 6e9)[rank]
     memory.room_for = lambda recipe, vocab_size, bytes, gpus: int(bytes/1e9)  # sequences
     found['micro'] = [train.choose_micro_batch(recipe, V, world, (earlier, 99)[rank]) for earlier in (0, 2)]
@@ -428,6 +432,7 @@ def test_ranks_agree_or_say_so(tmp_path):
     torch.multiprocessing.spawn(two_ranks, (str(tmp_path), recipe), nprocs=2)
     a, b = (json.loads((tmp_path/f'{rank}.json').read_text()) for rank in range(2))
     assert a == b and a['precision'] == 'torch.float16'
+    assert a['form'] == ['compiled', 'eager'], 'one that cannot compile keeps the other from it'
     assert a['micro'] == [4, 2], 'the larger GPU has room for 9; rank 0 knows of an earlier part with 2'
     assert a['scale'] == [2.**20, 2.**20, 2.**19, 2.**19], '2^16 for each of the 16 micro-batches of a step'
     start, first, skipped, last = a['weights']

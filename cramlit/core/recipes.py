@@ -331,10 +331,10 @@ def override(
     "Replace fields by name; raises `UsageError` for an unknown path or a value of the wrong type"
     if isinstance(settings, str): settings = [settings]
     if isinstance(settings, Mapping): settings = [f'{k}={setting_text(v)}' for k, v in settings.items()]
+    known = settings_of(r)
     for setting in settings:
         path, equals, text = (part.strip() for part in setting.partition('='))
         if not equals: raise UsageError(f"override {setting!r}: expected path=value, such as optim.lr=1e-3")
-        known = settings_of(r)
         if path not in known: raise unknown('setting', path, known)
         r = _replace_at(r, path, _convert(text, known[path], path))
     return r

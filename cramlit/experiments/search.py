@@ -43,7 +43,7 @@ from ..model.encoder import MaskedLM
 from ..model.stock_models import family
 from ..training.checkpoints import checkpoints, export_all, remove_checkpoints
 from ..training.schedule import Clock
-from ..training.training import TRAINING_VERSION, Run, begin, pretrain, pretrain_in
+from ..training.training import TRAINING_VERSION, Run, begin, form_of, pretrain, pretrain_in
 
 # %% ../../nbs/experiments/60_search.ipynb #c54504a2
 @dataclass(frozen=True)
@@ -195,7 +195,8 @@ def _contestant(trial: Trial, study: Study) -> str:
                    validation=Validation(), checkpoint=Checkpoint())
     decides = [asdict(same), data.manifest['packing'], data.manifest['tokenizer'], data.padded_vocab_size,
                device.type, str(choose_precision(device).dtype)]
-    if device.type == 'cuda': decides.append(torch.cuda.get_device_name(device))
+    if device.type == 'cuda':
+        decides += [torch.cuda.get_device_name(device), form_of(device), provenance()['versions']['torch']]
     return digest(decides) + (f'-{study.nproc}' if study.nproc > 1 else '')
 
 # %% ../../nbs/experiments/60_search.ipynb #45815308
@@ -402,7 +403,7 @@ def trial_key(
     key: dict = dict(recipe=asdict(trial.recipe), data=sha256(data/'manifest.json'), budget=t.budget,
                steps=study.steps(trial), processes=study.nproc, rules=TRAINING_VERSION, versions=versions,
                precision=precision, finetune={})
-    if pick_device().type != 'cpu': key['device'] = pick_device().type
+    if pick_device().type != 'cpu': key |= dict(device=pick_device().type, form=form_of(pick_device()))
     if tasks:
         text = json.dumps([asdict(task) for task in tasks], sort_keys=True)
         versions = {p: provenance()['versions'][p] for p in ('transformers', 'tokenizers')}

@@ -7,7 +7,7 @@ __all__ = ['RUN_FORMAT', 'TRAINING_VERSION', 'STATE', 'LOGS', 'PATIENCE', 'Run',
            'summed_loss', 'check_same_weights', 'validate', 'form_of', 'program_shapes', 'compile_model', 'micro_step',
            'accumulate', 'make_scaler', 'update', 'Hook', 'resume', 'passes_multiple', 'progress_bar', 'warm_up',
            'train', 'should_stop_early', 'count_skips', 'result_rows', 'one_at_a_time', 'memory_errors', 'pretrain',
-           'shared_precision', 'begin', 'go_on', 'pretrain_in']
+           'shared_precision', 'shared_form', 'begin', 'go_on', 'pretrain_in']
 
 # %% ../../nbs/training/36_training.ipynb #2f299dc1
 import hashlib, json, math, os, sys, threading
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FunctionType, MethodType
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -467,7 +468,7 @@ def train(
     optimizer = make_optimizer(model, recipe.optim)
     grads = Gradients(model, world, precision.dtype)
     scaler = make_scaler(recipe, precision, world.device)
-    form = 'eager' if hook else form_of(world.device)
+    form = 'eager' if hook else shared_form(world)
     micro = micro_step(model, recipe, precision, scaler, grads, form)
     changes = hook or Hook()
 
@@ -678,6 +679,13 @@ def shared_precision(
     said = formats[int(world.broadcast(formats.index(mine.dtype)))]
     return mine if mine.dtype == said else Precision(said, 'rank 0 has chosen it')
 
+def shared_form(
+    world: World,
+) -> str:  # eager | compiled
+    "Compiled where every process can compile: at each step all others would wait for one that cannot"
+    eager = torch.tensor(float(form_of(world.device) == 'eager'), device=world.device)
+    return 'eager' if world.all_reduce(eager) else 'compiled'
+
 # %% ../../nbs/training/36_training.ipynb #f144e6ea
 def begin(
     run: Run,         # a new one; its clock is set forward by what this takes
@@ -699,14 +707,17 @@ def go_on(
     hook: Hook|None,
 ) -> list[dict]:          # result rows, also in out/rows.jsonl
     "Train to the end"
-    recipe, world, precision = run.recipe, run.world, shared_precision(run.world)
+    recipe, world = run.recipe, run.world
+    precision, form = shared_precision(world), shared_form(world)
     V, size = run.data.padded_vocab_size, recipe.batch.micro_batch_size
     if not size:
         run.micro_batch_size = size = choose_micro_batch(recipe, V, world, run.micro_batch_size)
         if world.main: _write_identity(run)
     if world.main:
-        where = f"{world.size} × {world.device.type} in {str(precision.dtype).removeprefix('torch.')}"
-        why = 'hooks are not' if hook else why_eager(world.device)
+        linked = f' ({dist.get_backend()})' if world.size > 1 else ''
+        where = f"{world.size} × {world.device.type}{linked} in {str(precision.dtype).removeprefix('torch.')}"
+        others = 'another process cannot do it' if form == 'eager' else ''
+        why = 'hooks are not' if hook else why_eager(world.device) or others
         how = f"{f'not compiled ({why})' if why else 'compiled'}; micro-batches of {size} sequences"
         note(f'{recipe.name} on {where}: {precision.reason}; {how}')
     torch.manual_seed(recipe.seed)
